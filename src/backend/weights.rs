@@ -1,0 +1,103 @@
+//! The constant inputs of operations: matrices, vectors, norms and rotations of a model, in backend memory.
+
+use super::{Buffer, DType, Rows};
+
+/// A dense matrix, `outputs` × `inputs`, row-major as checkpoints store it, with an optional bias.
+#[derive(Debug)]
+pub struct Linear {
+    /// Rows of the matrix.
+    pub outputs: usize,
+    /// Columns of the matrix.
+    pub inputs: usize,
+    /// f32, f16 or bf16.
+    pub dtype: DType,
+    /// The elements.
+    pub data: Buffer,
+    /// `outputs` values, f32.
+    pub bias: Option<Vector>,
+}
+
+impl Linear {
+    /// The matrix as rows.
+    pub fn rows(&self) -> Rows<'_> {
+        self.data.rows(self.dtype, self.outputs, self.inputs)
+    }
+}
+
+/// A constant vector of f32.
+#[derive(Debug)]
+pub struct Vector {
+    /// Number of elements.
+    pub len: usize,
+    /// The elements, f32.
+    pub data: Buffer,
+}
+
+impl Vector {
+    /// The vector as one row.
+    pub fn row(&self) -> Rows<'_> {
+        self.data.rows(DType::F32, 1, self.len)
+    }
+}
+
+/// What a normalisation subtracts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// x / rms(x) · w (Zhang and Sennrich 2019).
+    Rms,
+    /// (x − mean) / std · w + b (Ba et al. 2016).
+    Layer,
+}
+
+/// A normalisation with its weights.
+#[derive(Debug)]
+pub struct Norm {
+    /// Which one.
+    pub kind: NormKind,
+    /// Added to the mean square or variance.
+    pub epsilon: f32,
+    /// Scale, f32.
+    pub weight: Vector,
+    /// Shift, for [`NormKind::Layer`].
+    pub bias: Option<Vector>,
+}
+
+/// The non-linearity of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// silu(gate) · up.
+    SiluGated,
+    /// gelu_tanh(gate) · up.
+    GeluTanhGated,
+    /// max(x, 0).
+    Relu,
+    /// x/2 · (1 + erf(x/√2)).
+    Gelu,
+    /// The tanh approximation of gelu.
+    GeluTanh,
+}
+
+impl Activation {
+    /// Whether the input holds gate and up halves side by side.
+    pub fn gated(self) -> bool {
+        matches!(self, Activation::SiluGated | Activation::GeluTanhGated)
+    }
+}
+
+/// Rotary position embedding (Su et al. 2021): angle = position · frequency, computed in f32 as the reference
+/// implementation does, cosines and sines multiplied by `factor`.
+/// Dimension i rotates with i + dims/2, as in Hugging Face checkpoints.
+#[derive(Clone, Debug)]
+pub struct Rotation {
+    /// One inverse frequency a pair, after the model's scaling rule.
+    pub frequencies: Vec<f32>,
+    /// Attention factor of YaRN and LongRoPE, 1 elsewhere.
+    pub factor: f32,
+}
+
+impl Rotation {
+    /// Dimensions of a head that rotate.
+    pub fn dims(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+}

@@ -1,0 +1,98 @@
+//! A model as the engine runs it: the blocks of a decoder-only transformer, with their weights on a backend.
+//!
+//! Architecture files (`architecture/`) build this from a checkpoint; the engine walks it. What a layer is made of is
+//! data here, so that the step loop is written once.
+
+use crate::backend::{Activation, Linear, Norm, Rotation};
+
+/// A decoder-only transformer.
+#[derive(Debug)]
+pub struct Decoder {
+    /// Token embedding, `vocabulary × embedding width`.
+    pub embedding: Linear,
+    /// How positions enter.
+    pub positions: Positions,
+    /// From embedding width to hidden width, where they differ (OPT-350m).
+    pub project_in: Option<Linear>,
+    /// The layers.
+    pub blocks: Vec<Block>,
+    /// Before the head; absent in post-norm OPT.
+    pub final_norm: Option<Norm>,
+    /// From hidden width back to embedding width, where they differ.
+    pub project_out: Option<Linear>,
+    /// The head; `None` when tied to the embedding.
+    pub head: Option<Linear>,
+}
+
+/// How positions enter a model.
+#[derive(Debug)]
+pub enum Positions {
+    /// Rotary embedding of queries and keys.
+    Rotary(Rotary),
+    /// A learned table added to the embedding; position p reads row `p + offset`.
+    Learned {
+        /// `positions × hidden`.
+        table: Linear,
+        /// 2 in OPT.
+        offset: usize,
+    },
+}
+
+/// The rotation, which LongRoPE picks by the length of the sequence.
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    /// For every sequence, or for short ones.
+    pub short: Rotation,
+    /// LongRoPE: for sequences (prompt and continuation so far) longer than the given number of tokens.
+    pub long: Option<(usize, Rotation)>,
+}
+
+/// Where a block normalises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// x + f(norm(x)).
+    Pre,
+    /// norm(x + f(x)) (OPT-350m).
+    Post,
+}
+
+/// One layer: attention, then MLP, each with a residual connection around it.
+#[derive(Debug)]
+pub struct Block {
+    /// Where both norms stand.
+    pub placement: NormPlacement,
+    /// The attention's norm.
+    pub attention_norm: Norm,
+    /// Attention.
+    pub attention: Attention,
+    /// The MLP's norm.
+    pub mlp_norm: Norm,
+    /// MLP.
+    pub mlp: Mlp,
+}
+
+/// Grouped-query attention.
+#[derive(Debug)]
+pub struct Attention {
+    /// Query, key and value weights stacked: outputs are `heads·d`, then `kv_heads·d`, then `kv_heads·d`.
+    pub qkv: Linear,
+    /// Norm of each query head, before rotation (Qwen3).
+    pub query_norm: Option<Norm>,
+    /// Norm of each key head, before rotation (Qwen3).
+    pub key_norm: Option<Norm>,
+    /// Output projection, `hidden × heads·d`.
+    pub output: Linear,
+    /// Sliding window in tokens (Mistral 7B v0.1).
+    pub window: Option<usize>,
+}
+
+/// The feed-forward part.
+#[derive(Debug)]
+pub struct Mlp {
+    /// Gate and up weights stacked (gated kinds), or the first layer (plain kinds).
+    pub up: Linear,
+    /// The non-linearity.
+    pub activation: Activation,
+    /// Back to the hidden width.
+    pub down: Linear,
+}

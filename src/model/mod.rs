@@ -1,0 +1,9 @@
+//! What a checkpoint is: configuration, weights, tokenizer and chat template, from a Hugging Face folder or a GGUF file.
+//!
+//! - [`checkpoint`] opens either form and offers tensors under Hugging Face names; nothing is believed before it is
+//!   checked against the file's size and the configuration.
+//! - `architecture/` turns a checkpoint into a [`decoder::Decoder`], one file a family.
+//! - What may not enter: sessions, steps, policies. This room is read by the engine and knows the backend only as the
+//!   place where weights go.
+
+pub mod decoder;
