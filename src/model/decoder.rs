@@ -47,6 +47,16 @@ pub struct Rotary {
     pub long: Option<(usize, Rotation)>,
 }
 
+impl Rotary {
+    /// The rotation of a sequence that will hold `tokens` tokens.
+    pub fn for_length(&self, tokens: usize) -> &Rotation {
+        match &self.long {
+            Some((threshold, long)) if tokens > *threshold => long,
+            _ => &self.short,
+        }
+    }
+}
+
 /// Where a block normalises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormPlacement {
