@@ -91,3 +91,164 @@ struct Inner {
     /// Held for the length of one step, or of one chunk of a prefill.
     workspace: Mutex<Workspace>,
 }
+
+impl Model {
+    /// Loads a Hugging Face folder or a GGUF file.
+    pub fn load(path: &Path, options: ModelOptions) -> Result<Model> {
+        let start = Instant::now();
+        let checkpoint = load::open(path)?;
+        let tokenizer = checkpoint.tokenizer()?;
+        let chat = checkpoint.chat_template()?;
+        let config = checkpoint.config().clone();
+        let defaults = checkpoint.generation_defaults();
+        let load = |backend: &dyn Backend, options| load::decoder(&*checkpoint, backend, options);
+        Model::build(start, config, defaults, tokenizer, chat, options, load)
+    }
+
+    /// A model of a named shape with random weights, for benchmarks. It has no tokenizer.
+    pub fn random(shape: &str, seed: u64, options: ModelOptions) -> Result<Model> {
+        let start = Instant::now();
+        let config = Config::shape(shape)?;
+        let load = |backend: &dyn Backend, options| load::random_decoder(&config, seed, backend, options);
+        Model::build(start, config.clone(), GenerationDefaults::default(), None, None, options, load)
+    }
+
+    fn build(
+        start: Instant,
+        config: Config,
+        defaults: GenerationDefaults,
+        tokenizer: Option<Tokenizer>,
+        chat: Option<ChatTemplate>,
+        options: ModelOptions,
+        load: impl FnOnce(&dyn Backend, LoadOptions) -> Result<Decoder>,
+    ) -> Result<Model> {
+        let backend: Arc<dyn Backend> = match options.device {
+            Device::Auto | Device::Cpu => Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?),
+        };
+        let decoder = load(&*backend, LoadOptions { dtype: options.dtype, progress: options.progress })?;
+        let dimensions = Dimensions::new(&config, &decoder);
+        let workspace = Mutex::new(Workspace::new(&*backend, &dimensions)?);
+        let (parameters, weight_bytes) = decoder.size();
+        let inner = Inner {
+            dtype: decoder.blocks.first().map_or(decoder.embedding.dtype, |block| block.attention.qkv.dtype),
+            pool: Arc::new(Pool::new(backend.clone(), options.kv_limit)),
+            load_seconds: start.elapsed().as_secs_f64(),
+            logger: options.logger,
+            config,
+            defaults,
+            decoder,
+            dimensions,
+            tokenizer,
+            chat,
+            backend,
+            parameters,
+            weight_bytes,
+            workspace,
+        };
+        let model = Model { inner: Arc::new(inner) };
+        model.log(LogLevel::Info, || {
+            format!(
+                "loaded {}: {} layers, {} parameters, {} bytes of weights, {} in {:.2} s",
+                model.config().architecture.name(),
+                model.config().layers,
+                parameters,
+                weight_bytes,
+                model.backend().description(),
+                model.load_seconds()
+            )
+        });
+        Ok(model)
+    }
+
+    /// Whether both handles are the same model.
+    pub fn same(&self, other: &Model) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// The checkpoint's configuration.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// The checkpoint's own sampling settings and end tokens.
+    pub fn generation_defaults(&self) -> &GenerationDefaults {
+        &self.inner.defaults
+    }
+
+    /// The tokenizer; an error for a model that has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.inner.tokenizer.as_ref().ok_or_else(|| Error::unsupported("this model has no tokenizer"))
+    }
+
+    /// The chat template; an error for a model that has none.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        self.inner.chat.as_ref().ok_or_else(|| Error::unsupported("this model has no chat template"))
+    }
+
+    /// Type of the weights in memory.
+    pub fn dtype(&self) -> DType {
+        self.inner.dtype
+    }
+
+    /// Number of weights, a tied head counted once.
+    pub fn parameters(&self) -> u64 {
+        self.inner.parameters
+    }
+
+    /// Bytes of weights in memory.
+    pub fn weight_bytes(&self) -> u64 {
+        self.inner.weight_bytes
+    }
+
+    /// Seconds that loading took.
+    pub fn load_seconds(&self) -> f64 {
+        self.inner.load_seconds
+    }
+
+    /// What computes.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.inner.backend
+    }
+
+    /// The pool that the sessions' KV comes from.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.inner.pool
+    }
+
+    /// Tokens after which a text ends, from the checkpoint's generation settings and its tokenizer.
+    pub fn stop_tokens(&self) -> Vec<u32> {
+        let mut tokens = self.inner.defaults.eos.clone();
+        tokens.extend_from_slice(&self.inner.config.eos);
+        if let Some(tokenizer) = &self.inner.tokenizer {
+            tokens.extend(tokenizer.stop_tokens());
+        }
+        tokens.sort_unstable();
+        tokens.dedup();
+        tokens
+    }
+
+    /// Sends a line to the model's log, if it has one that wants it.
+    pub fn log(&self, level: LogLevel, message: impl FnOnce() -> String) {
+        if let Some(logger) = &self.inner.logger
+            && level <= logger.level
+        {
+            (logger.sink)(level, &message());
+        }
+    }
+
+    pub(super) fn dimensions(&self) -> &Dimensions {
+        &self.inner.dimensions
+    }
+
+    /// Runs `work` with the model's workspace, one caller at a time.
+    pub(super) fn forward<T>(&self, work: impl FnOnce(Forward<'_>) -> Result<T>) -> Result<T> {
+        let mut workspace = self.inner.workspace.lock();
+        work(Forward {
+            backend: &*self.inner.backend,
+            decoder: &self.inner.decoder,
+            dimensions: &self.inner.dimensions,
+            attention_scale: self.inner.config.attention_scale(),
+            workspace: &mut workspace,
+        })
+    }
+}
