@@ -21,22 +21,25 @@ sys.dont_write_bytecode = True
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from makers import models  # noqa: E402
+from makers import gguf_files, models, reference, tokenizers  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the folders are written")
-    parser.add_argument("--only", nargs="*", help="make these models only")
+    parser.add_argument("--import-reference", type=Path, metavar="DIR", help="compact these passages into reference/")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.set_verbosity_error()
 
+    if options.import_reference:
+        reference.compact(options.import_reference, options.out)
+    print(tokenizers.make(options.out), flush=True)
     for spec in models.MODELS:
-        if not options.only or spec.name in options.only:
-            print(models.make(spec, options.out), flush=True)
+        print(models.make(spec, options.out), flush=True)
+    print(gguf_files.make(options.out))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ above 1, norm weights and biases are far from 1 and 0. `check_sensitivity` prove
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -370,12 +371,14 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def make(spec: Spec, out: Path) -> str:
-    """Writes one folder, checks it, and returns a line about it."""
+    """Writes one folder, checks it, and returns a line about it. Tokenizers must have been made before."""
     folder = out / "golden" / spec.name
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     build(spec).save_pretrained(folder, max_shard_size=spec.max_shard_size)
+    if spec.tokenizer:
+        shutil.copytree(out / "tokenizer" / spec.tokenizer, folder, dirs_exist_ok=True)
 
     # From here on only what lies on disk is used.
     model = load(folder)
