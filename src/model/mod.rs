@@ -6,4 +6,5 @@
 //! - What may not enter: sessions, steps, policies. This room is read by the engine and knows the backend only as the
 //!   place where weights go.
 
+pub mod checkpoint;
 pub mod decoder;
