@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kvahead::model::checkpoint::gguf::Gguf;
-use kvahead::model::tokenizer::{StreamOptions, Tokenizer};
+use kvahead::model::tokenizer::Tokenizer;
 
 fn open() -> Option<Tokenizer> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/SmolLM2-135M-Instruct.Q4_1.gguf");
@@ -42,12 +42,12 @@ fn passages_become_the_ids_of_transformers() {
         let start = Instant::now();
         assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
         eprintln!("decoded in {:?}", start.elapsed());
-        let mut stream = tokenizer.stream(StreamOptions { skip_special: false, continues: false });
+        let mut stream = tokenizer.stream(false);
         let mut streamed = String::new();
         for &id in &ids {
-            streamed.push_str(stream.push(id).unwrap());
+            streamed.push_str(&stream.push(id).unwrap());
         }
-        streamed.push_str(stream.finish());
+        streamed.push_str(&stream.finish());
         assert_eq!(streamed, text);
     }
 }

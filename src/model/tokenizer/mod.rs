@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 use tokenizers::tokenizer::{AddedVocabulary, Model as _, OffsetType, PreTokenizer as _, Token};
 
 pub use stop::StopStrings;
-pub use stream::{StreamOptions, TextStream};
+pub use stream::TextStream;
 
 use crate::{Error, ErrorCode, Result};
 use pieces::{Piece, Pieces};
-use stream::Assembler;
+use stream::{Assembler, Options};
 
 /// A checkpoint's tokenizer, with what it says about special tokens and chat templates.
 #[derive(Debug)]
@@ -138,7 +138,7 @@ impl Tokenizer {
     /// SentencePiece vocabulary are not UTF-8, only the bytes at fault become U+FFFD, as in SentencePiece itself, not
     /// all bytes of the run. Ids of the model's padding contribute nothing; an id outside the vocabulary is an error.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        let mut assembler = Assembler::new(self, StreamOptions { skip_special, continues: false });
+        let mut assembler = Assembler::new(self, Options { skip_special, continues: false });
         let mut text = String::new();
         for &id in ids {
             assembler.push(self, id, &mut text)?;
@@ -147,9 +147,9 @@ impl Tokenizer {
         Ok(text)
     }
 
-    /// An incremental [`Tokenizer::decode`].
-    pub fn stream(&self, options: StreamOptions) -> TextStream<&Tokenizer> {
-        TextStream::new(self, options)
+    /// An incremental [`Tokenizer::decode`]; [`TextStream::continuing`] is the one for generated tokens.
+    pub fn stream(&self, skip_special: bool) -> TextStream<&Tokenizer> {
+        TextStream::new(self, skip_special)
     }
 
     /// One more than the highest token id; the model's vocabulary once [`Tokenizer::match_vocabulary`] has seen it.

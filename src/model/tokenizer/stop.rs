@@ -1,5 +1,7 @@
 //! Ending a text at the first of several strings.
 
+use crate::{Error, Result};
+
 /// Watches streamed text for stop strings.
 ///
 /// Text goes in as it is generated and comes out as soon as it cannot be part of a stop string any more. The text ends
@@ -9,18 +11,18 @@
 ///
 /// ```
 /// # use kvahead::model::tokenizer::StopStrings;
-/// let mut stop = StopStrings::new(["\nUser:"]);
-/// assert_eq!(stop.push("Fine.\nUs"), "Fine.");
-/// assert_eq!(stop.push("ually"), "\nUsually");
-/// assert_eq!(stop.push(" so.\nUser"), " so.");
-/// assert_eq!(stop.push(": and"), "");
+/// let mut stop = StopStrings::new(&["\nUser:"])?;
+/// assert_eq!(stop.push("Fine.\nUs"), ("Fine.".to_string(), false));
+/// assert_eq!(stop.push("ually"), ("\nUsually".to_string(), false));
+/// assert_eq!(stop.push(" so.\nUser"), (" so.".to_string(), false));
+/// assert_eq!(stop.push(": and"), ("".to_string(), true));
 /// assert_eq!(stop.matched(), Some("\nUser:"));
+/// # Ok::<(), kvahead::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct StopStrings {
     patterns: Vec<Pattern>,
     held: String,
-    out: String,
     matched: Option<usize>,
 }
 
@@ -61,17 +63,20 @@ impl Pattern {
 }
 
 impl StopStrings {
-    /// A matcher for `strings`; empty ones are ignored.
-    pub fn new<S: Into<String>>(strings: impl IntoIterator<Item = S>) -> StopStrings {
-        let patterns = strings.into_iter().map(Into::into).filter(|text: &String| !text.is_empty()).map(Pattern::new);
-        StopStrings { patterns: patterns.collect(), held: String::new(), out: String::new(), matched: None }
+    /// A matcher for `strings`. An empty one is an error: it would end every text at once.
+    pub fn new<S: AsRef<str>>(strings: &[S]) -> Result<StopStrings> {
+        if strings.iter().any(|text| text.as_ref().is_empty()) {
+            return Err(Error::invalid_argument("a stop string is empty; expected at least one character"));
+        }
+        let patterns = strings.iter().map(|text| Pattern::new(text.as_ref().to_string())).collect();
+        Ok(StopStrings { patterns, held: String::new(), matched: None })
     }
 
-    /// Takes generated text and returns the text that may be shown now. After a match nothing comes any more.
-    pub fn push(&mut self, text: &str) -> &str {
-        self.out.clear();
+    /// Takes generated text; returns the text that may be shown now, and whether a stop string has ended it. After
+    /// that nothing comes any more.
+    pub fn push(&mut self, text: &str) -> (String, bool) {
         if self.matched.is_some() {
-            return "";
+            return (String::new(), true);
         }
         let seen = self.held.len();
         self.held.push_str(text);
@@ -87,28 +92,23 @@ impl StopStrings {
                 self.matched = Some(index);
                 // A match begins with the first byte of a string, so this is a border of characters; and what it
                 // begins with was held back, as the start of that string.
-                let start = seen + at + 1 - length;
-                self.out.push_str(&self.held[..start]);
-                self.held.clear();
-                return &self.out;
+                let mut shown = std::mem::take(&mut self.held);
+                shown.truncate(seen + at + 1 - length);
+                return (shown, true);
             }
         }
         let keep = self.patterns.iter().map(|pattern| pattern.state).max().unwrap_or(0);
-        self.out.push_str(&self.held[..self.held.len() - keep]);
-        self.held.drain(..self.held.len() - keep);
-        &self.out
+        let rest = self.held.split_off(self.held.len() - keep);
+        (std::mem::replace(&mut self.held, rest), false)
     }
 
     /// Ends the text: returns what was held back for a stop string that did not come. The matcher is then as new.
-    pub fn finish(&mut self) -> &str {
-        self.out.clear();
-        self.out.push_str(&self.held);
-        self.held.clear();
+    pub fn finish(&mut self) -> String {
         self.matched = None;
         for pattern in &mut self.patterns {
             pattern.state = 0;
         }
-        &self.out
+        std::mem::take(&mut self.held)
     }
 
     /// The stop string that ended the text, until [`StopStrings::finish`].
@@ -129,7 +129,7 @@ mod tests {
 
     /// The definition, on the whole text.
     fn cut<'a>(text: &'a str, stops: &[&str]) -> (&'a str, bool) {
-        let ends = stops.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| {
+        let ends = stops.iter().filter_map(|stop| {
             let start = text.find(stop)?;
             Some((start + stop.len(), start))
         });
@@ -140,16 +140,16 @@ mod tests {
     }
 
     fn streamed(text: &str, stops: &[&str], sizes: &[usize]) -> (String, bool) {
-        let mut matcher = StopStrings::new(stops.iter().copied());
+        let mut matcher = StopStrings::new(stops).unwrap();
         let (mut out, mut rest, mut sizes) = (String::new(), text, sizes.iter().cycle());
         while !rest.is_empty() {
             let size = *sizes.next().unwrap();
             let at = rest.char_indices().nth(size).map_or(rest.len(), |(at, _)| at);
-            out.push_str(matcher.push(&rest[..at]));
+            out.push_str(&matcher.push(&rest[..at]).0);
             rest = &rest[at..];
         }
         let matched = matcher.matched().is_some();
-        out.push_str(matcher.finish());
+        out.push_str(&matcher.finish());
         (out, matched)
     }
 
@@ -162,7 +162,7 @@ mod tests {
             ("abcd", &["abcd", "bc"], ("a", true)),
             ("xabc", &["bc", "abc"], ("x", true)),
             ("caféx", &["éx", "ex"], ("caf", true)),
-            ("no stops", &[""], ("no stops", false)),
+            ("no stops", &[], ("no stops", false)),
             ("", &["a"], ("", false)),
         ] {
             for sizes in [&[1][..], &[2], &[3, 1], &[100]] {
@@ -174,22 +174,27 @@ mod tests {
 
     #[test]
     fn usable_again_after_finish() {
-        let mut stop = StopStrings::new(["ab"]);
-        assert_eq!(stop.push("xa"), "x");
+        let mut stop = StopStrings::new(&["ab"]).unwrap();
+        assert_eq!(stop.push("xa"), ("x".into(), false));
         assert_eq!(stop.finish(), "a");
-        assert_eq!(stop.push("b"), "b");
-        assert_eq!(stop.push("ab"), "");
-        assert_eq!(stop.push("later"), "");
+        assert_eq!(stop.push("b"), ("b".into(), false));
+        assert_eq!(stop.push("ab"), ("".into(), true));
+        assert_eq!(stop.push("later"), ("".into(), true));
         assert_eq!(stop.finish(), "");
         assert_eq!(stop.matched(), None);
-        assert_eq!(stop.push("later"), "later");
+        assert_eq!(stop.push("later"), ("later".into(), false));
+    }
+
+    #[test]
+    fn an_empty_stop_string_is_an_error() {
+        assert!(StopStrings::new(&["a", ""]).is_err());
     }
 
     proptest! {
         #[test]
         fn same_as_on_the_whole_text(
             text in "[abé]{0,40}",
-            stops in prop::collection::vec("[abé]{0,4}", 0..4),
+            stops in prop::collection::vec("[abé]{1,4}", 0..4),
             sizes in prop::collection::vec(1usize..5, 1..5),
         ) {
             let stops: Vec<&str> = stops.iter().map(String::as_str).collect();

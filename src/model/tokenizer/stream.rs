@@ -10,53 +10,58 @@ use super::Tokenizer;
 use super::pieces::Joining;
 use crate::Result;
 
-/// Which text a [`TextStream`] makes.
+/// Which text a stream makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StreamOptions {
+pub(super) struct Options {
     /// Leave control tokens (`<|im_end|>`) out of the text.
-    pub skip_special: bool,
-    /// The tokens go on after others, as generated ones do after a prompt: the space that SentencePiece tokenizers put
-    /// before the first word of a text is then part of the text, and is kept.
-    pub continues: bool,
+    pub(super) skip_special: bool,
+    /// The tokens go on after others: nothing is stripped at the start.
+    pub(super) continues: bool,
 }
 
-/// Decodes tokens one at a time. `T` is a reference to a tokenizer, `&Tokenizer` or `Arc<Tokenizer>`.
+/// Decodes tokens one at a time. `T` is a reference to a tokenizer: `&Tokenizer`, or `Arc<Tokenizer>`.
 #[derive(Clone, Debug)]
 pub struct TextStream<T> {
     tokenizer: T,
     assembler: Assembler,
-    out: String,
 }
 
 impl<T: Deref<Target = Tokenizer>> TextStream<T> {
-    /// A stream that has seen nothing yet.
-    pub fn new(tokenizer: T, options: StreamOptions) -> TextStream<T> {
-        let assembler = Assembler::new(&tokenizer, options);
-        TextStream { tokenizer, assembler, out: String::new() }
+    /// The text of the tokens to come, as [`Tokenizer::decode`] makes it, without control tokens where `skip_special`.
+    pub fn new(tokenizer: T, skip_special: bool) -> TextStream<T> {
+        let assembler = Assembler::new(&tokenizer, Options { skip_special, continues: false });
+        TextStream { tokenizer, assembler }
+    }
+
+    /// The text of tokens that go on after others, as generated ones do after a prompt: SentencePiece tokenizers strip
+    /// a space from the start of a text, which here is a space between words, and is kept.
+    pub fn continuing(tokenizer: T, skip_special: bool) -> TextStream<T> {
+        let assembler = Assembler::new(&tokenizer, Options { skip_special, continues: true });
+        TextStream { tokenizer, assembler }
     }
 
     /// Takes a token and returns the text that is now certain, perhaps none.
     ///
-    /// An id above the vocabulary is an error, and leaves the stream as it was.
-    pub fn push(&mut self, token: u32) -> Result<&str> {
-        self.out.clear();
-        self.assembler.push(&self.tokenizer, token, &mut self.out)?;
-        Ok(&self.out)
+    /// An id outside the vocabulary is an error, and leaves the stream as it was.
+    pub fn push(&mut self, token: u32) -> Result<String> {
+        let mut text = String::new();
+        self.assembler.push(&self.tokenizer, token, &mut text)?;
+        Ok(text)
     }
 
     /// Ends the text: returns what was held back, U+FFFD in the place of an unfinished character. The stream is then
     /// as new.
-    pub fn finish(&mut self) -> &str {
-        self.out.clear();
-        self.assembler.finish(&self.tokenizer, &mut self.out);
-        &self.out
+    pub fn finish(&mut self) -> String {
+        let mut text = String::new();
+        self.assembler.finish(&self.tokenizer, &mut text);
+        text
     }
 }
 
 /// The state of a stream, apart from where the tokenizer and the text are.
 #[derive(Clone, Debug)]
 pub(super) struct Assembler {
-    options: StreamOptions,
+    options: Options,
     /// No token has contributed yet.
     first: bool,
     /// How many characters may still be stripped from the start.
@@ -66,7 +71,7 @@ pub(super) struct Assembler {
 }
 
 impl Assembler {
-    pub(super) fn new(tokenizer: &Tokenizer, options: StreamOptions) -> Assembler {
+    pub(super) fn new(tokenizer: &Tokenizer, options: Options) -> Assembler {
         let mut assembler = Assembler { options, first: true, strip: 0, pending: Vec::new() };
         assembler.restart(tokenizer);
         assembler
