@@ -164,7 +164,7 @@ impl Forward<'_> {
     ) -> Result<()> {
         let (backend, d, w) = (self.backend, self.dimensions, &mut *self.workspace);
         let (q_width, kv_width) = (d.heads * d.head_dim, d.kv_heads * d.head_dim);
-        backend.matmul(&w.stream, w.input(input).get(rows), &attention.qkv, false, shape, w.qkv.get_mut(rows))?;
+        backend.matmul(&w.stream, input.of(&w.hidden, &w.normed).get(rows), &attention.qkv, false, shape, w.qkv.get_mut(rows))?;
         if let Some(norm) = &attention.query_norm {
             backend.norm_heads(&w.stream, w.qkv.get_mut(rows).col_range(0, q_width), norm)?;
         }
@@ -209,7 +209,7 @@ impl Forward<'_> {
     /// hidden += down(activation(up(input))).
     fn mlp(&mut self, mlp: &Mlp, input: Input, rows: usize, shape: Shape) -> Result<()> {
         let (backend, w) = (self.backend, &mut *self.workspace);
-        backend.matmul(&w.stream, w.input(input).get(rows), &mlp.up, false, shape, w.up.get_mut(rows))?;
+        backend.matmul(&w.stream, input.of(&w.hidden, &w.normed).get(rows), &mlp.up, false, shape, w.up.get_mut(rows))?;
         backend.activate(&w.stream, w.up.get(rows), mlp.activation, w.activated.get_mut(rows))?;
         backend.matmul(&w.stream, w.activated.get(rows), &mlp.down, true, shape, w.hidden.get_mut(rows))
     }

@@ -10,6 +10,7 @@ use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::{Backend, DType};
 use crate::kv::Pool;
 use crate::model::chat::ChatTemplate;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{Config, GenerationDefaults};
 use crate::model::decoder::Decoder;
 use crate::model::load::{self, LoadOptions, Progress};
@@ -97,9 +98,9 @@ impl Model {
     pub fn load(path: &Path, options: ModelOptions) -> Result<Model> {
         let start = Instant::now();
         let checkpoint = load::open(path)?;
-        let tokenizer = checkpoint.tokenizer()?;
-        let chat = checkpoint.chat_template()?;
         let config = checkpoint.config().clone();
+        let tokenizer = tokenizer(&*checkpoint)?;
+        let chat = None;
         let defaults = checkpoint.generation_defaults();
         let load = |backend: &dyn Backend, options| load::decoder(&*checkpoint, backend, options);
         Model::build(start, config, defaults, tokenizer, chat, options, load)
@@ -125,7 +126,7 @@ impl Model {
         let backend: Arc<dyn Backend> = match options.device {
             Device::Auto | Device::Cpu => Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?),
         };
-        let decoder = load(&*backend, LoadOptions { dtype: options.dtype, progress: options.progress })?;
+        let decoder = load(&*backend, LoadOptions { dtype: options.dtype, threads: options.threads, progress: options.progress })?;
         let dimensions = Dimensions::new(&config, &decoder);
         let workspace = Mutex::new(Workspace::new(&*backend, &dimensions)?);
         let (parameters, weight_bytes) = decoder.size();
@@ -251,4 +252,15 @@ impl Model {
             workspace: &mut workspace,
         })
     }
+}
+
+/// The checkpoint's tokenizer. A folder may lack one (a model without text); a GGUF file always says something.
+fn tokenizer(checkpoint: &dyn Checkpoint) -> Result<Option<Tokenizer>> {
+    let mut tokenizer = match checkpoint.metadata() {
+        Some(metadata) => Tokenizer::from_gguf(metadata)?,
+        None if checkpoint.path().join("tokenizer.json").exists() => Tokenizer::from_folder(checkpoint.path())?,
+        None => return Ok(None),
+    };
+    tokenizer.match_vocabulary(checkpoint.config().vocabulary)?;
+    Ok(Some(tokenizer))
 }

@@ -99,6 +99,16 @@ pub(super) enum Input {
     Hidden,
 }
 
+impl Input {
+    /// Picks it. Two arguments rather than the workspace, so that the caller may write its other slots meanwhile.
+    pub(super) fn of<'a>(self, hidden: &'a Slot, normed: &'a Slot) -> &'a Slot {
+        match self {
+            Input::Normed => normed,
+            Input::Hidden => hidden,
+        }
+    }
+}
+
 impl Workspace {
     pub(super) fn new(backend: &dyn Backend, d: &Dimensions) -> Result<Workspace> {
         let a = backend.activation();
@@ -139,14 +149,6 @@ impl Workspace {
         let rows: usize = self.row_slots().into_iter().map(|slot| slot.bytes(rows.max(slot.rows))).sum();
         let logits: usize = self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).sum();
         rows + logits
-    }
-
-    /// What a half block reads.
-    pub(super) fn input(&self, input: Input) -> &Slot {
-        match input {
-            Input::Normed => &self.normed,
-            Input::Hidden => &self.hidden,
-        }
     }
 
     /// Makes the normalised state the residual stream (post-norm models).
