@@ -403,9 +403,9 @@ mod tests {
             weights.iter().map(|weight| weight / total).collect()
         };
         let remove = |logits: &mut [f64], keep: &dyn Fn(usize) -> bool| {
-            for token in 0..logits.len() {
+            for (token, logit) in logits.iter_mut().enumerate() {
                 if !keep(token) {
-                    logits[token] = f64::NEG_INFINITY;
+                    *logit = f64::NEG_INFINITY;
                 }
             }
         };
