@@ -81,7 +81,8 @@ struct Inner {
     decoder: Decoder,
     dimensions: Dimensions,
     tokenizer: Option<Tokenizer>,
-    chat: Option<ChatTemplate>,
+    /// Or why there is none: a model whose template is broken is still a model.
+    chat: Result<ChatTemplate>,
     backend: Arc<dyn Backend>,
     pool: Arc<Pool>,
     dtype: DType,
@@ -100,10 +101,9 @@ impl Model {
         let checkpoint = load::open(path)?;
         let config = checkpoint.config().clone();
         let tokenizer = tokenizer(&*checkpoint)?;
-        let chat = None;
         let defaults = checkpoint.generation_defaults();
         let load = |backend: &dyn Backend, options| load::decoder(&*checkpoint, backend, options);
-        Model::build(start, config, defaults, tokenizer, chat, options, load)
+        Model::build(start, config, defaults, tokenizer, options, load)
     }
 
     /// A model of a named shape with random weights, for benchmarks. It has no tokenizer.
@@ -111,7 +111,7 @@ impl Model {
         let start = Instant::now();
         let config = Config::shape(shape)?;
         let load = |backend: &dyn Backend, options| load::random_decoder(&config, seed, backend, options);
-        Model::build(start, config.clone(), GenerationDefaults::default(), None, None, options, load)
+        Model::build(start, config.clone(), GenerationDefaults::default(), None, options, load)
     }
 
     fn build(
@@ -119,14 +119,18 @@ impl Model {
         config: Config,
         defaults: GenerationDefaults,
         tokenizer: Option<Tokenizer>,
-        chat: Option<ChatTemplate>,
         options: ModelOptions,
         load: impl FnOnce(&dyn Backend, LoadOptions) -> Result<Decoder>,
     ) -> Result<Model> {
         let backend: Arc<dyn Backend> = match options.device {
-            Device::Auto | Device::Cpu => Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?),
+            Device::Auto | Device::Cpu => {
+                Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?)
+            }
         };
-        let decoder = load(&*backend, LoadOptions { dtype: options.dtype, threads: options.threads, progress: options.progress })?;
+        let decoder = load(
+            &*backend,
+            LoadOptions { dtype: options.dtype, threads: options.threads, progress: options.progress },
+        )?;
         let dimensions = Dimensions::new(&config, &decoder);
         let workspace = Mutex::new(Workspace::new(&*backend, &dimensions)?);
         let (parameters, weight_bytes) = decoder.size();
@@ -139,8 +143,11 @@ impl Model {
             defaults,
             decoder,
             dimensions,
+            chat: match &tokenizer {
+                Some(tokenizer) => ChatTemplate::of(tokenizer),
+                None => Err(no_tokenizer()),
+            },
             tokenizer,
-            chat,
             backend,
             parameters,
             weight_bytes,
@@ -178,12 +185,12 @@ impl Model {
 
     /// The tokenizer; an error for a model that has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.inner.tokenizer.as_ref().ok_or_else(|| Error::unsupported("this model has no tokenizer"))
+        self.inner.tokenizer.as_ref().ok_or_else(no_tokenizer)
     }
 
-    /// The chat template; an error for a model that has none.
+    /// The chat template; an error for a model that has none, or one that does not parse.
     pub fn chat_template(&self) -> Result<&ChatTemplate> {
-        self.inner.chat.as_ref().ok_or_else(|| Error::unsupported("this model has no chat template"))
+        self.inner.chat.as_ref().map_err(Error::clone)
     }
 
     /// Type of the weights in memory.
@@ -263,4 +270,8 @@ fn tokenizer(checkpoint: &dyn Checkpoint) -> Result<Option<Tokenizer>> {
     };
     tokenizer.match_vocabulary(checkpoint.config().vocabulary)?;
     Ok(Some(tokenizer))
+}
+
+fn no_tokenizer() -> Error {
+    Error::unsupported("this model has no tokenizer")
 }

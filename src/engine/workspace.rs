@@ -89,9 +89,6 @@ pub(super) struct Workspace {
     pub(super) scores: Slot,
 }
 
-/// Rows of logits that exist at once: a vocabulary is wide, and a score needs each row only for a moment.
-pub(super) const LOGIT_ROWS: usize = 32;
-
 /// What attention or MLP reads: the normalised state, or the residual stream itself in post-norm models.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Input {
