@@ -13,3 +13,6 @@ pub mod decoder;
 pub mod load;
 pub mod rope;
 pub mod weights;
+
+#[cfg(test)]
+mod tests;
