@@ -57,7 +57,7 @@ pub trait Backend: Send + Sync {
     fn norm_heads(&self, stream: &Stream, x: RowsMut<'_>, norm: &Norm) -> Result<()>;
 
     /// `out = x · weightᵀ + bias`, or `out += …` with `accumulate`. `x`: m × inputs, `out`: m × outputs, both
-    /// activations; accumulation in f32. With [`Shape::Decode`] every row's result is bit-identical whatever m is.
+    /// activations (`out` may be f32 instead, for logits); accumulation in f32. With [`Shape::Decode`] every row's result is bit-identical whatever m is.
     fn matmul(
         &self,
         stream: &Stream,

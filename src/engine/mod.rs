@@ -1,3 +1,25 @@
-//! One model and many sessions: a step plans, reserves, runs the layers and commits.
+//! One model, many sessions: prefill, decode, sampling, generation, statistics.
+//!
+//! | part | what it promises |
+//! |---|---|
+//! | [`Model`] | weights, tokenizer, backend and KV pool of one checkpoint; shared by reference count, usable from many threads |
+//! | [`Session`] | one sequence; every call is a transaction: it succeeds, or the session is as it was |
+//! | `forward` | the step loop: embed, blocks, head; knows the backend as a trait and the KV as a policy |
+//! | [`sampling`] | logits to a token, without state |
+//! | [`generate`] | sample, stream the text, stop |
+//!
+//! What may not enter: pointers from C (`ffi`), file formats (`model`), arithmetic (`backend`).
 
+mod control;
+mod estimate;
+mod forward;
+pub mod generate;
+mod model;
 pub mod sampling;
+mod session;
+mod workspace;
+
+pub use control::Control;
+pub use estimate::Estimate;
+pub use model::{Device, LogLevel, Logger, Model, ModelOptions};
+pub use session::{Session, SessionOptions, Statistics, decode_batch};

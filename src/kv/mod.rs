@@ -1,1 +1,16 @@
-//! kv
+//! Where keys and values live.
+//!
+//! - [`Pool`]: one per model; hands out extents under a byte limit and takes them back for the next sequence. All extents
+//!   of a model are equally long, so sequences of any length come and go without fragmentation.
+//! - [`SequenceKv`]: one sequence's extents, in token order. Growing adds an extent; nothing is ever copied.
+//! - What may not enter: what a layer attends (that is `policy`), and how (that is `backend`).
+
+mod pool;
+mod sequence;
+
+pub use pool::{Pool, PoolUsage};
+pub use sequence::SequenceKv;
+
+/// Tokens of one run: long enough that a run is read at full memory speed (64 KiB at d = 64, bf16), short enough that a
+/// short sequence wastes little.
+pub const EXTENT_TOKENS: usize = 256;

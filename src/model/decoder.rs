@@ -47,6 +47,16 @@ pub struct Rotary {
     pub long: Option<(usize, Rotation)>,
 }
 
+impl Rotary {
+    /// The rotation of a sequence that will hold `tokens` tokens.
+    pub fn for_length(&self, tokens: usize) -> &Rotation {
+        match &self.long {
+            Some((threshold, long)) if tokens > *threshold => long,
+            _ => &self.short,
+        }
+    }
+}
+
 /// Where a block normalises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormPlacement {
@@ -95,4 +105,36 @@ pub struct Mlp {
     pub activation: Activation,
     /// Back to the hidden width.
     pub down: Linear,
+}
+
+impl Decoder {
+    /// Number of weights and their bytes in memory; a tied head counts once.
+    pub fn size(&self) -> (u64, u64) {
+        let mut size = (0, 0);
+        let mut linear = |linear: &Linear| {
+            let bias = linear.bias.as_ref().map_or(0, |bias| bias.len as u64);
+            size.0 += linear.outputs as u64 * linear.inputs as u64 + bias;
+            size.1 += linear.data.bytes() as u64 + 4 * bias;
+        };
+        linear(&self.embedding);
+        if let Positions::Learned { table, .. } = &self.positions {
+            linear(table);
+        }
+        [&self.project_in, &self.project_out, &self.head].into_iter().flatten().for_each(&mut linear);
+        for block in &self.blocks {
+            [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down]
+                .into_iter()
+                .for_each(&mut linear);
+        }
+        let norms = self.blocks.iter().flat_map(|block| {
+            let own = [Some(&block.attention_norm), Some(&block.mlp_norm)];
+            own.into_iter().chain([block.attention.query_norm.as_ref(), block.attention.key_norm.as_ref()])
+        });
+        for norm in norms.chain([self.final_norm.as_ref()]).flatten() {
+            let values = (norm.weight.len + norm.bias.as_ref().map_or(0, |bias| bias.len)) as u64;
+            size.0 += values;
+            size.1 += 4 * values;
+        }
+        size
+    }
 }

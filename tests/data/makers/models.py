@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 GREEDY_TOKENS = 24
-# Greedy tokens are compared exactly, so no step may be a near tie. f32 against f64 moves logits by less than 1e-4; a KV cache in
-# bf16 by up to 0.1, which is why the gap is not smaller.
+# Greedy tokens are compared exactly, so no step may be a near tie. f32 against f64 moves logits by less than 1e-4; a
+# KV cache in bf16 by up to 0.1, which is why the gap is not smaller.
 MIN_TOP2_GAP = 0.08
 # A continuation that falls into a loop at once would hide errors of later steps.
 MIN_DISTINCT_GREEDY = 6
@@ -245,6 +245,8 @@ def classic_config(config: dict, overrides: dict) -> dict:
         key = "rope_type" if kind == "llama3" else "type"
         config["rope_scaling"] = None if kind == "default" else {key: kind, **parameters}
     config.pop("layer_types", None)
+    if config.get("head_dim") == config["hidden_size"] // config["num_attention_heads"]:
+        del config["head_dim"]  # was written only where it could not be derived
     config.update(overrides)
     return {key: value for key, value in config.items() if not (key in overrides and value is None)}
 

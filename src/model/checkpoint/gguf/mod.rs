@@ -10,6 +10,7 @@
 //! Every count, length and offset is compared with the size of the file before it is used, so that a hostile header
 //! costs no more memory than its own size and ends in an error that says where.
 
+mod checkpoint;
 mod metadata;
 mod reader;
 
@@ -18,8 +19,10 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
+pub use checkpoint::GgufCheckpoint;
 pub use metadata::{FromValue, Metadata, Numbers, Value};
 
+use super::Stored;
 use super::quant::Encoding;
 use crate::Result;
 use metadata::MAX_NAME_BYTES;
@@ -51,8 +54,8 @@ pub struct Gguf {
 pub struct Entry {
     /// Outermost dimension first, as in Hugging Face checkpoints; the file has them the other way round.
     pub shape: Vec<usize>,
-    /// How elements are stored.
-    pub encoding: Encoding,
+    /// Element type.
+    pub stored: Stored,
     /// First byte, from the start of the file.
     pub offset: u64,
     /// Size in bytes.
@@ -183,7 +186,7 @@ fn read_entry<R: Read>(reader: &mut Reader<'_, R>, alignment: u64) -> Result<(St
     if !offset.is_multiple_of(alignment) {
         return Err(reader.invalid(format!("tensor {name:?} has the offset {offset}, not a multiple of {alignment}")));
     }
-    Ok((name, Entry { shape, encoding, offset, bytes }))
+    Ok((name, Entry { shape, stored: Stored::Known(encoding), offset, bytes }))
 }
 
 #[cfg(test)]
