@@ -86,7 +86,10 @@ def rope_divisors(config: dict) -> np.ndarray:
     return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def convert(tensors: dict[str, torch.Tensor], config: dict, arch: str, kind: Type) -> dict[str, tuple[np.ndarray, Type]]:
+def convert(
+    tensors: dict[str, torch.Tensor], config: dict, arch: str, kind: Type
+) -> dict[str, tuple[np.ndarray, Type]]:
+    """Names, types and row order of llama.cpp."""
     arch_id = {name: id for id, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
     names = gguf.get_tensor_name_map(arch_id, config["num_hidden_layers"])
     result = {}
