@@ -11,7 +11,7 @@ use super::session::try_lock;
 use super::text::{KVA_DETOKENIZE_SKIP_SPECIAL, check_flags};
 use crate::Result;
 use crate::engine::Model;
-use crate::model::tokenizer::{StreamOptions, TextStream, Tokenizer};
+use crate::model::tokenizer::{TextStream, Tokenizer};
 
 /// Turns tokens into text one at a time: gives out what no later token can change, and holds the beginning of a
 /// character back until the rest of it comes.
@@ -22,7 +22,7 @@ pub struct kva_detokenizer(Mutex<Streaming>);
 struct Streaming {
     stream: TextStream<ModelTokenizer>,
     /// What was given out last, with a NUL.
-    text: Vec<u8>,
+    given: String,
 }
 
 /// The tokenizer of a model that has one, and the model with it.
@@ -44,11 +44,12 @@ impl Deref for ModelTokenizer {
 }
 
 impl Streaming {
-    fn set(text: &str, buffer: &mut Vec<u8>) -> (*const c_char, usize) {
-        buffer.clear();
-        buffer.extend_from_slice(text.as_bytes());
-        buffer.push(0);
-        (buffer.as_ptr().cast(), text.len())
+    /// Keeps `text` until the next call, and returns its address and length.
+    fn give(&mut self, mut text: String) -> (*const c_char, usize) {
+        let length = text.len();
+        text.push('\0');
+        self.given = text;
+        (self.given.as_ptr().cast(), length)
     }
 }
 
@@ -81,9 +82,9 @@ pub unsafe extern "C" fn kva_detokenizer_create(
         check_flags(flags, KVA_DETOKENIZE_SKIP_SPECIAL, "KVA_DETOKENIZE")?;
         // SAFETY: the caller's promise: NULL, or a place for the handle.
         let out = unsafe { Out::new(detokenizer, "detokenizer") }?;
-        let options = StreamOptions { skip_special: flags & KVA_DETOKENIZE_SKIP_SPECIAL != 0, continues: true };
-        let stream = TextStream::new(ModelTokenizer::new(model)?, options);
-        let detokenizer = kva_detokenizer(Mutex::new(Streaming { stream, text: Vec::new() }));
+        let skip_special = flags & KVA_DETOKENIZE_SKIP_SPECIAL != 0;
+        let stream = TextStream::continuing(ModelTokenizer::new(model)?, skip_special);
+        let detokenizer = kva_detokenizer(Mutex::new(Streaming { stream, given: String::new() }));
         out.write(Box::into_raw(Box::new(detokenizer)));
         Ok(())
     })
@@ -108,8 +109,8 @@ pub unsafe extern "C" fn kva_detokenizer_push(
         let mut streaming = unsafe { lock(detokenizer) }?;
         // SAFETY: the caller's promise: NULL, or places for the results.
         let (out, out_len) = unsafe { (Out::new(text, "text")?, Out::new(text_len, "text_len")?) };
-        let Streaming { stream, text } = &mut *streaming;
-        let (text, length) = Streaming::set(stream.push(token)?, text);
+        let text = streaming.stream.push(token)?;
+        let (text, length) = streaming.give(text);
         out.write(text);
         out_len.write(length);
         Ok(())
@@ -133,8 +134,8 @@ pub unsafe extern "C" fn kva_detokenizer_finish(
         let mut streaming = unsafe { lock(detokenizer) }?;
         // SAFETY: the caller's promise: NULL, or places for the results.
         let (out, out_len) = unsafe { (Out::new(text, "text")?, Out::new(text_len, "text_len")?) };
-        let Streaming { stream, text } = &mut *streaming;
-        let (text, length) = Streaming::set(stream.finish(), text);
+        let text = streaming.stream.finish();
+        let (text, length) = streaming.give(text);
         out.write(text);
         out_len.write(length);
         Ok(())

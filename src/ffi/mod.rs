@@ -25,13 +25,21 @@ mod boundary;
 mod options;
 mod user_data;
 
-// The header lists functions in this order.
+// The header lists functions in this order; the empty lines keep rustfmt from sorting it.
 pub mod version;
+
 pub mod error;
+
 pub mod model;
+
 pub mod text;
+
 pub mod detokenizer;
+
 pub mod session;
+
 pub mod batch;
+
 pub mod sampling;
+
 pub mod generate;

@@ -176,14 +176,14 @@ pub unsafe extern "C" fn kva_model_apply_chat_template(
                 Out::new(text_len, "text_len")?,
             )
         };
-        let messages: Vec<Message<'_>> = messages.iter().enumerate().map(message).collect::<Result<_>>()?;
+        let messages: Vec<Message> = messages.iter().enumerate().map(message).collect::<Result<_>>()?;
         let text = model.chat_template()?.render(&messages, add_generation_prompt != 0)?;
         write_text(out, text_len, &text)
     })
 }
 
-fn message((i, message): (usize, &kva_chat_message)) -> Result<Message<'_>> {
+fn message((i, message): (usize, &kva_chat_message)) -> Result<Message> {
     let (role, content) = (format!("messages[{i}].role"), format!("messages[{i}].content"));
     // SAFETY: the caller's promise: NULL, or strings that end with a NUL and are left alone during the call.
-    unsafe { Ok(Message { role: string(message.role, &role)?, content: string(message.content, &content)? }) }
+    unsafe { Ok(Message::new(string(message.role, &role)?, string(message.content, &content)?)) }
 }
