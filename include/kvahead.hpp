@@ -35,6 +35,7 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -279,6 +280,12 @@ inline Result<void> check(kva_error* error) {
   return copy;
 }
 
+/// What a C string cannot say is an error, not a shorter string.
+inline Result<void> check_no_nul(const std::string& text, const char* what) {
+  if (text.find('\0') == std::string::npos) return {};
+  return Error(ErrorCode::invalid_argument, std::string(what) + " holds a NUL character");
+}
+
 /// One `Deleter` for every handle.
 template <auto free_function>
 struct Deleter {
@@ -380,7 +387,7 @@ struct ModelOptions {
       dtype = static_cast<DType>(c->dtype);
       threads = c->threads;
       kv_limit_bytes = c->kv_limit_bytes;
-      log_level = static_cast<LogLevel>(c->log_level);
+      if (c->log_level != 0) log_level = static_cast<LogLevel>(c->log_level);
     }
   }
 };
@@ -426,8 +433,8 @@ struct ModelInfo {
   std::uint32_t hidden_size = 0;
   std::uint32_t vocabulary_size = 0;
   std::uint64_t context_length = 0;
-  std::int32_t bos_token = -1;  ///< -1: none
-  std::int32_t eos_token = -1;  ///< -1: none
+  std::optional<std::uint32_t> bos_token;
+  std::optional<std::uint32_t> eos_token;  ///< the first of `Model::stop_tokens`
   bool has_tokenizer = false;
   bool has_chat_template = false;
   double load_seconds = 0;
@@ -456,11 +463,13 @@ class Model {
 
   /// Loads a Hugging Face folder or a GGUF file.
   static Result<Model> load(const std::string& path, const ModelOptions& options = {}) {
+    if (auto done = detail::check_no_nul(path, "path"); !done) return std::move(done).error();
     return make(options, [&](const kva_model_options* c, kva_model** out) { return kva_model_load(path.c_str(), c, out); });
   }
 
   /// A model of a named shape ("llama-2-7b") with random weights and no tokenizer, for measurements.
   static Result<Model> random(const std::string& shape, std::uint64_t seed, const ModelOptions& options = {}) {
+    if (auto done = detail::check_no_nul(shape, "shape"); !done) return std::move(done).error();
     return make(options, [&](const kva_model_options* c, kva_model** out) {
       return kva_model_create_random(shape.c_str(), seed, c, out);
     });
@@ -483,8 +492,8 @@ class Model {
     info.hidden_size = c.hidden_size;
     info.vocabulary_size = c.vocabulary_size;
     info.context_length = c.context_length;
-    info.bos_token = c.bos_token;
-    info.eos_token = c.eos_token;
+    if (c.bos_token != KVA_TOKEN_NONE) info.bos_token = c.bos_token;
+    if (c.eos_token != KVA_TOKEN_NONE) info.eos_token = c.eos_token;
     info.has_tokenizer = c.has_tokenizer != 0;
     info.has_chat_template = c.has_chat_template != 0;
     info.load_seconds = c.load_seconds;
@@ -524,7 +533,7 @@ class Model {
   [[nodiscard]] Result<std::vector<std::uint32_t>> stop_tokens() const {
     return detail::read_counted<std::vector<std::uint32_t>>(
         [&](std::uint32_t* tokens, std::size_t capacity, std::size_t* count) {
-          return kva_model_stop_tokens(get(), tokens, capacity, count);
+          return kva_model_get_stop_tokens(get(), tokens, capacity, count);
         });
   }
 
@@ -534,7 +543,11 @@ class Model {
                                                         bool add_generation_prompt = true) const {
     std::vector<kva_chat_message> c;
     c.reserve(messages.size());
-    for (const ChatMessage& message : messages) c.push_back({message.role.c_str(), message.content.c_str()});
+    for (const ChatMessage& message : messages) {
+      if (auto done = detail::check_no_nul(message.role, "role"); !done) return std::move(done).error();
+      if (auto done = detail::check_no_nul(message.content, "content"); !done) return std::move(done).error();
+      c.push_back({message.role.c_str(), message.content.c_str()});
+    }
     return detail::read_text([&](char* text, std::size_t capacity, std::size_t* length) {
       return kva_model_apply_chat_template(get(), c.data(), c.size(), add_generation_prompt ? 1u : 0u, text, capacity,
                                            length);
@@ -664,7 +677,8 @@ struct SamplingOptions {
   }
 };
 
-/// Called for each token with the text that has become certain by it: whole UTF-8 characters, maybe none.
+/// Called for each token with the text that has become certain by it: whole UTF-8 characters, maybe none. What was held
+/// back at the end comes in one more call, with the last token again.
 using TextCallback = std::function<Flow(std::uint32_t token, std::string_view text)>;
 
 struct GenerateOptions {
@@ -683,8 +697,8 @@ struct GenerateOptions {
 /// What came of a generation.
 struct Generated {
   Finish finish = Finish::length;
-  std::uint64_t tokens = 0;      ///< emitted
-  std::uint32_t last_token = 0;  ///< the stop token, where one ended the text
+  std::uint64_t tokens = 0;                 ///< emitted
+  std::optional<std::uint32_t> last_token;  ///< the last one sampled: the stop token, where one ended the text
 };
 
 /// Counts and times since the session began or since the last reset.
@@ -723,7 +737,7 @@ class Session {
   [[nodiscard]] Result<std::vector<std::uint32_t>> tokens() const {
     return detail::read_counted<std::vector<std::uint32_t>>(
         [&](std::uint32_t* tokens, std::size_t capacity, std::size_t* count) {
-          return kva_session_tokens(get(), tokens, capacity, count);
+          return kva_session_get_tokens(get(), tokens, capacity, count);
         });
   }
 
@@ -761,7 +775,8 @@ class Session {
   }
 
   /// Appends the prompt (empty: goes on from where the session is), then samples and appends tokens until the text ends.
-  /// After an error, `cancelled` included, the session holds the prompt and every token emitted.
+  /// After an error before the first token the session is as it was; after a later one, `cancelled` for instance, it holds
+  /// the prompt and every token emitted, and can go on from there.
   Result<Generated> generate(Tokens prompt, const GenerateOptions& options = {}, const TextCallback& callback = {}) {
     auto c = detail::defaults(kva_generate_options_init);
     if (!c) return std::move(c).error();
@@ -769,7 +784,10 @@ class Session {
     if (!sampling) return std::move(sampling).error();
     std::vector<const char*> stop_strings;
     stop_strings.reserve(options.stop_strings.size());
-    for (const std::string& text : options.stop_strings) stop_strings.push_back(text.c_str());
+    for (const std::string& stop : options.stop_strings) {
+      if (auto done = detail::check_no_nul(stop, "stop string"); !done) return std::move(done).error();
+      stop_strings.push_back(stop.c_str());
+    }
     Text text{callback, {}};
 
     c->max_tokens = options.max_tokens;
@@ -793,23 +811,25 @@ class Session {
     auto done = detail::check(kva_session_generate(get(), prompt.data(), prompt.size(), &*c, &result));
     text.caught.rethrow();
     if (!done) return std::move(done).error();
-    return Generated{static_cast<Finish>(result.finish_reason), result.tokens, result.last_token};
+    Generated generated{static_cast<Finish>(result.finish_reason), result.tokens, {}};
+    if (result.last_token != KVA_TOKEN_NONE) generated.last_token = result.last_token;
+    return generated;
   }
 
   /// Stops the call in progress, or else the next one, within one layer; it returns `ErrorCode::cancelled`.
   /// From any thread. In a signal handler call `kva_session_cancel` on `get()`.
   void cancel() const noexcept { kva_session_cancel(get()); }
   /// Takes back a cancel that no call has consumed.
-  void cancel_clear() const noexcept { kva_session_cancel_clear(get()); }
+  void clear_cancel() const noexcept { kva_session_clear_cancel(get()); }
 
   [[nodiscard]] Result<Statistics> statistics() const {
     kva_statistics c{};
     c.struct_size = sizeof c;
-    if (auto done = detail::check(kva_session_statistics(get(), &c)); !done) return std::move(done).error();
+    if (auto done = detail::check(kva_session_get_statistics(get(), &c)); !done) return std::move(done).error();
     return Statistics{c.prefill_tokens, c.prefill_seconds, c.decode_tokens,   c.decode_seconds, c.sampled_tokens,
                       c.sample_seconds, c.kv_device_bytes, c.kv_pinned_bytes, c.kv_file_bytes};
   }
-  Result<void> reset_statistics() { return detail::check(kva_session_statistics_reset(get())); }
+  Result<void> reset_statistics() { return detail::check(kva_session_reset_statistics(get())); }
 
   [[nodiscard]] kva_session* get() const noexcept { return handle_.get(); }
   [[nodiscard]] explicit operator bool() const noexcept { return handle_ != nullptr; }
