@@ -1,0 +1,42 @@
+# make         builds the library (target/release) and the tools (build/)
+# make demo    sets everything up and answers a question about a long document with the real model
+# make test    sets everything up and runs every test
+# make check   formatting and lints
+
+CARGO ?= cargo
+MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+JOBS ?= $(shell nproc)
+
+.PHONY: all setup model library tools demo test check clean
+
+all: tools
+
+setup:
+	@tools/setup.sh
+
+model: setup
+	@tools/fetch_model.sh
+
+library: setup
+	$(CARGO) build --release --locked
+
+tools: library
+	cmake -S bindings/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release -DKVAHEAD_LIBRARY_DIR=$(CURDIR)/target/release
+	cmake --build build/cpp -j $(JOBS)
+
+demo: tools model
+	@tools/demo.sh
+
+test: tools model
+	$(CARGO) test --release --locked
+	cmake -S tests -B build/tests -DCMAKE_BUILD_TYPE=Release -DKVAHEAD_LIBRARY_DIR=$(CURDIR)/target/release -DKVAHEAD_TOOLS_DIR=$(CURDIR)/build/cpp
+	cmake --build build/tests -j $(JOBS)
+	ctest --test-dir build/tests --output-on-failure -j $(JOBS)
+
+check: setup
+	$(CARGO) fmt --check
+	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+
+clean:
+	$(CARGO) clean
+	rm -rf build
