@@ -10,7 +10,7 @@ bool parse(int argc, char** argv, Options& options) {
                       "then decode steps of the whole batch, repeated. Prompts are random token ids.");
   options.model.declare(parser, true);
   parser.choice("--policy", "what a layer attends (default full)", program::policies(), options.policy);
-  parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights", program::dtypes(), options.kv_dtype);
+  parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights (default auto)", program::dtypes(), options.kv_dtype);
 
   parser.group("Measurement");
   parser.option("--context", "LIST", "tokens of each prompt, as 1,512,4096 (default 512); 0: decode from the empty context",

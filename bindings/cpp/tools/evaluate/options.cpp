@@ -8,7 +8,7 @@ bool parse(int argc, char** argv, Options& options) {
                       "perplexity.");
   options.model.declare(parser, false);
   parser.choice("--policy", "what a layer attends (default full)", program::policies(), options.policy);
-  parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights", program::dtypes(), options.kv_dtype);
+  parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights (default auto)", program::dtypes(), options.kv_dtype);
 
   parser.group("Text");
   parser.option("--text", "FILE", "a text; names of special tokens in it mean the token; - is standard input",
