@@ -31,11 +31,6 @@ impl Control {
         self.length.store(length, Ordering::Relaxed);
     }
 
-    /// Whether a request is pending; leaves it pending.
-    pub(super) fn requested(&self) -> bool {
-        self.cancel.load(Ordering::Relaxed)
-    }
-
     /// Consumes a pending request as an error.
     pub(super) fn check(&self) -> Result<()> {
         if self.cancel.swap(false, Ordering::Relaxed) {

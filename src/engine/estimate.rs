@@ -4,8 +4,8 @@ use crate::Result;
 use crate::backend::KvGeometry;
 use crate::policy::TierBytes;
 
-use super::session::SessionOptions;
 use super::Model;
+use super::session::SessionOptions;
 
 /// Bytes, by what they are for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,7 +25,8 @@ impl Estimate {
         let geometry: KvGeometry = resolved.geometry;
         let each = geometry.extents(resolved.capacity) as u64 * geometry.extent_bytes() as u64;
         let rows = resolved.prefill_chunk.min(resolved.capacity).max(sessions);
-        let scratch = model.forward(|forward| Ok(forward.workspace.bytes(rows, sessions.max(super::session::LOGIT_ROWS))))?;
+        let scratch =
+            model.forward(|forward| Ok(forward.workspace.bytes(rows, sessions.max(super::session::LOGIT_ROWS))))?;
         let device = usize::try_from(each.saturating_mul(sessions as u64)).unwrap_or(usize::MAX);
         Ok(Estimate {
             weights: model.weight_bytes(),

@@ -3,11 +3,11 @@
 //! One function serves prefill (many rows of one sequence) and decode (one row of each of many sequences): a step is a
 //! list of [`Part`]s, each of which is consecutive rows of one sequence.
 
+use crate::Result;
 use crate::backend::{AttentionShape, Backend, Norm, Segment, Shape};
 use crate::model::config::Config;
 use crate::model::decoder::{Attention, Block, Decoder, Mlp, NormPlacement, Positions};
 use crate::policy::Policy;
-use crate::Result;
 
 use super::Control;
 use super::workspace::{Input, Workspace};
@@ -77,7 +77,13 @@ impl Forward<'_> {
     /// Runs all layers over `tokens`, the rows of all `parts` in order, and leaves the last layer's output in the
     /// workspace. Room has been reserved in every policy. An error, or a cancellation of any part, leaves entries past
     /// the committed lengths, which mean nothing.
-    pub(super) fn run(&mut self, tokens: &[u32], parts: &mut [Part<'_>], shape: Shape, logit_rows: usize) -> Result<()> {
+    pub(super) fn run(
+        &mut self,
+        tokens: &[u32],
+        parts: &mut [Part<'_>],
+        shape: Shape,
+        logit_rows: usize,
+    ) -> Result<()> {
         let rows = tokens.len();
         self.workspace.reserve(self.backend, rows, logit_rows)?;
         self.embed(tokens, parts)?;
@@ -164,7 +170,14 @@ impl Forward<'_> {
     ) -> Result<()> {
         let (backend, d, w) = (self.backend, self.dimensions, &mut *self.workspace);
         let (q_width, kv_width) = (d.heads * d.head_dim, d.kv_heads * d.head_dim);
-        backend.matmul(&w.stream, w.input(input).get(rows), &attention.qkv, false, shape, w.qkv.get_mut(rows))?;
+        backend.matmul(
+            &w.stream,
+            input.of(&w.hidden, &w.normed).get(rows),
+            &attention.qkv,
+            false,
+            shape,
+            w.qkv.get_mut(rows),
+        )?;
         if let Some(norm) = &attention.query_norm {
             backend.norm_heads(&w.stream, w.qkv.get_mut(rows).col_range(0, q_width), norm)?;
         }
@@ -209,7 +222,14 @@ impl Forward<'_> {
     /// hidden += down(activation(up(input))).
     fn mlp(&mut self, mlp: &Mlp, input: Input, rows: usize, shape: Shape) -> Result<()> {
         let (backend, w) = (self.backend, &mut *self.workspace);
-        backend.matmul(&w.stream, w.input(input).get(rows), &mlp.up, false, shape, w.up.get_mut(rows))?;
+        backend.matmul(
+            &w.stream,
+            input.of(&w.hidden, &w.normed).get(rows),
+            &mlp.up,
+            false,
+            shape,
+            w.up.get_mut(rows),
+        )?;
         backend.activate(&w.stream, w.up.get(rows), mlp.activation, w.activated.get_mut(rows))?;
         backend.matmul(&w.stream, w.activated.get(rows), &mlp.down, true, shape, w.hidden.get_mut(rows))
     }

@@ -124,4 +124,3 @@ impl Session {
         Ok(Generated { finish, tokens: emitted, last_token })
     }
 }
-

@@ -10,6 +10,7 @@ use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::{Backend, DType};
 use crate::kv::Pool;
 use crate::model::chat::ChatTemplate;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{Config, GenerationDefaults};
 use crate::model::decoder::Decoder;
 use crate::model::load::{self, LoadOptions, Progress};
@@ -80,7 +81,8 @@ struct Inner {
     decoder: Decoder,
     dimensions: Dimensions,
     tokenizer: Option<Tokenizer>,
-    chat: Option<ChatTemplate>,
+    /// Or why there is none: a model whose template is broken is still a model.
+    chat: Result<ChatTemplate>,
     backend: Arc<dyn Backend>,
     pool: Arc<Pool>,
     dtype: DType,
@@ -97,12 +99,11 @@ impl Model {
     pub fn load(path: &Path, options: ModelOptions) -> Result<Model> {
         let start = Instant::now();
         let checkpoint = load::open(path)?;
-        let tokenizer = checkpoint.tokenizer()?;
-        let chat = checkpoint.chat_template()?;
         let config = checkpoint.config().clone();
+        let tokenizer = tokenizer(&*checkpoint)?;
         let defaults = checkpoint.generation_defaults();
         let load = |backend: &dyn Backend, options| load::decoder(&*checkpoint, backend, options);
-        Model::build(start, config, defaults, tokenizer, chat, options, load)
+        Model::build(start, config, defaults, tokenizer, options, load)
     }
 
     /// A model of a named shape with random weights, for benchmarks. It has no tokenizer.
@@ -110,7 +111,7 @@ impl Model {
         let start = Instant::now();
         let config = Config::shape(shape)?;
         let load = |backend: &dyn Backend, options| load::random_decoder(&config, seed, backend, options);
-        Model::build(start, config.clone(), GenerationDefaults::default(), None, None, options, load)
+        Model::build(start, config.clone(), GenerationDefaults::default(), None, options, load)
     }
 
     fn build(
@@ -118,14 +119,18 @@ impl Model {
         config: Config,
         defaults: GenerationDefaults,
         tokenizer: Option<Tokenizer>,
-        chat: Option<ChatTemplate>,
         options: ModelOptions,
         load: impl FnOnce(&dyn Backend, LoadOptions) -> Result<Decoder>,
     ) -> Result<Model> {
         let backend: Arc<dyn Backend> = match options.device {
-            Device::Auto | Device::Cpu => Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?),
+            Device::Auto | Device::Cpu => {
+                Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?)
+            }
         };
-        let decoder = load(&*backend, LoadOptions { dtype: options.dtype, progress: options.progress })?;
+        let decoder = load(
+            &*backend,
+            LoadOptions { dtype: options.dtype, threads: options.threads, progress: options.progress },
+        )?;
         let dimensions = Dimensions::new(&config, &decoder);
         let workspace = Mutex::new(Workspace::new(&*backend, &dimensions)?);
         let (parameters, weight_bytes) = decoder.size();
@@ -138,8 +143,11 @@ impl Model {
             defaults,
             decoder,
             dimensions,
+            chat: match &tokenizer {
+                Some(tokenizer) => ChatTemplate::of(tokenizer),
+                None => Err(no_tokenizer()),
+            },
             tokenizer,
-            chat,
             backend,
             parameters,
             weight_bytes,
@@ -177,12 +185,12 @@ impl Model {
 
     /// The tokenizer; an error for a model that has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.inner.tokenizer.as_ref().ok_or_else(|| Error::unsupported("this model has no tokenizer"))
+        self.inner.tokenizer.as_ref().ok_or_else(no_tokenizer)
     }
 
-    /// The chat template; an error for a model that has none.
+    /// The chat template; an error for a model that has none, or one that does not parse.
     pub fn chat_template(&self) -> Result<&ChatTemplate> {
-        self.inner.chat.as_ref().ok_or_else(|| Error::unsupported("this model has no chat template"))
+        self.inner.chat.as_ref().map_err(Error::clone)
     }
 
     /// Type of the weights in memory.
@@ -251,4 +259,19 @@ impl Model {
             workspace: &mut workspace,
         })
     }
+}
+
+/// The checkpoint's tokenizer. A folder may lack one (a model without text); a GGUF file always says something.
+fn tokenizer(checkpoint: &dyn Checkpoint) -> Result<Option<Tokenizer>> {
+    let mut tokenizer = match checkpoint.metadata() {
+        Some(metadata) => Tokenizer::from_gguf(metadata)?,
+        None if checkpoint.path().join("tokenizer.json").exists() => Tokenizer::from_folder(checkpoint.path())?,
+        None => return Ok(None),
+    };
+    tokenizer.match_vocabulary(checkpoint.config().vocabulary)?;
+    Ok(Some(tokenizer))
+}
+
+fn no_tokenizer() -> Error {
+    Error::unsupported("this model has no tokenizer")
 }

@@ -279,10 +279,7 @@ impl Session {
         if tokens.len() > capacity - held {
             return Err(Error::new(
                 ErrorCode::Capacity,
-                format!(
-                    "{} more tokens do not fit the session: it holds {held} of at most {capacity}",
-                    tokens.len()
-                ),
+                format!("{} more tokens do not fit the session: it holds {held} of at most {capacity}", tokens.len()),
             ));
         }
         Ok(())

@@ -89,14 +89,21 @@ pub(super) struct Workspace {
     pub(super) scores: Slot,
 }
 
-/// Rows of logits that exist at once: a vocabulary is wide, and a score needs each row only for a moment.
-pub(super) const LOGIT_ROWS: usize = 32;
-
 /// What attention or MLP reads: the normalised state, or the residual stream itself in post-norm models.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Input {
     Normed,
     Hidden,
+}
+
+impl Input {
+    /// Picks it. Two arguments rather than the workspace, so that the caller may write its other slots meanwhile.
+    pub(super) fn of<'a>(self, hidden: &'a Slot, normed: &'a Slot) -> &'a Slot {
+        match self {
+            Input::Normed => normed,
+            Input::Hidden => hidden,
+        }
+    }
 }
 
 impl Workspace {
@@ -139,14 +146,6 @@ impl Workspace {
         let rows: usize = self.row_slots().into_iter().map(|slot| slot.bytes(rows.max(slot.rows))).sum();
         let logits: usize = self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).sum();
         rows + logits
-    }
-
-    /// What a half block reads.
-    pub(super) fn input(&self, input: Input) -> &Slot {
-        match input {
-            Input::Normed => &self.normed,
-            Input::Hidden => &self.hidden,
-        }
     }
 
     /// Makes the normalised state the residual stream (post-norm models).

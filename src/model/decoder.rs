@@ -122,7 +122,9 @@ impl Decoder {
         }
         [&self.project_in, &self.project_out, &self.head].into_iter().flatten().for_each(&mut linear);
         for block in &self.blocks {
-            [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down].into_iter().for_each(&mut linear);
+            [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down]
+                .into_iter()
+                .for_each(&mut linear);
         }
         let norms = self.blocks.iter().flat_map(|block| {
             let own = [Some(&block.attention_norm), Some(&block.mlp_norm)];
