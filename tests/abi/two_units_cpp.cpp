@@ -1,0 +1,3 @@
+#include <kvahead.h>
+
+extern "C" const char *version_in_cpp() { return kva_version(); }
