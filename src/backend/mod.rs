@@ -129,11 +129,11 @@ pub enum Shape {
 
 /// A queue of operations. Opaque; the number is the backend's own.
 #[derive(Debug)]
-pub struct Stream(pub(crate) u64);
+pub struct Stream(#[allow(dead_code, reason = "read by backends that run later than the call")] pub(crate) u64);
 
 /// A point in a stream. Opaque.
 #[derive(Debug)]
-pub struct Event(pub(crate) u64);
+pub struct Event(#[allow(dead_code, reason = "read by backends that run later than the call")] pub(crate) u64);
 
 /// The dimensions that every attention of a layer shares.
 #[derive(Clone, Copy, Debug)]

@@ -69,13 +69,19 @@ pub fn decoder(checkpoint: &dyn Checkpoint, backend: &dyn Backend, options: Load
     Ok(decoder)
 }
 
-/// Builds a model of this configuration with random weights, in bf16 unless the options say otherwise.
+/// Adds up what random weights will take, in the type of the real ones unless `dtype` says otherwise.
+pub fn random_survey(config: &Config, dtype: Option<DType>) -> Result<Survey> {
+    check_type(dtype)?;
+    let mut weights = Weights::survey_random(dtype.or(config.stored));
+    architecture::build(config, &mut weights)?;
+    Ok(weights.into_survey())
+}
+
+/// Builds a model of this configuration with random weights; types as in [`random_survey`].
 pub fn random_decoder(config: &Config, seed: u64, backend: &dyn Backend, options: LoadOptions) -> Result<Decoder> {
-    check_type(options.dtype)?;
+    let survey = random_survey(config, options.dtype)?;
     let dtype = options.dtype.or(config.stored);
-    let mut survey = Weights::survey_random(dtype);
-    architecture::build(config, &mut survey)?;
-    let mut weights = Weights::random(seed, dtype, backend, &survey.into_survey(), options.progress)?;
+    let mut weights = Weights::random(seed, dtype, backend, &survey, options.progress)?;
     let decoder = architecture::build(config, &mut weights)?;
     weights.finish()?;
     Ok(decoder)

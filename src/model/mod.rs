@@ -17,3 +17,6 @@ pub mod load;
 pub mod rope;
 pub mod tokenizer;
 pub mod weights;
+
+#[cfg(test)]
+mod tests;

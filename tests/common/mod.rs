@@ -1,6 +1,8 @@
 //! What several integration tests need: golden data and a way to run a model on it.
 #![allow(dead_code)]
 
+pub mod gguf;
+
 use std::path::{Path, PathBuf};
 
 use kvahead::backend::DType;

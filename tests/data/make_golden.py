@@ -21,7 +21,7 @@ sys.dont_write_bytecode = True
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from makers import gguf_files, models, reference, tokenizers  # noqa: E402
+from makers import gguf_files, models, reference, rope, tokenizers  # noqa: E402
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     for spec in models.MODELS:
         print(models.make(spec, options.out), flush=True)
     print(gguf_files.make(options.out))
+    print(rope.make(options.out))
 
 
 if __name__ == "__main__":

@@ -1,111 +1,260 @@
-//! stub
-use super::*;
+//! The CPU backend: SIMD on every instruction set, the AMX unit where there is one, and a pool of threads.
+//!
+//! - [`simd`]: one vector type a level, one safe door each; every kernel is written once.
+//! - [`unit`]: what multiplies matrices during prefill: vectors, or tiles.
+//! - [`pool`]: the threads; [`memory`]: aligned memory in huge pages, and scratch.
+//! - One file an operation. Each is deterministic: results depend on shapes, never on the number of threads.
+//!
+//! This file checks shapes and hands on. What may not enter: arithmetic.
+
+// Kernels index several arrays of registers with one counter; iterators would hide which and cost inlining.
+#![allow(clippy::needless_range_loop)]
+
+mod activation;
+mod attention;
+mod embed;
+mod gemm;
+mod log_probability;
+mod matvec;
+mod memory;
+mod norm;
+mod pool;
+mod rotary;
+mod simd;
+mod store_kv;
+#[cfg(test)]
+mod tests;
+mod unit;
+mod view;
+
+use crate::backend::{
+    Activation, AttentionShape, Backend, Buffer, DType, Event, KvRunsMut, Linear, Norm, Place, Rotation, Rows, RowsMut,
+    Segment, Shape, Stream,
+};
+use crate::{Error, Result};
+use memory::ScratchPool;
+use pool::Pool;
+use simd::Proven;
+
+pub use simd::Level;
+
+/// More threads than any machine gains from; a larger number is a mistake.
+const MOST_THREADS: usize = 1024;
+
+/// How to make a [`CpuBackend`].
+#[derive(Clone, Copy, Debug, Default)]
 pub struct CpuOptions {
+    /// Threads that work on an operation, the caller's included; 0: as many as the process may run on.
     pub threads: usize,
-    pub level: Option<()>,
-}
-pub struct CpuBackend;
-impl CpuBackend {
-    pub fn new(_: CpuOptions) -> Result<CpuBackend> {
-        todo!()
-    }
-}
-macro_rules! t {
-    ($($sig:tt)*) => {};
+    /// Instruction set; the highest available when not given.
+    pub level: Option<Level>,
 }
 
-#[allow(unused_variables)]
+/// Computes on the processor. May be shared by threads; their operations take turns.
+pub struct CpuBackend {
+    level: Proven,
+    pool: Pool,
+    scratch: ScratchPool,
+}
+
+impl CpuBackend {
+    /// Starts the threads. Errors: more than 1024 of them, a level that this machine lacks, no memory for a thread.
+    pub fn new(options: CpuOptions) -> Result<CpuBackend> {
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(MOST_THREADS),
+            n if n <= MOST_THREADS => n,
+            n => return Err(Error::invalid_argument(format!("threads = {n}: at most {MOST_THREADS}"))),
+        };
+        let wanted = options.level.unwrap_or_else(Level::detect);
+        let level = Proven::new(wanted).ok_or_else(|| {
+            Error::unsupported(format!("this processor lacks {wanted:?}: its level is {:?}", Level::detect()))
+        })?;
+        Ok(CpuBackend { level, pool: Pool::new(threads)?, scratch: ScratchPool::default() })
+    }
+
+    /// The instruction set in use.
+    pub fn level(&self) -> Level {
+        self.level.level()
+    }
+}
+
+/// Asserts that a window holds activations.
+macro_rules! assert_activations {
+    ($($x:ident),*) => { $(assert_eq!($x.dtype(), DType::F32, concat!(stringify!($x), " must be activations"));)* };
+}
+
 impl Backend for CpuBackend {
     fn description(&self) -> String {
-        todo!()
+        let level = match self.level() {
+            Level::Scalar => "scalar",
+            Level::Avx2 => "AVX2",
+            Level::Avx512 => "AVX-512",
+            Level::Amx => "AVX-512 and AMX-BF16",
+        };
+        format!("CPU, {level}, {} threads", self.pool.threads())
     }
+
     fn activation(&self) -> DType {
-        todo!()
+        DType::F32
     }
+
     fn allocate(&self, bytes: usize, place: Place, purpose: &str) -> Result<Buffer> {
-        todo!()
+        memory::allocate(bytes, place, purpose)
     }
+
     fn stream(&self) -> Result<Stream> {
-        todo!()
+        Ok(Stream(0))
     }
-    fn record(&self, stream: &Stream) -> Result<Event> {
-        todo!()
+
+    fn record(&self, _stream: &Stream) -> Result<Event> {
+        Ok(Event(0))
     }
-    fn wait(&self, stream: &Stream, event: &Event) -> Result<()> {
-        todo!()
+
+    fn wait(&self, _stream: &Stream, _event: &Event) -> Result<()> {
+        Ok(())
     }
-    fn synchronize(&self, stream: &Stream) -> Result<()> {
-        todo!()
+
+    fn synchronize(&self, _stream: &Stream) -> Result<()> {
+        Ok(())
     }
-    fn upload(&self, stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()> {
-        todo!()
+
+    fn upload(&self, _stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()> {
+        let end = offset.checked_add(source.len());
+        assert!(end.is_some_and(|end| end <= target.bytes()), "an upload past the buffer's end");
+        // SAFETY: the range was checked; `target` is borrowed mutably and so cannot overlap `source`.
+        unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), target.address_mut().add(offset), source.len()) };
+        Ok(())
     }
-    fn download(&self, stream: &Stream, source: Rows<'_>, target: &mut [u8]) -> Result<()> {
-        todo!()
+
+    fn download(&self, _stream: &Stream, source: Rows<'_>, target: &mut [u8]) -> Result<()> {
+        let row = source.cols() * source.dtype().bytes();
+        assert_eq!(target.len(), source.rows() * row, "a download's target must hold the rows exactly");
+        for i in 0..source.rows() {
+            let to = &mut target[i * row..(i + 1) * row];
+            // SAFETY: row i of the window lies inside its live buffer; `to` is of the same length and elsewhere.
+            unsafe {
+                let from = source.base().add(i * source.stride() * source.dtype().bytes());
+                std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), row);
+            }
+        }
+        Ok(())
     }
-    fn embed(&self, stream: &Stream, table: &Linear, ids: Rows<'_>, accumulate: bool, out: RowsMut<'_>) -> Result<()> {
-        todo!()
+
+    fn embed(&self, _: &Stream, table: &Linear, ids: Rows<'_>, accumulate: bool, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(out);
+        assert_eq!((ids.rows(), table.inputs), (out.rows(), out.cols()));
+        embed::embed(self, table, ids, accumulate, out);
+        Ok(())
     }
-    fn norm(&self, stream: &Stream, x: Rows<'_>, norm: &Norm, out: RowsMut<'_>) -> Result<()> {
-        todo!()
+
+    fn norm(&self, _: &Stream, x: Rows<'_>, norm: &Norm, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(x, out);
+        assert_eq!((x.rows(), x.cols()), (out.rows(), out.cols()));
+        assert_eq!(x.cols(), norm.weight.len);
+        assert!(norm.bias.as_ref().is_none_or(|b| b.len == norm.weight.len));
+        norm::norm(self, x, norm, out);
+        Ok(())
     }
-    fn norm_heads(&self, stream: &Stream, x: RowsMut<'_>, norm: &Norm) -> Result<()> {
-        todo!()
+
+    fn norm_heads(&self, _: &Stream, x: RowsMut<'_>, norm: &Norm) -> Result<()> {
+        assert_activations!(x);
+        assert!(norm.weight.len > 0 && x.cols().is_multiple_of(norm.weight.len));
+        assert!(norm.bias.as_ref().is_none_or(|b| b.len == norm.weight.len));
+        norm::norm_heads(self, x, norm);
+        Ok(())
     }
+
     fn matmul(
         &self,
-        stream: &Stream,
+        _: &Stream,
         x: Rows<'_>,
         weight: &Linear,
         accumulate: bool,
         shape: Shape,
         out: RowsMut<'_>,
     ) -> Result<()> {
-        todo!()
+        assert_activations!(x, out);
+        assert_eq!(x.rows(), out.rows());
+        assert_eq!((x.cols(), out.cols()), (weight.inputs, weight.outputs));
+        assert!(weight.inputs > 0);
+        assert!(weight.bias.as_ref().is_none_or(|b| b.len == weight.outputs));
+        match shape {
+            Shape::Decode => matvec::matmul(self, x, weight, accumulate, out),
+            Shape::Prefill => gemm::matmul(self, x, weight, accumulate, out)?,
+        }
+        Ok(())
     }
-    fn activate(&self, stream: &Stream, x: Rows<'_>, activation: Activation, out: RowsMut<'_>) -> Result<()> {
-        todo!()
+
+    fn activate(&self, _: &Stream, x: Rows<'_>, activation: Activation, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(x, out);
+        let factor = if activation.gated() { 2 } else { 1 };
+        assert_eq!((x.rows(), x.cols()), (out.rows(), factor * out.cols()));
+        activation::activate(self, x, activation, out);
+        Ok(())
     }
-    fn rotation_table(
-        &self,
-        stream: &Stream,
-        rotation: &Rotation,
-        positions: Rows<'_>,
-        table: RowsMut<'_>,
-    ) -> Result<()> {
-        todo!()
+
+    fn rotation_table(&self, _: &Stream, rotation: &Rotation, positions: Rows<'_>, table: RowsMut<'_>) -> Result<()> {
+        assert_activations!(table);
+        assert_eq!((positions.rows(), rotation.dims()), (table.rows(), table.cols()));
+        rotary::table(self, rotation, positions, table);
+        Ok(())
     }
-    fn rotate(
-        &self,
-        stream: &Stream,
-        rotation: &Rotation,
-        table: Rows<'_>,
-        head_dim: usize,
-        x: RowsMut<'_>,
-    ) -> Result<()> {
-        todo!()
+
+    fn rotate(&self, _: &Stream, rotation: &Rotation, table: Rows<'_>, head_dim: usize, x: RowsMut<'_>) -> Result<()> {
+        assert_activations!(table, x);
+        assert_eq!((table.rows(), table.cols()), (x.rows(), rotation.dims()));
+        assert!(head_dim > 0 && x.cols().is_multiple_of(head_dim) && rotation.dims() <= head_dim);
+        rotary::rotate(self, rotation.dims(), table, head_dim, x);
+        Ok(())
     }
+
     fn store_kv(
         &self,
-        stream: &Stream,
+        _: &Stream,
         keys: Rows<'_>,
         values: Rows<'_>,
         runs: &mut KvRunsMut<'_>,
         position: usize,
     ) -> Result<()> {
-        todo!()
+        assert_activations!(keys, values);
+        let geometry = runs.geometry();
+        assert_eq!((keys.rows(), keys.cols()), (values.rows(), values.cols()));
+        assert_eq!(keys.cols(), geometry.kv_heads * geometry.head_dim);
+        assert!(position + keys.rows() <= runs.capacity(), "tokens past the extents' end");
+        store_kv::store(self, keys, values, runs, position);
+        Ok(())
     }
+
     fn attend(
         &self,
-        stream: &Stream,
+        _: &Stream,
         q: Rows<'_>,
         attention: &AttentionShape,
         segments: &[Segment<'_>],
         out: RowsMut<'_>,
     ) -> Result<()> {
-        todo!()
+        assert_activations!(q, out);
+        assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()));
+        assert_eq!(q.cols(), attention.heads * attention.head_dim);
+        assert!(attention.kv_heads > 0 && attention.heads.is_multiple_of(attention.kv_heads) && attention.head_dim > 0);
+        assert!(attention.window != Some(0), "a window of no tokens");
+        for (i, segment) in segments.iter().enumerate() {
+            let geometry = segment.runs.geometry();
+            assert_eq!((geometry.kv_heads, geometry.head_dim), (attention.kv_heads, attention.head_dim));
+            assert!(segment.row + segment.rows <= q.rows());
+            assert!(segment.position + segment.rows <= segment.runs.capacity(), "tokens past the extents' end");
+            let apart =
+                |other: &Segment<'_>| other.row + other.rows <= segment.row || segment.row + segment.rows <= other.row;
+            assert!(segments[..i].iter().all(apart), "segments overlap");
+        }
+        attention::attend(self, q, attention, segments, out)
     }
-    fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
-        todo!()
+
+    fn log_probability(&self, _: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(logits, out);
+        assert_eq!((logits.rows(), logits.rows(), 1), (targets.rows(), out.rows(), out.cols()));
+        assert!(logits.cols() > 0);
+        log_probability::log_probability(self, logits, targets, out);
+        Ok(())
     }
 }

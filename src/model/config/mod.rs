@@ -16,6 +16,7 @@ use crate::{Error, Result};
 
 pub use gguf::{from_gguf, generation_from_gguf};
 pub use huggingface::{from_json, generation_from_json};
+pub use shapes::SHAPES;
 
 /// The families of models that can be built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -75,6 +75,12 @@ impl Tokenizer {
         special.stop.sort_unstable();
         special.stop.dedup();
         let limit = pieces.highest() + 1;
+        if let Some(id) = special.prefix.iter().chain(&special.suffix).find(|&&id| id >= limit) {
+            return Err(Error::invalid_format(
+                &file,
+                format!("the token id {id}, which goes around texts, is outside the vocabulary of {limit} tokens"),
+            ));
+        }
         Ok(Tokenizer { file, encoder, plain, pieces, special, chat_templates, limit })
     }
 

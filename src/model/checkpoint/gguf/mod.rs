@@ -188,30 +188,3 @@ fn read_entry<R: Read>(reader: &mut Reader<'_, R>, alignment: u64) -> Result<(St
     }
     Ok((name, Entry { shape, stored: Stored::Known(encoding), offset, bytes }))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The demo model, where `make demo` or a developer has put it.
-    #[test]
-    fn header_of_the_real_model() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/SmolLM2-135M-Instruct.Q4_1.gguf");
-        if !path.exists() {
-            eprintln!("skipped: {} is not there", path.display());
-            return;
-        }
-        let gguf = Gguf::open(&path).unwrap();
-        let metadata = gguf.metadata();
-        assert_eq!(metadata.require::<&str>("general.architecture").unwrap(), "llama");
-        assert_eq!(metadata.require::<&[String]>("tokenizer.ggml.tokens").unwrap().len(), 49152);
-        assert_eq!(gguf.entries()["token_embd.weight"].shape, [49152, 576]);
-        for (key, value) in metadata.iter() {
-            let text = format!("{value:?}");
-            eprintln!("{key} = {}", &text[..text.len().min(100)]);
-        }
-        for (name, entry) in gguf.entries() {
-            eprintln!("{name} {entry:?}");
-        }
-    }
-}

@@ -1,0 +1,411 @@
+//! Attention of one new token a sequence, at the speed of reading its KV.
+//!
+//! A piece of work is one chunk of [`CHUNK`] positions of one KV head of one segment. It goes through the chunk in blocks
+//! of sixteen tokens: scores of all query heads of the group (one vector a head), their weights, then the values, while
+//! later rows are being prefetched; K and V of a token lie side by side, so memory sees one forward stream. The pieces'
+//! partial results are then merged per query in the order of positions, so bits do not depend on who computed what.
+
+use super::super::CpuBackend;
+use super::super::simd::{Element, Kernel, LANES, Simd, exp};
+use super::super::view::{Shared, row};
+use super::{LEAST, first_seen};
+use crate::Result;
+use crate::backend::{AttentionShape, Rows, RowsMut, Segment};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Positions of a piece of work; pieces begin at multiples of it.
+const CHUNK: usize = 256;
+
+/// How far ahead of the current row prefetches run.
+const AHEAD: usize = 8 << 10;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Sizes in floats of what pieces leave in scratch memory.
+#[derive(Clone, Copy)]
+struct Layout {
+    /// Query heads of a KV head.
+    group: usize,
+    head_dim: usize,
+    /// Head dimension, rounded up to whole vectors.
+    padded: usize,
+}
+
+impl Layout {
+    /// One partial result: for each query head of the group its weighted values, then each one's m and l.
+    fn partial(self) -> usize {
+        (self.group * (self.padded + 2)).next_multiple_of(LANES)
+    }
+}
+
+/// The chunks of one segment, among those of all.
+struct Plan<'a> {
+    segment: &'a Segment<'a>,
+    seen: Range<usize>,
+    chunks: Range<usize>,
+    /// Pieces of the segments before this one.
+    before: usize,
+}
+
+/// Attention of segments of one row each.
+pub(super) fn attend<E: Element>(
+    cpu: &CpuBackend,
+    q: Rows<'_>,
+    shape: &AttentionShape,
+    segments: &[&Segment<'_>],
+    out: &RowsMut<'_>,
+) -> Result<()> {
+    let layout = Layout {
+        group: shape.heads / shape.kv_heads,
+        head_dim: shape.head_dim,
+        padded: shape.head_dim.next_multiple_of(LANES),
+    };
+    let mut plans = Vec::with_capacity(segments.len());
+    let mut pieces = 0;
+    for segment in segments {
+        let seen = first_seen(shape, segment.position)..segment.position + 1;
+        let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
+        let before = pieces;
+        pieces += chunks.len() * shape.kv_heads;
+        plans.push(Plan { segment, seen, chunks, before });
+    }
+
+    // Scaled and padded queries of all segments, then the partial results of all pieces.
+    let queries = segments.len() * shape.heads * layout.padded;
+    let floats = queries + pieces * layout.partial();
+    let mut scratch = cpu.scratch.take(floats * 4, "partial results of attention")?;
+    let scratch = Shared(scratch.address_mut());
+    let query_at = |segment: usize, head: usize| {
+        // SAFETY: (segment, head) counts the padded queries, which begin the scratch memory.
+        unsafe { scratch.get().cast::<f32>().add((segment * shape.heads + head) * layout.padded) }
+    };
+    let partial_at = |piece: usize| {
+        // SAFETY: piece < pieces; partial results follow the queries.
+        unsafe { scratch.get().cast::<f32>().add(queries + piece * layout.partial()) }
+    };
+    for (i, segment) in segments.iter().enumerate() {
+        for (head, from) in row(&q, segment.row).chunks_exact(shape.head_dim).enumerate() {
+            // SAFETY: room for `padded` floats each; no thread reads them yet.
+            let to = unsafe { std::slice::from_raw_parts_mut(query_at(i, head), layout.padded) };
+            let (to, rest) = to.split_at_mut(shape.head_dim);
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from * shape.scale);
+            rest.fill(0.0);
+        }
+    }
+
+    let plan_of = |piece: usize| plans.partition_point(|p| p.before <= piece) - 1;
+    let row_bytes = 2 * shape.head_dim * size_of::<E>();
+    // Contexts this short are done before another thread has woken.
+    let tokens: usize = plans.iter().map(|p| p.seen.len()).sum();
+    let grain = if tokens * shape.kv_heads * row_bytes < 32 << 10 { pieces } else { 1 };
+    cpu.pool.split(pieces, grain, &|range| {
+        for piece in range {
+            let at = plan_of(piece);
+            let plan = &plans[at];
+            let (head, chunk) = ((piece - plan.before) / plan.chunks.len(), (piece - plan.before) % plan.chunks.len());
+            let chunk = plan.chunks.start + chunk;
+            cpu.level.run(Chunk::<E> {
+                layout,
+                segment: plan.segment,
+                head,
+                positions: plan.seen.start.max(chunk * CHUNK)..plan.seen.end.min((chunk + 1) * CHUNK),
+                queries: query_at(at, head * layout.group),
+                partial: partial_at(piece),
+                e: PhantomData,
+            });
+        }
+    });
+
+    let heads = segments.len() * shape.kv_heads;
+    let grain = (64 * heads / pieces.max(1)).max(1);
+    cpu.pool.split(heads, grain, &|range| {
+        for i in range {
+            let (plan, head) = (&plans[i / shape.kv_heads], i % shape.kv_heads);
+            let first = plan.before + head * plan.chunks.len();
+            // SAFETY: this piece of work is the only one for this segment (a row of `out` of its own) and KV head;
+            // the reference is narrowed to that head's columns before it is used.
+            let out = unsafe {
+                let columns = layout.group * layout.head_dim;
+                let base = out.base().cast::<f32>().add(plan.segment.row * out.stride() + head * columns);
+                std::slice::from_raw_parts_mut(base, columns)
+            };
+            cpu.level.run(Merge { layout, partials: partial_at(first), count: plan.chunks.len(), out });
+        }
+    });
+    Ok(())
+}
+
+/// One piece of work.
+struct Chunk<'a, E> {
+    layout: Layout,
+    segment: &'a Segment<'a>,
+    /// KV head.
+    head: usize,
+    positions: Range<usize>,
+    /// `group` × `padded` floats.
+    queries: *const f32,
+    /// [`Layout::partial`] floats.
+    partial: *mut f32,
+    e: PhantomData<E>,
+}
+
+impl<E: Element> Kernel for Chunk<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut head = 0;
+        while head < self.layout.group {
+            match self.layout.group - head {
+                1 => self.heads::<S, 1>(s, head),
+                2 => self.heads::<S, 2>(s, head),
+                3 => self.heads::<S, 3>(s, head),
+                _ => self.heads::<S, 4>(s, head),
+            }
+            head += 4;
+        }
+    }
+}
+
+impl<E: Element> Chunk<'_, E> {
+    /// The whole chunk, for `H` query heads from `first` on.
+    #[inline(always)]
+    fn heads<S: Simd, const H: usize>(&self, s: S, first: usize) {
+        let Layout { group, head_dim, padded } = self.layout;
+        let geometry = self.segment.runs.geometry();
+        // SAFETY: the partial result has `group` × `padded` floats of values, of which these are `H` heads' …
+        let (queries, values) = unsafe { (self.queries.add(first * padded), self.partial.add(first * padded)) };
+        for i in (0..H * padded).step_by(LANES) {
+            // SAFETY: … and whole vectors each.
+            unsafe { s.store(values.add(i), s.zero()) };
+        }
+        let mut most = [LEAST; H];
+        let mut sums = [s.zero(); H];
+
+        let mut position = self.positions.start;
+        while position < self.positions.end {
+            let (extent, token) = (position / geometry.extent_tokens, position % geometry.extent_tokens);
+            let here = (self.positions.end - position).min(geometry.extent_tokens - token);
+            // SAFETY: `token` < `extent_tokens` rows of K and V in the run.
+            let run = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
+            let mut t = 0;
+            while t < here {
+                // SAFETY: rows t.. of `here` in the run, at most sixteen.
+                unsafe {
+                    let rows = run.add(t * 2 * head_dim);
+                    self.block::<S, H>(s, rows, (here - t).min(LANES), queries, values, &mut most, &mut sums);
+                }
+                t += LANES;
+            }
+            position += here;
+        }
+
+        for h in 0..H {
+            // SAFETY: m and l of head first + h, behind the values.
+            unsafe {
+                let state = self.partial.add(group * padded + 2 * (first + h));
+                state.write(most[h]);
+                state.add(1).write(s.sum(sums[h]));
+            }
+        }
+    }
+
+    /// `count` ≤ 16 tokens for `H` heads.
+    ///
+    /// # Safety
+    /// `rows` holds `count` rows of K and V; `queries` and `values` `H` × `padded` floats.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn block<S: Simd, const H: usize>(
+        &self,
+        s: S,
+        rows: *const E,
+        count: usize,
+        queries: *const f32,
+        values: *mut f32,
+        most: &mut [f32; H],
+        sums: &mut [S::V; H],
+    ) {
+        const LANE: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+        let Layout { head_dim, padded, .. } = self.layout;
+        let whole = head_dim / LANES * LANES;
+
+        // Scores: sixteen sums of products a head, added up across lanes together.
+        let mut products = [[s.zero(); LANES]; H];
+        for t in 0..count {
+            let key = rows.wrapping_add(t * 2 * head_dim);
+            let ahead = key.cast::<u8>().wrapping_add(AHEAD);
+            for line in (0..2 * head_dim * size_of::<E>()).step_by(LINE) {
+                s.prefetch(ahead.wrapping_add(line));
+            }
+            let mut dots = [s.zero(); H];
+            let mut i = 0;
+            while i < whole {
+                // SAFETY: i + 16 ≤ head_dim elements of the key, padded floats of each query.
+                unsafe {
+                    let k = E::load(s, key.add(i));
+                    for h in 0..H {
+                        dots[h] = s.fma(s.load(queries.add(h * padded + i)), k, dots[h]);
+                    }
+                }
+                i += LANES;
+            }
+            if whole < head_dim {
+                // SAFETY: as above, for the head_dim − whole elements that are left.
+                unsafe {
+                    let k = E::load_first(s, key.add(whole), head_dim - whole);
+                    for h in 0..H {
+                        dots[h] = s.fma(s.load(queries.add(h * padded + whole)), k, dots[h]);
+                    }
+                }
+            }
+            for h in 0..H {
+                products[h][t] = dots[h];
+            }
+        }
+
+        // Weights, relative to the largest score so far.
+        let mut weights = [[0.0f32; LANES]; H];
+        for h in 0..H {
+            let mut scores = s.sums(products[h]);
+            if count < LANES {
+                scores = s.if_less(s.load_slice(&LANE), s.splat(count as f32), scores, s.splat(f32::NEG_INFINITY));
+            }
+            let largest = s.largest(scores);
+            if largest > most[h] {
+                let shrink = exp(s, s.splat(most[h] - largest));
+                most[h] = largest;
+                sums[h] = s.mul(sums[h], shrink);
+                for i in (0..padded).step_by(LANES) {
+                    // SAFETY: whole vectors of head h's values.
+                    unsafe {
+                        let at = values.add(h * padded + i);
+                        s.store(at, s.mul(s.load(at), shrink));
+                    }
+                }
+            }
+            let weight = exp(s, s.sub(scores, s.splat(most[h])));
+            sums[h] = s.add(sums[h], weight);
+            s.store_slice(&mut weights[h], weight);
+        }
+
+        // Values.
+        // SAFETY: the value row of token t begins head_dim behind its key; slices of N vectors stay below head_dim, in
+        // `values` below padded.
+        unsafe {
+            let rows = rows.add(head_dim);
+            let mut i = 0;
+            while whole - i >= 4 * LANES {
+                self.values::<S, H, 4>(s, rows, count, i, values, &weights);
+                i += 4 * LANES;
+            }
+            while i < whole {
+                self.values::<S, H, 1>(s, rows, count, i, values, &weights);
+                i += LANES;
+            }
+            if whole < head_dim {
+                for h in 0..H {
+                    let at = values.add(h * padded + whole);
+                    let mut sum = s.load(at);
+                    for t in 0..count {
+                        let v = E::load_first(s, rows.add(t * 2 * head_dim + whole), head_dim - whole);
+                        sum = s.fma(s.splat(weights[h][t]), v, sum);
+                    }
+                    s.store(at, sum);
+                }
+            }
+        }
+    }
+
+    /// Adds the weighted values of dimensions `i..i + 16 N`.
+    ///
+    /// # Safety
+    /// As for the slice of `rows` (here the first value row) and `values` that this names.
+    #[inline(always)]
+    unsafe fn values<S: Simd, const H: usize, const N: usize>(
+        &self,
+        s: S,
+        rows: *const E,
+        count: usize,
+        i: usize,
+        values: *mut f32,
+        weights: &[[f32; LANES]; H],
+    ) {
+        let Layout { head_dim, padded, .. } = self.layout;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[s.zero(); N]; H];
+            for h in 0..H {
+                for n in 0..N {
+                    sums[h][n] = s.load(values.add(h * padded + i + n * LANES));
+                }
+            }
+            for t in 0..count {
+                let mut v = [s.zero(); N];
+                for n in 0..N {
+                    v[n] = E::load(s, rows.add(t * 2 * head_dim + i + n * LANES));
+                }
+                for h in 0..H {
+                    let weight = s.splat(weights[h][t]);
+                    for n in 0..N {
+                        sums[h][n] = s.fma(weight, v[n], sums[h][n]);
+                    }
+                }
+            }
+            for h in 0..H {
+                for n in 0..N {
+                    s.store(values.add(h * padded + i + n * LANES), sums[h][n]);
+                }
+            }
+        }
+    }
+}
+
+/// Merges the partial results of one segment and KV head.
+struct Merge<'a> {
+    layout: Layout,
+    partials: *const f32,
+    count: usize,
+    /// `group` × `head_dim`.
+    out: &'a mut [f32],
+}
+
+impl Kernel for Merge<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Layout { group, head_dim, padded } = self.layout;
+        for (h, out) in self.out.chunks_exact_mut(head_dim).enumerate() {
+            // SAFETY: `count` partial results lie side by side, complete since their region has ended; each has m and l
+            // of every head of the group behind the values, `padded` of them a head.
+            unsafe {
+                let state = |i: usize| {
+                    let at = self.partials.add(i * self.layout.partial() + group * padded + 2 * h);
+                    (at.read(), at.add(1).read())
+                };
+                let mut most = LEAST;
+                for i in 0..self.count {
+                    let (m, _) = state(i);
+                    most = if m > most { m } else { most };
+                }
+                let mut total = s.zero();
+                for i in 0..self.count {
+                    let (m, l) = state(i);
+                    total = s.fma(s.splat(l), exp(s, s.splat(m - most)), total);
+                }
+                for d in (0..head_dim).step_by(LANES) {
+                    let mut sum = s.zero();
+                    for i in 0..self.count {
+                        let (m, _) = state(i);
+                        let values = self.partials.add(i * self.layout.partial() + h * padded + d);
+                        sum = s.fma(s.load(values), exp(s, s.splat(m - most)), sum);
+                    }
+                    s.store_slice(&mut out[d..], s.div(sum, total));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Causal softmax attention over the runs of KV that segments name.
+//!
+//! - [`decode`]: one new token a segment. Reading K and V is all the time there is, so each is read once for the whole
+//!   group of query heads that share it, and long contexts are cut into chunks for the threads.
+//! - [`prefill`]: many new tokens. Tiles of query rows meet blocks of KV in matrix products; the n × n scores never exist.
+//!
+//! Both keep, per query, the largest score m, the sum l of exp(score − m), and the values weighted by exp(score − m):
+//! the online softmax of Milakov and Gimelshein (2018), as in FlashAttention.
+
+mod decode;
+mod prefill;
+
+use super::CpuBackend;
+use super::simd::for_dtype;
+use super::unit::for_unit;
+use crate::Result;
+use crate::backend::{AttentionShape, DType, Rows, RowsMut, Segment};
+
+/// A score below any real one, and finite: differences of two of it are no NaN.
+const LEAST: f32 = -1e30;
+
+/// See `Backend::attend`.
+pub(super) fn attend(
+    cpu: &CpuBackend,
+    q: Rows<'_>,
+    shape: &AttentionShape,
+    segments: &[Segment<'_>],
+    out: RowsMut<'_>,
+) -> Result<()> {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let of_dtype = |s: &&Segment<'_>| s.rows == 1 && s.runs.geometry().dtype == dtype;
+        let single: Vec<&Segment<'_>> = segments.iter().filter(of_dtype).collect();
+        if !single.is_empty() {
+            for_dtype!(dtype, E => decode::attend::<E>(cpu, q, shape, &single, &out))?;
+        }
+    }
+    for segment in segments.iter().filter(|s| s.rows > 1) {
+        let dtype = segment.runs.geometry().dtype;
+        for_unit!(cpu.level, dtype, (unit, E) => prefill::attend::<E, _>(cpu, unit, q, shape, segment, &out))?;
+    }
+    Ok(())
+}
+
+/// First position that the token at `position` sees.
+fn first_seen(shape: &AttentionShape, position: usize) -> usize {
+    shape.window.map_or(0, |window| (position + 1).saturating_sub(window))
+}

@@ -1,0 +1,129 @@
+//! Matrix products for decode: few rows of activations, so time is the reading of the weights.
+//!
+//! Every output is one vector of partial sums over the depth in order, then one fixed tree of additions. Nothing else
+//! enters it, so a row's bits depend neither on the rows beside it nor on the number of threads. Blocks of several
+//! outputs and rows only share loads: [`OUTPUTS`] neighbouring weight rows are streamed at a time, and while one
+//! block is computed the next block's lines are prefetched, which keeps the memory busy across row ends.
+
+use super::CpuBackend;
+use super::simd::{Element, Kernel, LANES, Simd, for_dtype};
+use super::view::row;
+use crate::backend::{Linear, Rows, RowsMut};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Weight rows of a block.
+const OUTPUTS: usize = 4;
+
+/// Bytes of weights that one piece of parallel work covers, about 4 µs of reading.
+const PIECE: usize = 64 << 10;
+
+/// `out = x · weightᵀ (+ out) + bias`, each row by itself.
+pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate: bool, out: RowsMut<'_>) {
+    let row_bytes = (weight.inputs * weight.dtype.bytes()).max(1);
+    let grain = (PIECE / row_bytes).max(1).next_multiple_of(OUTPUTS);
+    for_dtype!(weight.dtype, E => {
+        cpu.pool.split(weight.outputs, grain, &|outputs| {
+            cpu.level.run(Product::<E> { x, weight, accumulate, out: &out, outputs, e: PhantomData });
+        });
+    });
+}
+
+/// Some outputs of all rows.
+struct Product<'a, E> {
+    x: Rows<'a>,
+    weight: &'a Linear,
+    accumulate: bool,
+    out: &'a RowsMut<'a>,
+    outputs: Range<usize>,
+    e: PhantomData<E>,
+}
+
+impl<E: Element> Kernel for Product<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let end = self.outputs.end;
+        let mut n = self.outputs.start;
+        while end - n >= OUTPUTS {
+            self.rows::<S, OUTPUTS>(s, n);
+            n += OUTPUTS;
+        }
+        while n < end {
+            self.rows::<S, 1>(s, n);
+            n += 1;
+        }
+    }
+}
+
+impl<E: Element> Product<'_, E> {
+    /// `N` outputs from `n` on, of all rows.
+    #[inline(always)]
+    fn rows<S: Simd, const N: usize>(&self, s: S, n: usize) {
+        let rows = self.x.rows();
+        let mut m = 0;
+        while rows - m >= 4 {
+            self.block::<S, 4, N>(s, m, n);
+            m += 4;
+        }
+        while m < rows {
+            self.block::<S, 1, N>(s, m, n);
+            m += 1;
+        }
+    }
+
+    /// `M` rows from `m` on by `N` outputs from `n` on.
+    #[inline(always)]
+    fn block<S: Simd, const M: usize, const N: usize>(&self, s: S, m: usize, n: usize) {
+        let k = self.weight.inputs;
+        debug_assert!(m + M <= self.x.rows() && n + N <= self.weight.outputs);
+        let w = self.weight.rows().base().cast::<E>();
+        let x = self.x.base().cast::<f32>();
+        let mut sums = [[s.zero(); N]; M];
+        let mut depth = 0;
+        while depth < k {
+            let here = (k - depth).min(LANES);
+            let mut weights = [s.zero(); N];
+            for j in 0..N {
+                // SAFETY: output n + j is a row of the weight with `k` elements; `here` of them from `depth` on are
+                // read. The prefetch of the next block's row may lie past the end, which is harmless.
+                unsafe {
+                    let at = w.add((n + j) * k + depth);
+                    if m == 0 {
+                        s.prefetch(at.wrapping_add(N * k).cast());
+                    }
+                    weights[j] = if here == LANES { E::load(s, at) } else { E::load_first(s, at, here) };
+                }
+            }
+            for i in 0..M {
+                // SAFETY: row m + i of `x` has `k` elements, of which `here` from `depth` on are read.
+                let v = unsafe {
+                    let at = x.add((m + i) * self.x.stride() + depth);
+                    if here == LANES { s.load(at) } else { s.load_first(at, here) }
+                };
+                for j in 0..N {
+                    sums[i][j] = s.fma(v, weights[j], sums[i][j]);
+                }
+            }
+            depth += LANES;
+        }
+        for i in 0..M {
+            // SAFETY: columns n..n + N of row m + i of `out`: each output belongs to one thread.
+            let out = unsafe {
+                let at = self.out.base().cast::<f32>().add((m + i) * self.out.stride() + n);
+                std::slice::from_raw_parts_mut(at, N)
+            };
+            for j in 0..N {
+                let mut y = s.sum(sums[i][j]);
+                if self.accumulate {
+                    y += out[j];
+                }
+                if let Some(bias) = &self.weight.bias {
+                    y += row(&bias.row(), 0)[n + j];
+                }
+                out[j] = y;
+            }
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Whole checkpoints into memory.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::heap::{Heap, matrix, vector};
+use super::{data, real_model, tensor};
+use crate::ErrorCode;
+use crate::backend::DType;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::config::{Config, SHAPES};
+use crate::model::decoder::{Decoder, NormPlacement, Positions};
+use crate::model::load::{self, LoadOptions};
+
+fn load(path: &Path, dtype: Option<DType>) -> Decoder {
+    let checkpoint = load::open(path).unwrap();
+    load::decoder(&*checkpoint, &Heap::default(), LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
+}
+
+/// Everything in a decoder, as f32.
+fn contents(decoder: &Decoder) -> Vec<Vec<f32>> {
+    let mut all = vec![matrix(&decoder.embedding)];
+    if let Positions::Learned { table, .. } = &decoder.positions {
+        all.push(matrix(table));
+    }
+    all.extend([&decoder.project_in, &decoder.project_out, &decoder.head].into_iter().flatten().map(matrix));
+    let mut norms: Vec<_> = decoder.final_norm.iter().collect();
+    for block in &decoder.blocks {
+        norms.extend([&block.attention_norm, &block.mlp_norm]);
+        norms.extend(block.attention.query_norm.iter().chain(&block.attention.key_norm));
+        for linear in [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down] {
+            all.push(matrix(linear));
+            all.extend(linear.bias.iter().map(vector));
+        }
+    }
+    for norm in norms {
+        all.push(vector(&norm.weight));
+        all.extend(norm.bias.iter().map(vector));
+    }
+    all
+}
+
+#[test]
+fn every_golden_folder_loads_whole() {
+    for entry in std::fs::read_dir(data("golden")).unwrap() {
+        let path = entry.unwrap().path();
+        let checkpoint = load::open(&path).unwrap();
+        let survey = load::survey(&*checkpoint, None).unwrap();
+        assert_eq!(survey.unused, Vec::<String>::new(), "{}", path.display());
+        let heap = Heap::default();
+        let decoder = load::decoder(&*checkpoint, &heap, LoadOptions::default()).unwrap();
+        assert_eq!(heap.allocated.load(Ordering::Relaxed) as u64, survey.bytes);
+        assert_eq!(Some(decoder.embedding.dtype), checkpoint.config().stored, "{}", path.display());
+        assert_eq!(decoder.blocks.len(), checkpoint.config().layers);
+        // In any type the same values, as far as the type goes.
+        let exact = contents(&decoder);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let converted = contents(&load(&path, Some(dtype)));
+            for (exact, converted) in exact.iter().zip(&converted) {
+                for (exact, converted) in exact.iter().zip(converted) {
+                    assert!((exact - converted).abs() <= exact.abs() / 128.0 + 1e-7, "{exact} {converted} {dtype}");
+                }
+            }
+            assert_eq!(exact.len(), converted.len());
+        }
+    }
+}
+
+#[test]
+fn rows_are_stacked_in_order() {
+    let file = data("golden/qwen2/model.safetensors");
+    let decoder = load(&data("golden/qwen2"), None);
+    let layer = "model.layers.1.self_attn";
+    let stacked = |suffix: &str| -> Vec<f32> {
+        ["q_proj", "k_proj", "v_proj"].iter().flat_map(|p| tensor(&file, &format!("{layer}.{p}.{suffix}")).1).collect()
+    };
+    let qkv = &decoder.blocks[1].attention.qkv;
+    assert_eq!((qkv.outputs, qkv.inputs), (128, 64));
+    assert_eq!(matrix(qkv), stacked("weight"));
+    assert_eq!(vector(qkv.bias.as_ref().unwrap()), stacked("bias"));
+    let gate_up: Vec<f32> = ["gate_proj", "up_proj"]
+        .iter()
+        .flat_map(|part| tensor(&file, &format!("model.layers.1.mlp.{part}.weight")).1)
+        .collect();
+    assert_eq!(matrix(&decoder.blocks[1].mlp.up), gate_up);
+}
+
+#[test]
+fn opt_has_its_own_parts() {
+    let decoder = load(&data("golden/opt-post-norm"), None);
+    assert!(decoder.final_norm.is_none() && decoder.head.is_none());
+    let (project_in, project_out) = (decoder.project_in.unwrap(), decoder.project_out.unwrap());
+    assert_eq!((project_in.outputs, project_in.inputs), (64, 32));
+    assert_eq!((project_out.outputs, project_out.inputs), (32, 64));
+    let Positions::Learned { table, offset } = &decoder.positions else { panic!() };
+    assert_eq!((table.outputs, *offset), (98, 2));
+    assert_eq!(decoder.blocks[0].placement, NormPlacement::Post);
+    assert!(decoder.blocks[0].mlp.up.bias.is_some());
+}
+
+/// The GGUF files hold the weights of the folders: with q and k permuted (llama) or not (qwen2), and with Llama 3's
+/// rope scaling as a tensor.
+#[test]
+fn gguf_files_hold_what_the_folders_do() {
+    let pairs = [("smollm2", "smollm2"), ("llama3-rope", "llama3-rope"), ("qwen2", "qwen2"), ("qwen2.v2", "qwen2")];
+    for (file, folder) in pairs {
+        let gguf = load(&data(&format!("gguf/{file}.gguf")), Some(DType::F32));
+        let folder = load(&data(&format!("golden/{folder}")), Some(DType::F32));
+        assert_eq!(contents(&gguf), contents(&folder), "{file}");
+        let (Positions::Rotary(one), Positions::Rotary(other)) = (&gguf.positions, &folder.positions) else { panic!() };
+        for (one, other) in one.short.frequencies.iter().zip(&other.short.frequencies) {
+            assert!((one - other).abs() <= 2e-7 * other, "{file}: {one} {other}");
+        }
+    }
+    let checkpoint = load::open(&data("gguf/llama3-rope.gguf")).unwrap();
+    assert!(load::survey(&*checkpoint, None).unwrap().unused.is_empty());
+    assert_eq!(checkpoint.config().stored, Some(DType::F32));
+}
+
+#[test]
+fn the_real_model_loads() {
+    let Some(path) = real_model() else { return };
+    let start = Instant::now();
+    let checkpoint = load::open(&path).unwrap();
+    let opened = start.elapsed();
+    let config = checkpoint.config();
+    assert_eq!((config.layers, config.hidden, config.vocabulary), (30, 576, 49152));
+    assert_eq!((config.heads, config.kv_heads, config.head_dim, config.tied), (9, 3, 64, true));
+    let survey = load::survey(&*checkpoint, None).unwrap();
+    assert_eq!(survey.unused, Vec::<String>::new());
+    let fractions = Arc::new(Mutex::new(Vec::new()));
+    let seen = fractions.clone();
+    let progress: load::Progress = Box::new(move |fraction| {
+        seen.lock().unwrap().push(fraction);
+        true
+    });
+    let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
+    let decoder = load::decoder(&*checkpoint, &Heap::default(), options).unwrap();
+    eprintln!("opened in {opened:?}, loaded after {:?}, {} bytes", start.elapsed(), survey.bytes);
+    assert_eq!(decoder.embedding.dtype, DType::BF16);
+    let fractions = fractions.lock().unwrap();
+    assert!(fractions.len() > 50 && fractions.is_sorted(), "{fractions:?}");
+    assert_eq!((fractions[0], *fractions.last().unwrap()), (0.0, 1.0));
+    assert!(matrix(&decoder.embedding).iter().all(|value| value.abs() < 10.0));
+}
+
+#[test]
+fn progress_can_cancel() {
+    let checkpoint = load::open(&data("golden/smollm2")).unwrap();
+    for limit in [0, 1, 20] {
+        let mut calls = 0;
+        let progress: load::Progress = Box::new(move |_| {
+            calls += 1;
+            calls <= limit
+        });
+        let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
+        let error = load::decoder(&*checkpoint, &Heap::default(), options).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Cancelled, "{limit}");
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    let checkpoint = load::open(&data("gguf/llama3-rope.gguf")).unwrap();
+    let with = |threads| {
+        let options = LoadOptions { threads, ..LoadOptions::default() };
+        contents(&load::decoder(&*checkpoint, &Heap::default(), options).unwrap())
+    };
+    assert_eq!(with(1), with(5));
+}
+
+#[test]
+fn weights_cannot_be_integers() {
+    let checkpoint = load::open(&data("golden/smollm2")).unwrap();
+    assert_eq!(load::survey(&*checkpoint, Some(DType::U32)).unwrap_err().code(), ErrorCode::InvalidArgument);
+}
+
+#[test]
+fn random_weights_are_reproducible_and_sane() {
+    let config = Config { layers: 2, windows: vec![None; 2], ..Config::shape("smollm2-135m").unwrap() };
+    let make = |seed| load::random_decoder(&config, seed, &Heap::default(), LoadOptions::default()).unwrap();
+    let one = make(7);
+    assert_eq!(contents(&one), contents(&make(7)));
+    assert_ne!(matrix(&one.embedding), matrix(&make(8).embedding));
+    assert_ne!(matrix(&one.blocks[0].mlp.down), matrix(&one.blocks[1].mlp.down));
+    let values = matrix(&one.blocks[0].mlp.down);
+    let mean = values.iter().map(|&x| f64::from(x)).sum::<f64>() / values.len() as f64;
+    let variance = values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / values.len() as f64;
+    assert!(mean.abs() < 1e-3 && (variance * 1536.0 - 1.0).abs() < 0.02, "{mean} {variance}");
+    assert!(vector(&one.final_norm.unwrap().weight).iter().all(|&x| x == 1.0));
+}
+
+/// As published: parameters of the real models.
+#[test]
+fn shapes_have_the_parameters_of_their_models() {
+    let published = [6.66e9, 12.85e9, 29.97e9, 6.738e9, 13.016e9, 8.030e9, 134.5e6];
+    for (name, published) in SHAPES.iter().zip(published) {
+        let bytes = load::random_survey(&Config::shape(name).unwrap(), None).unwrap().bytes;
+        let parameters = bytes as f64 / 2.0;
+        assert!((parameters / published - 1.0).abs() < 0.003, "{name}: {parameters}, published {published}");
+    }
+}
+
+#[test]
+fn wrong_paths_are_explained() {
+    let error = |path: &Path| load::open(path).err().unwrap();
+    let missing = error(Path::new("/no/such/model"));
+    assert_eq!(missing.code(), ErrorCode::NotFound);
+    assert!(missing.message().starts_with("/no/such/model"), "{missing}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let empty = error(folder.path());
+    assert_eq!(empty.code(), ErrorCode::NotFound);
+    assert!(empty.message().contains("config.json"), "{empty}");
+    std::fs::write(folder.path().join("x.gguf"), b"GGUF").unwrap();
+    assert!(error(folder.path()).message().contains("x.gguf"));
+    assert!(error(&data("golden/smollm2/model.safetensors")).message().contains("golden/smollm2"));
+
+    std::fs::copy(data("golden/smollm2/config.json"), folder.path().join("config.json")).unwrap();
+    std::fs::write(folder.path().join("pytorch_model.bin"), b"").unwrap();
+    let pickle = error(folder.path());
+    assert_eq!(pickle.code(), ErrorCode::NotFound);
+    assert!(pickle.message().contains("pytorch_model.bin"), "{pickle}");
+}
