@@ -23,7 +23,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::{Error, Result};
+use crate::{Error, ErrorCode, Result};
 
 /// How the next token is chosen. The default is greedy: the token with the highest logit.
 #[derive(Clone, Debug, PartialEq)]
@@ -114,17 +114,18 @@ pub struct Scratch {
     logits: Vec<f32>,
     /// How often each token is in the window; all zero between calls.
     counts: Vec<u32>,
-    /// What may still be chosen.
+    /// Probabilities by token, as shares of the best one's.
+    weights: Vec<f32>,
+    /// For sorting by weight.
     candidates: Vec<Candidate>,
     /// For finding the k-th highest logit.
     highest: Vec<f32>,
 }
 
-/// A token that may be chosen.
+/// A token and its weight.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     token: u32,
-    /// Probability as a share of the most likely token's.
     weight: f32,
 }
 
@@ -144,7 +145,7 @@ pub fn sample(
     draw: u64,
     scratch: &mut Scratch,
 ) -> Result<u32> {
-    let Scratch { logits: adjusted, counts, candidates, highest } = scratch;
+    let Scratch { logits: adjusted, counts, weights, candidates, highest } = scratch;
     let logits = if options.logit_bias.is_empty() && (!options.penalizes() || history.is_empty()) {
         logits
     } else {
@@ -155,29 +156,27 @@ pub fn sample(
     };
 
     let best = maximum(logits)?;
-    let token = match best {
-        _ if options.temperature == 0.0 => first_equal(logits, best),
-        f32::INFINITY => {
-            candidates.clear();
-            candidates.extend(weights(logits, |logit| if logit == best { 1.0 } else { 0.0 }));
-            choose(candidates, uniform(options.seed, draw))
-        }
-        _ => {
-            let floor = match options.top_k {
-                0 => f32::NEG_INFINITY,
-                k => kth_highest(logits, k, highest),
-            };
-            let scale = 1.0 / options.temperature.max(f32::MIN_POSITIVE);
-            let weight = |logit: f32| if logit >= floor { exponential((logit - best) * scale) } else { 0.0 };
-            candidates.clear();
-            candidates.extend(weights(logits, weight));
-            top_p(candidates, options.top_p);
-            candidates.retain(|candidate| candidate.weight >= options.min_p);
-            choose(candidates, uniform(options.seed, draw))
-        }
+    if options.temperature == 0.0 {
+        return first(logits, |logit| logit == best);
+    }
+
+    weights.clear();
+    if best == f32::INFINITY {
+        weights.extend(logits.iter().map(|&logit| f32::from(logit == best)));
+        return choose(weights, 1.0, uniform(options.seed, draw));
+    }
+    let floor = match options.top_k {
+        0 => f32::NEG_INFINITY,
+        k => kth_highest(logits, k, highest),
     };
-    // The highest weight is 1, and every filter keeps it.
-    token.ok_or_else(|| Error::new(crate::ErrorCode::Internal, "sampling left no token to choose"))
+    // A temperature this low leaves the best alone, and its reciprocal is finite.
+    let scale = 1.0 / options.temperature.max(f32::MIN_POSITIVE);
+    // Always computed and then perhaps not used: a branch would keep this from being vectorized.
+    weights.extend(logits.iter().map(|&logit| exponential((logit - best) * scale) * f32::from(logit >= floor)));
+    if options.top_p < 1.0 {
+        top_p(weights, options.top_p, candidates);
+    }
+    choose(weights, options.min_p, uniform(options.seed, draw))
 }
 
 /// Natural logarithm of the probability that softmax gives `token`; minus infinity where the logits give it none, NaN
@@ -266,14 +265,10 @@ fn maximum(logits: &[f32]) -> Result<f32> {
     }
 }
 
-fn first_equal(logits: &[f32], value: f32) -> Option<u32> {
-    logits.iter().position(|&logit| logit == value).map(|token| token as u32)
-}
-
-/// The candidates of positive weight, by id.
-fn weights(logits: &[f32], weight: impl Fn(f32) -> f32) -> impl Iterator<Item = Candidate> {
-    let all = (0..).zip(logits).map(move |(token, &logit)| Candidate { token, weight: weight(logit) });
-    all.filter(|candidate| candidate.weight > 0.0)
+/// The first token that is `wanted`; there is one.
+fn first(values: &[f32], wanted: impl Fn(f32) -> bool) -> Result<u32> {
+    let token = values.iter().position(|&value| wanted(value));
+    token.map(|token| token as u32).ok_or_else(|| Error::new(ErrorCode::Internal, "sampling left no token to choose"))
 }
 
 /// The k-th highest of `logits`, minus infinity where there are fewer; k ≥ 1.
@@ -303,39 +298,83 @@ fn kth_highest(logits: &[f32], k: usize, highest: &mut Vec<f32>) -> f32 {
     }
 }
 
-/// Keeps the most likely candidates that make up `p` of the weight. Leaves them in descending order if it removes any.
-fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
-    if p >= 1.0 {
-        return;
+/// Leaves the most likely tokens that make up `p` of the weight, and sets the weights of the others to 0.
+fn top_p(weights: &mut [f32], p: f32, candidates: &mut Vec<Candidate>) {
+    let total = sum(weights);
+    // Tokens this light go in any case: all of them together weigh less than what is to go. So only the others need
+    // sorting, and they are few where the model is sure of itself. The best weighs 1 and stays.
+    let least = (total * (1.0 - f64::from(p)) / weights.len() as f64).min(1.0) as f32;
+    candidates.clear();
+    for (token, weight) in (0..).zip(weights.iter_mut()) {
+        let weight = std::mem::take(weight);
+        if weight > 0.0 && weight >= least {
+            candidates.push(Candidate { token, weight });
+        }
     }
-    let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
-    // Candidates this light cannot be kept: all of them together weigh less than what goes. That spares most of the
-    // sorting, and the highest weight is never below.
-    let spare = total * (1.0 - f64::from(p)) / candidates.len() as f64;
-    candidates.retain(|candidate| f64::from(candidate.weight) >= spare.min(1.0));
     candidates.sort_unstable_by(|a, b| b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token)));
     let goal = total * f64::from(p);
     let mut gathered = 0.0;
-    let keep = candidates.iter().take_while(|candidate| {
-        let before = gathered;
+    for (rank, candidate) in candidates.iter().enumerate() {
+        if rank > 0 && gathered >= goal {
+            break;
+        }
         gathered += f64::from(candidate.weight);
-        before < goal
-    });
-    let keep = keep.count().max(1);
-    candidates.truncate(keep);
+        weights[candidate.token as usize] = candidate.weight;
+    }
 }
 
-/// The candidate at `uniform`, from 0 to 1, of the summed weights.
-fn choose(candidates: &[Candidate], uniform: f64) -> Option<u32> {
-    let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
-    let goal = uniform * total;
+/// The token at `uniform`, from 0 to 1, of the summed weights, the best of which is 1. Weights below `least` do not
+/// count.
+fn choose(weights: &mut [f32], least: f32, uniform: f64) -> Result<u32> {
+    for weight in weights.iter_mut() {
+        *weight = if *weight >= least { *weight } else { 0.0 };
+    }
+    let goal = uniform * sum(weights);
+    // Whole blocks are summed as `sum` does it, and passed over.
     let mut gathered = 0.0;
-    let chosen = candidates.iter().find(|candidate| {
-        gathered += f64::from(candidate.weight);
-        gathered > goal
-    });
-    // Rounding may leave the goal a hair above the sum.
-    chosen.or(candidates.last()).map(|candidate| candidate.token)
+    let mut last = None;
+    for (block, weights) in weights.chunks(BLOCK).enumerate() {
+        let more = sum(weights);
+        if more > 0.0 {
+            last = Some((block, weights, gathered));
+        }
+        if gathered + more > goal {
+            break;
+        }
+        gathered += more;
+    }
+    // Rounding may leave the goal a hair above the sum: then it is in the last block that weighs anything.
+    let (block, weights, mut gathered) = last.unwrap_or((0, weights, 0.0));
+    let mut chosen = None;
+    for (at, &weight) in weights.iter().enumerate() {
+        if weight > 0.0 {
+            chosen = Some(at);
+            gathered += f64::from(weight);
+            if gathered > goal {
+                break;
+            }
+        }
+    }
+    match chosen {
+        Some(at) => Ok((block * BLOCK + at) as u32),
+        None => Err(Error::new(ErrorCode::Internal, "sampling left no token to choose")),
+    }
+}
+
+/// Weights that [`choose`] passes over at a time.
+const BLOCK: usize = 1024;
+
+/// The sum, in lanes, so that it vectorizes.
+fn sum(weights: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let chunks = weights.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for lane in 0..8 {
+            lanes[lane] += f64::from(chunk[lane]);
+        }
+    }
+    lanes.into_iter().sum::<f64>() + rest.iter().map(|&weight| f64::from(weight)).sum::<f64>()
 }
 
 /// Random number `index` of the sequence of `seed`, from 0 up to, not including, 1.
@@ -346,12 +385,14 @@ fn uniform(seed: u64, index: u64) -> f64 {
 }
 
 /// `e^x` for x ≤ 0, to about two units in the last place; 0 below -87.
+#[inline(always)]
 fn exponential(x: f32) -> f32 {
     // e^x = 2^n · e^r with r = x - n·ln 2, |r| ≤ ln 2 / 2. ln 2 is subtracted in two parts, the first exact in few bits,
     // and e^r is a minimax polynomial (Cephes). Adding and subtracting 1.5·2^23 rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
-    let low = x < -87.0;
-    let x = if low { 0.0 } else { x };
+    // No branches, so that it vectorizes.
+    let normal = f32::from(x >= -87.0);
+    let x = if x >= -87.0 { x } else { -87.0 };
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
@@ -362,7 +403,7 @@ fn exponential(x: f32) -> f32 {
     let mantissa = polynomial * r * r + r + 1.0;
     // The integer n sits in the low bits of `shifted`; n ≥ -126, so the power is a normal number.
     let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
-    if low { 0.0 } else { mantissa * power }
+    mantissa * power * normal
 }
 
 #[cfg(test)]
@@ -626,8 +667,8 @@ mod tests {
         let mut scratch = Scratch::default();
         sample(&logits, &options, &history, 0, &mut scratch).unwrap();
         let held = |scratch: &Scratch| {
-            let Scratch { logits, counts, candidates, highest } = scratch;
-            (logits.capacity(), counts.capacity(), candidates.capacity(), highest.capacity())
+            let Scratch { logits, counts, weights, candidates, highest } = scratch;
+            (logits.capacity(), counts.capacity(), weights.capacity(), candidates.capacity(), highest.capacity())
         };
         let before = held(&scratch);
         for draw in 1..100 {

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use super::gguf::{self, small_llama};
 use super::heap::{Heap, matrix, vector};
 use super::{data, real_model, tensor};
 use crate::ErrorCode;
@@ -159,6 +160,60 @@ fn progress_can_cancel() {
         let error = load::decoder(&*checkpoint, &Heap::default(), options).unwrap_err();
         assert_eq!(error.code(), ErrorCode::Cancelled, "{limit}");
     }
+}
+
+/// Weights that are not numbers, and weights that do not fit the type they are wanted in.
+#[test]
+fn weights_must_be_finite() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let refused = |change: fn(&mut gguf::File), dtype, fragments: &[&str]| {
+        let mut file = small_llama();
+        change(&mut file);
+        std::fs::write(&path, file.bytes()).unwrap();
+        let checkpoint = load::open(&path).unwrap();
+        let options = LoadOptions { dtype, ..LoadOptions::default() };
+        let error = load::decoder(&*checkpoint, &Heap::default(), options).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::InvalidFormat);
+        for fragment in fragments {
+            assert!(error.message().contains(fragment), "no {fragment:?} in: {error}");
+        }
+        assert!(error.message().starts_with(path.to_str().unwrap()), "{error}");
+    };
+    fn set(file: &mut gguf::File, name: &str, value: f32) {
+        file.find(name).data[128..132].copy_from_slice(&value.to_le_bytes());
+    }
+    load(&data("gguf/smollm2.gguf"), None);
+    for dtype in [None, Some(DType::F32), Some(DType::BF16), Some(DType::F16)] {
+        refused(|file| set(file, "token_embd.weight", f32::NAN), dtype, &["token_embd.weight", "rows 0 to 39"]);
+        refused(|file| set(file, "blk.0.attn_q.weight", f32::INFINITY), dtype, &["blk.0.attn_q.weight"]);
+        refused(|file| file.find("output_norm.weight").data[..4].fill(0xff), dtype, &["output_norm.weight"]);
+        // A quantized matrix whose first scale is NaN, and one whose scale is infinite.
+        refused(|file| quantize(file, 0x7e00), dtype, &["blk.0.ffn_down.weight"]);
+        refused(|file| quantize(file, 0x7c00), dtype, &["blk.0.ffn_down.weight"]);
+    }
+    refused(
+        |file| set(file, "blk.0.ffn_up.weight", 1e6),
+        Some(DType::F16),
+        &["blk.0.ffn_up.weight", "too large for f16"],
+    );
+    fn quantize(file: &mut gguf::File, scale: u16) {
+        let tensor = file.find("blk.0.ffn_down.weight");
+        let block = [&scale.to_le_bytes()[..], &[1; 32]].concat();
+        (tensor.kind, tensor.data) = (gguf::Q8_0, block.repeat(32 * 2));
+    }
+}
+
+/// The file gets shorter after it was opened: an error, where a mapping would have killed the process.
+#[test]
+fn a_file_may_shrink_while_it_is_open() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    std::fs::write(&path, small_llama().bytes()).unwrap();
+    let checkpoint = load::open(&path).unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(9000).unwrap();
+    let error = load::decoder(&*checkpoint, &Heap::default(), LoadOptions::default()).unwrap_err();
+    assert!(error.message().contains("has become shorter"), "{error}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Tests of this room as a whole: committed checkpoints, read into plain memory.
 
 mod config;
+#[path = "../../../tests/common/gguf.rs"]
+mod gguf;
 mod heap;
 mod load;
 mod quant;

@@ -1,0 +1,251 @@
+//! How fast the CPU backend's operations are on the shapes of a small Llama (SmolLM2-135M), printed beside what the
+//! machine can read: `cargo bench --bench cpu_ops -- [threads] [part of a name]`.
+//!
+//! Each line is the best of many rounds; every decode line is followed by its share of the reading ceiling measured just
+//! before it, because on a shared machine both drift together.
+
+use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
+use kvahead::backend::{
+    Activation, AttentionShape, Backend, Buffer, DType, KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Segment,
+    Shape, Stream, Vector,
+};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+const HIDDEN: usize = 576;
+const FFN: usize = 1536;
+const VOCAB: usize = 49152;
+const LAYERS: usize = 30;
+const HEADS: usize = 9;
+const KV_HEADS: usize = 3;
+const HEAD_DIM: usize = 64;
+
+/// Outputs and inputs of a layer's matrices, fused as the engine has them.
+const MATRICES: [(usize, usize); 4] =
+    [((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN)];
+
+struct Bench {
+    cpu: CpuBackend,
+    stream: Stream,
+    threads: usize,
+    filter: String,
+    noise: u64,
+}
+
+impl Bench {
+    fn wanted(&self, name: &str) -> bool {
+        name.contains(&self.filter)
+    }
+
+    /// A buffer of small random numbers.
+    fn random(&mut self, dtype: DType, count: usize) -> Buffer {
+        let mut bytes = Vec::with_capacity(count * dtype.bytes());
+        for _ in 0..count {
+            self.noise = self.noise.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let x = (self.noise >> 40) as f32 / (1 << 24) as f32 - 0.5;
+            match dtype {
+                DType::F32 => bytes.extend(x.to_le_bytes()),
+                DType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
+                DType::BF16 => bytes.extend(half::bf16::from_f32(x).to_le_bytes()),
+                DType::U32 => unreachable!(),
+            }
+        }
+        let mut buffer = self.cpu.allocate(bytes.len(), Place::Device, "a bench").unwrap();
+        self.cpu.upload(&self.stream, &bytes, &mut buffer, 0).unwrap();
+        buffer
+    }
+
+    fn linear(&mut self, dtype: DType, outputs: usize, inputs: usize) -> Linear {
+        Linear { outputs, inputs, dtype, data: self.random(dtype, outputs * inputs), bias: None }
+    }
+
+    /// Bytes per second that all threads together read from memory.
+    fn ceiling(&self) -> f64 {
+        let words = vec![1u64; (256 << 20) / 8];
+        let best = best(|| {
+            std::thread::scope(|scope| {
+                for part in words.chunks(words.len().div_ceil(self.threads)) {
+                    scope.spawn(move || {
+                        let mut sums = [0u64; 32];
+                        for chunk in part.chunks_exact(32) {
+                            for (sum, word) in sums.iter_mut().zip(chunk) {
+                                *sum = sum.wrapping_add(*word);
+                            }
+                        }
+                        black_box(sums)
+                    });
+                }
+            });
+        });
+        (words.len() * 8) as f64 / best
+    }
+
+    fn bandwidth(&self, name: &str, bytes: usize, run: impl FnMut()) {
+        let before = self.ceiling();
+        let seconds = best(run);
+        let ceiling = before.max(self.ceiling());
+        let rate = bytes as f64 / seconds;
+        println!(
+            "{name:<44} {:>9.1} us {:>8.1} GB/s, {:>3.0}% of {:.1}",
+            seconds * 1e6,
+            rate / 1e9,
+            100.0 * rate / ceiling,
+            ceiling / 1e9
+        );
+    }
+
+    fn arithmetic(&self, name: &str, operations: f64, run: impl FnMut()) {
+        let seconds = best(run);
+        println!("{name:<44} {:>9.1} us {:>8.1} GFLOP/s", seconds * 1e6, operations / seconds / 1e9);
+    }
+}
+
+/// Seconds of the fastest of many runs.
+fn best(mut run: impl FnMut()) -> f64 {
+    let begin = Instant::now();
+    let mut best = f64::MAX;
+    let mut rounds = 0;
+    while rounds < 5 || begin.elapsed() < Duration::from_millis(700) {
+        let start = Instant::now();
+        run();
+        best = best.min(start.elapsed().as_secs_f64());
+        rounds += 1;
+    }
+    best
+}
+
+fn decode_products(bench: &mut Bench, dtype: DType) {
+    for rows in [1, 4] {
+        let name = format!("decode products, {rows} row(s), {dtype}");
+        if !bench.wanted(&name) {
+            continue;
+        }
+        let mut weights = Vec::new();
+        for _ in 0..LAYERS {
+            for (n, k) in MATRICES {
+                weights.push(bench.linear(dtype, n, k));
+            }
+        }
+        weights.push(bench.linear(dtype, VOCAB, HIDDEN));
+        let x = bench.random(DType::F32, rows * FFN);
+        let mut out = bench.random(DType::F32, rows * VOCAB);
+        let bytes = weights.iter().map(|w| w.data.bytes()).sum();
+        bench.bandwidth(&name, bytes, || {
+            for w in &weights {
+                let x = x.rows(DType::F32, rows, w.inputs);
+                let out = out.rows_mut(DType::F32, rows, w.outputs);
+                bench.cpu.matmul(&bench.stream, x, w, false, Shape::Decode, out).unwrap();
+            }
+        });
+    }
+}
+
+fn prefill_products(bench: &mut Bench, dtype: DType) {
+    for rows in [32, 128, 512] {
+        for (n, k) in MATRICES {
+            let name = format!("prefill product {rows} x {n} x {k}, {dtype}");
+            if !bench.wanted(&name) {
+                continue;
+            }
+            let w = bench.linear(dtype, n, k);
+            let x = bench.random(DType::F32, rows * k);
+            let mut out = bench.random(DType::F32, rows * n);
+            bench.arithmetic(&name, 2.0 * (rows * n * k) as f64, || {
+                let (x, out) = (x.rows(DType::F32, rows, k), out.rows_mut(DType::F32, rows, n));
+                bench.cpu.matmul(&bench.stream, x, &w, false, Shape::Prefill, out).unwrap();
+            });
+        }
+    }
+}
+
+fn attention(bench: &mut Bench, dtype: DType) {
+    let shape = AttentionShape { heads: HEADS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, scale: 0.125, window: None };
+    let cols = HEADS * HEAD_DIM;
+    let geometry = |layers| KvGeometry { layers, kv_heads: KV_HEADS, head_dim: HEAD_DIM, extent_tokens: 256, dtype };
+    for depth in [128, 4096, 7900] {
+        let name = format!("decode attention at depth {depth}, {dtype}");
+        if !bench.wanted(&name) {
+            continue;
+        }
+        let geometry = geometry(LAYERS);
+        let extents: Vec<Buffer> = (0..geometry.extents(depth))
+            .map(|_| bench.random(dtype, geometry.extent_bytes() / dtype.bytes()))
+            .collect();
+        let q = bench.random(DType::F32, cols);
+        let mut out = bench.random(DType::F32, cols);
+        let bytes = LAYERS * KV_HEADS * depth * geometry.row_bytes();
+        bench.bandwidth(&name, bytes, || {
+            for layer in 0..LAYERS {
+                let runs = KvRuns::new(&extents, geometry, layer);
+                let segment = Segment { row: 0, rows: 1, position: depth - 1, runs };
+                let out = out.rows_mut(DType::F32, 1, cols);
+                bench.cpu.attend(&bench.stream, q.rows(DType::F32, 1, cols), &shape, &[segment], out).unwrap();
+            }
+        });
+    }
+    for (position, rows) in [(0, 512), (7680, 512), (0, 8192)] {
+        let name = format!("prefill attention {rows} at {position}, {dtype}");
+        if !bench.wanted(&name) {
+            continue;
+        }
+        let geometry = geometry(1);
+        let extents: Vec<Buffer> = (0..geometry.extents(position + rows))
+            .map(|_| bench.random(dtype, geometry.extent_bytes() / dtype.bytes()))
+            .collect();
+        let q = bench.random(DType::F32, rows * cols);
+        let mut out = bench.random(DType::F32, rows * cols);
+        let pairs = (rows * position + rows * (rows + 1) / 2) as f64;
+        bench.arithmetic(&name, 4.0 * pairs * cols as f64, || {
+            let runs = KvRuns::new(&extents, geometry, 0);
+            let segment = Segment { row: 0, rows, position, runs };
+            let out = out.rows_mut(DType::F32, rows, cols);
+            bench.cpu.attend(&bench.stream, q.rows(DType::F32, rows, cols), &shape, &[segment], out).unwrap();
+        });
+    }
+}
+
+fn small(bench: &mut Bench) {
+    for rows in [1, 512] {
+        let norm_name = format!("rms norm, {rows} row(s)");
+        let activate_name = format!("silu, {rows} row(s)");
+        if bench.wanted(&norm_name) {
+            let data = bench.random(DType::F32, HIDDEN);
+            let norm = Norm { kind: NormKind::Rms, epsilon: 1e-5, weight: Vector { len: HIDDEN, data }, bias: None };
+            let x = bench.random(DType::F32, rows * HIDDEN);
+            let mut out = bench.random(DType::F32, rows * HIDDEN);
+            bench.arithmetic(&norm_name, (rows * HIDDEN) as f64, || {
+                let (x, out) = (x.rows(DType::F32, rows, HIDDEN), out.rows_mut(DType::F32, rows, HIDDEN));
+                bench.cpu.norm(&bench.stream, x, &norm, out).unwrap();
+            });
+        }
+        if bench.wanted(&activate_name) {
+            let x = bench.random(DType::F32, rows * 2 * FFN);
+            let mut out = bench.random(DType::F32, rows * FFN);
+            bench.arithmetic(&activate_name, (rows * FFN) as f64, || {
+                let (x, out) = (x.rows(DType::F32, rows, 2 * FFN), out.rows_mut(DType::F32, rows, FFN));
+                bench.cpu.activate(&bench.stream, x, Activation::SiluGated, out).unwrap();
+            });
+        }
+    }
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let threads = words.iter().find_map(|w| w.parse().ok()).unwrap_or(0);
+    let filter = words.iter().find(|w| w.parse::<usize>().is_err()).cloned().unwrap_or_default();
+    for level in Level::available().filter(|&l| l > Level::Scalar) {
+        let cpu = CpuBackend::new(CpuOptions { threads, level: Some(level) }).unwrap();
+        println!("\n{}", cpu.description());
+        let threads = if threads == 0 { std::thread::available_parallelism().unwrap().get() } else { threads };
+        let stream = cpu.stream().unwrap();
+        let mut bench = Bench { cpu, stream, threads, filter: filter.clone(), noise: 1 };
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            if level != Level::Amx {
+                decode_products(&mut bench, dtype);
+            }
+            prefill_products(&mut bench, dtype);
+            attention(&mut bench, dtype);
+        }
+        small(&mut bench);
+    }
+}

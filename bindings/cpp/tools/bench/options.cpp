@@ -1,0 +1,53 @@
+#include "options.hpp"
+
+#include <algorithm>
+
+namespace bench {
+
+bool parse(int argc, char** argv, Options& options) {
+  args::Parser parser("kva-bench",
+                      "Measures prefill and decode. For each context length and batch size: a prefill of every sequence, "
+                      "then decode steps of the whole batch, repeated. Prompts are random token ids.");
+  options.model.declare(parser, true);
+  parser.choice("--policy", "what a layer attends (default full)", program::policies(), options.policy);
+  parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights (default auto)", program::dtypes(), options.kv_dtype);
+
+  parser.group("Measurement");
+  parser.option("--context", "LIST", "tokens of each prompt, as 1,512,4096 (default 512); 0: decode from the empty context",
+                options.contexts);
+  parser.option("--batch", "LIST", "sequences decoded together (default 1)", options.batches);
+  parser.option("--gen", "N", "decode steps in each repetition (default 32)", options.steps);
+  parser.option("--repeat", "R", "repetitions (default 3)", options.repetitions);
+  parser.flag("--no-prefill-repeat", "prefill once; later repetitions cut the sequences back to their prompts",
+              options.prefill_once);
+  parser.option("--seed", "N", "of the prompts (default 0)", options.seed);
+  parser.option("--json", "FILE", "write the results to FILE as well", options.json);
+  parser.flag("--interactive", "be told what to measure, a line of JSON at a time (see below)", options.interactive);
+
+  parser.epilog(
+      "A decode step counts from the call to the return of its logits; sampling is not part of it. Rates are tokens of\n"
+      "the whole batch per second: the median of the repetitions, with the least and the greatest.\n"
+      "\n"
+      "With --interactive each line of standard input is a request, and its answer is one line:\n"
+      "  {\"op\": \"describe\"}                           machine, model, options\n"
+      "  {\"op\": \"fill\", \"depth\": D}                   prefill a sequence of D tokens and keep it\n"
+      "  {\"op\": \"prefill\", \"tokens\": P}               prefill P tokens into an empty sequence\n"
+      "  {\"op\": \"decode\", \"depth\": D, \"tokens\": N}    N steps from depth D (0: empty), then cut back to D\n"
+      "Measurements answer {\"tokens\", \"seconds\", \"others\"}, others being the share of all processors that other\n"
+      "processes used meanwhile; a request that fails answers {\"error\"}. The program ends with its input.\n"
+      "\n"
+      "Examples:\n"
+      "  kva-bench --model model.gguf --context 1,4096 --gen 64 --repeat 5 --json result.json\n"
+      "  kva-bench --shape llama-2-7b --random-weights 1 --context 2048 --batch 1,4 --no-prefill-repeat\n");
+  if (!parser.parse(argc, argv)) return false;
+
+  const auto zero = [](std::uint64_t value) { return value == 0; };
+  if (options.steps == 0) throw args::UsageError("--gen must be at least 1");
+  if (options.repetitions == 0) throw args::UsageError("--repeat must be at least 1");
+  if (std::any_of(options.batches.begin(), options.batches.end(), zero)) {
+    throw args::UsageError("--batch must be at least 1");
+  }
+  return true;
+}
+
+}  // namespace bench

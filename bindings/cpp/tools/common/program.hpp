@@ -1,0 +1,47 @@
+/// What the tools share around their `main`: exit statuses, and the flags that choose and load a model.
+
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "args.hpp"
+#include "kvahead.hpp"
+
+namespace program {
+
+/// 0: done. 1: it failed. 2: the command line was wrong. 130: Ctrl-C.
+/// Runs `body`, which returns a status, and turns exceptions into a line on standard error.
+int run(const std::string& name, const std::function<int()>& body);
+
+/// `printf`-style text.
+[[gnu::format(printf, 1, 2)]] std::string format(const char* form, ...);
+
+/// "1.5 GiB"
+std::string bytes(std::uint64_t count);
+
+/// The words for dtypes and policies on a command line and in JSON, and back.
+std::vector<std::pair<std::string, kva::DType>> dtypes();
+std::vector<std::pair<std::string, kva::Policy>> policies();
+std::string name(kva::DType dtype);
+std::string name(kva::Policy policy);
+
+/// Which model, and how to hold it.
+struct ModelFlags {
+  std::string path;
+  std::string shape;
+  std::optional<std::uint64_t> random_weights;
+  std::uint32_t threads = 0;
+  kva::DType dtype = kva::DType::automatic;
+
+  /// Declares --model, and --shape with --random-weights where `shapes`.
+  void declare(args::Parser& parser, bool shapes);
+  /// Loads it, with progress on a terminal; stops at Ctrl-C.
+  [[nodiscard]] kva::Model load() const;
+};
+
+}  // namespace program

@@ -1,0 +1,51 @@
+#include "statistics.hpp"
+
+#include <cstdio>
+
+#include "../common/machine.hpp"
+#include "../common/program.hpp"
+
+namespace generate {
+namespace {
+
+void phase(const char* name, std::uint64_t tokens, double seconds) {
+  if (tokens == 0 || seconds <= 0) {
+    std::fprintf(stderr, "%-8s %6llu tokens\n", name, static_cast<unsigned long long>(tokens));
+  } else {
+    std::fprintf(stderr, "%-8s %6llu tokens in %7.3f s  %8.2f tokens/s\n", name, static_cast<unsigned long long>(tokens),
+                 seconds, static_cast<double>(tokens) / seconds);
+  }
+}
+
+}  // namespace
+
+std::string describe(kva::Finish finish) {
+  switch (finish) {
+    case kva::Finish::stop_token: return "the model ended the text";
+    case kva::Finish::stop_string: return "a stop string";
+    case kva::Finish::length: return "the token limit";
+    case kva::Finish::context: return "the context is full";
+    case kva::Finish::callback: return "stopped";
+  }
+  return "unknown (" + std::to_string(static_cast<std::int32_t>(finish)) + ")";
+}
+
+void report(const kva::Model& model, const kva::Session& session, const std::string& ended, bool everything) {
+  const kva::Statistics statistics = session.statistics().value();
+  std::fputs("\n", stderr);
+  phase("prefill", statistics.prefill_tokens, statistics.prefill_seconds);
+  phase("decode", statistics.decode_tokens, statistics.decode_seconds);
+  if (!everything) return;
+  const kva::ModelInfo info = model.info().value();
+  phase("sample", statistics.sampled_tokens, statistics.sample_seconds);
+  std::fprintf(stderr, "ended    %s, %zu of %zu tokens held\n", ended.c_str(), session.length(), session.capacity());
+  std::fprintf(stderr, "model    %s, %.1f M parameters, %s of weights in %s, loaded in %.3f s\n", info.architecture.c_str(),
+               static_cast<double>(info.parameters) / 1e6, program::bytes(info.weight_bytes).c_str(),
+               program::name(info.dtype).c_str(), info.load_seconds);
+  std::fprintf(stderr, "backend  %s\n", info.backend.c_str());
+  std::fprintf(stderr, "KV       %s device, %s pinned, %s file\n", program::bytes(statistics.kv_device_bytes).c_str(),
+               program::bytes(statistics.kv_pinned_bytes).c_str(), program::bytes(statistics.kv_file_bytes).c_str());
+  std::fprintf(stderr, "memory   %s at most\n", program::bytes(machine::peak_memory_bytes()).c_str());
+}
+
+}  // namespace generate

@@ -1,0 +1,3 @@
+module github.com/kvahead/kvahead/bindings/go
+
+go 1.19

@@ -1,0 +1,131 @@
+package kvahead
+
+// #include <kvahead.h>
+import "C"
+
+// DType is a type of numbers in memory.
+type DType int32
+
+// The types.
+const (
+	DTypeAuto DType = C.KVA_DTYPE_AUTO // as stored; quantized weights in bf16
+	F32       DType = C.KVA_DTYPE_F32
+	F16       DType = C.KVA_DTYPE_F16
+	BF16      DType = C.KVA_DTYPE_BF16
+)
+
+func (d DType) String() string {
+	switch d {
+	case DTypeAuto:
+		return "auto"
+	case F32:
+		return "f32"
+	case F16:
+		return "f16"
+	case BF16:
+		return "bf16"
+	}
+	return "unknown"
+}
+
+// Device is where a model computes.
+type Device int32
+
+// The devices.
+const (
+	DeviceAuto Device = C.KVA_DEVICE_AUTO
+	CPU        Device = C.KVA_DEVICE_CPU
+)
+
+// Policy is what a layer attends.
+type Policy int32
+
+// The policies.
+const (
+	Full Policy = C.KVA_POLICY_FULL // every token: exact
+)
+
+// LogLevel is how much a log line matters.
+type LogLevel int32
+
+// The levels.
+const (
+	LogError   LogLevel = C.KVA_LOG_ERROR
+	LogWarning LogLevel = C.KVA_LOG_WARNING
+	LogInfo    LogLevel = C.KVA_LOG_INFO
+	LogDebug   LogLevel = C.KVA_LOG_DEBUG
+)
+
+// TokenizeFlags say how a text is read. Combine with |.
+type TokenizeFlags uint32
+
+// The flags.
+const (
+	// AddSpecial adds what the tokenizer puts around a text, such as a begin-of-text token.
+	AddSpecial TokenizeFlags = C.KVA_TOKENIZE_ADD_SPECIAL
+	// ParseSpecial lets names such as <|im_start|> in the text mean the token. For trusted text only.
+	ParseSpecial TokenizeFlags = C.KVA_TOKENIZE_PARSE_SPECIAL
+)
+
+// DetokenizeFlags say how tokens are written.
+type DetokenizeFlags uint32
+
+// SkipSpecial leaves special tokens out of the text.
+const SkipSpecial DetokenizeFlags = C.KVA_DETOKENIZE_SKIP_SPECIAL
+
+// ModelOptions say how to load a model.
+type ModelOptions struct {
+	Device       Device
+	DType        DType  // type of the weights in memory
+	Threads      uint32 // 0: every processor that the process may use
+	KVLimitBytes uint64 // KV of all sessions together; 0: no limit
+
+	// Progress is called while loading with the fraction loaded. An error stops the loading, which returns it.
+	Progress func(fraction float32) error
+	// Log is called with each log line, from any goroutine or none, maybe several at once. It must not use the model.
+	Log      func(level LogLevel, message string)
+	LogLevel LogLevel // 0: LogInfo
+}
+
+// SessionOptions say how to create a session.
+type SessionOptions struct {
+	Policy       Policy
+	KVDType      DType  // type of keys and values; DTypeAuto: that of the weights
+	Capacity     uint64 // tokens; 0: the model's context length
+	PrefillChunk uint32 // tokens of a prompt that run at once; 0: the library's choice
+}
+
+func (o *SessionOptions) c() (*C.kva_session_options, error) {
+	c := new(C.kva_session_options)
+	if err := take(C.kva_session_options_init(c, C.sizeof_kva_session_options)); err != nil || o == nil {
+		return c, err
+	}
+	c.policy = C.int32_t(o.Policy)
+	c.kv_dtype = C.int32_t(o.KVDType)
+	c.capacity = C.uint64_t(o.Capacity)
+	c.prefill_chunk = C.uint32_t(o.PrefillChunk)
+	return c, nil
+}
+
+// SamplingOptions say how to pick a token. The zero value picks the likeliest.
+type SamplingOptions struct {
+	Temperature       float32 // 0: greedy
+	TopK              uint32  // 0: off
+	TopP              float32 // 0 or 1: off
+	MinP              float32 // 0: off
+	RepetitionPenalty float32 // 0 or 1: off
+	FrequencyPenalty  float32
+	PresencePenalty   float32
+	PenaltyWindow     uint32 // last tokens that the penalties look at; 0: all
+	Seed              uint64
+	LogitBias         map[uint32]float32 // added to the logits of tokens; -Inf forbids a token
+}
+
+// GenerateOptions say how to generate.
+type GenerateOptions struct {
+	MaxTokens             uint64 // 0: until the text ends or the session is full
+	Sampling              SamplingOptions
+	StopTokens            []uint32 // besides the model's own
+	IgnoreModelStopTokens bool
+	StopStrings           []string // end the text, and are not part of it
+}

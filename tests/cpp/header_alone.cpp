@@ -1,0 +1,2 @@
+// Nothing before it: the header brings what it needs.
+#include "kvahead.hpp"

@@ -1,0 +1,5 @@
+#include "kvahead.hpp"
+
+kva::Result<kva::Model> load_elsewhere(const char* path);
+
+kva::Result<kva::Model> load_elsewhere(const char* path) { return kva::Model::load(path); }

@@ -1,0 +1,91 @@
+import json
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+from tool import CONTEXT, MODEL, CommonTests, ToolTest
+
+
+class BenchTest(CommonTests, ToolTest):
+    name = "kva-bench"
+
+    def bench(self, *arguments):
+        """(stdout, the JSON)"""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.json"
+            out, _ = self.run_tool("--model", MODEL, *arguments, "--json", file)
+            return out, json.loads(file.read_text())
+
+    def test_a_row_for_each_context_and_batch(self):
+        out, result = self.bench("--context", "1,40", "--batch", "1,3", "--gen", 4, "--repeat", 3, "--threads", 1)
+        self.assertEqual([(row["context"], row["batch"]) for row in result["rows"]], [(1, 1), (1, 3), (40, 1), (40, 3)])
+        for row in result["rows"]:
+            self.assertEqual(row["policy"], "full")
+            for rate in (row["prefill_tokens_per_second"], row["decode_tokens_per_second"]):
+                self.assertEqual(len(rate["samples"]), 3)
+                self.assertTrue(0 < rate["min"] <= rate["median"] <= rate["max"], rate)
+            self.assertGreater(row["kv_bytes"], 0)
+            self.assertGreater(row["peak_memory_bytes"], 0)
+        self.assertGreaterEqual(result["peak_memory_bytes"], max(row["peak_memory_bytes"] for row in result["rows"]))
+        self.assertEqual(result["model"]["path"], MODEL)
+        self.assertGreater(result["model"]["weight_bytes"], 0)
+        self.assertIn("cpu", result["machine"])
+        self.assertRegex(out, r"(?m)^ +40 +3 +full +[\d.]+ \([\d.]+ - [\d.]+\)")
+
+    def test_prefill_once(self):
+        _, result = self.bench("--context", 16, "--gen", 2, "--repeat", 3, "--no-prefill-repeat")
+        self.assertEqual(len(result["rows"][0]["prefill_tokens_per_second"]["samples"]), 1)
+        self.assertEqual(len(result["rows"][0]["decode_tokens_per_second"]["samples"]), 3)
+
+    def test_the_empty_context_has_no_prefill(self):
+        _, result = self.bench("--context", 0, "--gen", 2, "--repeat", 1)
+        self.assertIsNone(result["rows"][0]["prefill_tokens_per_second"])
+
+    def test_the_whole_context_can_be_measured(self):
+        self.bench("--context", CONTEXT - 2, "--gen", 2, "--repeat", 2)
+        self.wrong("--model", MODEL, "--context", CONTEXT, "--gen", 2, says=f"context length of {CONTEXT}")
+
+    def test_interactive(self):
+        requests = [
+            {"op": "describe"},
+            {"op": "prefill", "tokens": 20},
+            {"op": "fill", "depth": 32},
+            {"op": "decode", "depth": 32, "tokens": 5},
+            {"op": "decode", "depth": 0, "tokens": 3},
+            {"op": "decode", "depth": 32, "tokens": 5},
+            {"op": "decode", "depth": 7, "tokens": 5},
+            {"op": "prefill", "tokens": CONTEXT + 1},
+            {"op": "dance"},
+            "not an object",
+        ]
+        lines = [json.dumps(request) for request in requests] + ["not JSON"]
+        done = subprocess.run(
+            [self.program(), "--model", MODEL, "--interactive"], input="\n".join(lines), capture_output=True, text=True
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        self.assertEqual(len(answers), len(lines))
+        self.assertIn("machine", answers[0])
+        for answer, tokens in zip(answers[1:6], (20, 32, 5, 3, 5)):
+            self.assertEqual(answer["tokens"], tokens)
+            self.assertGreater(answer["seconds"], 0)
+            self.assertTrue(0 <= answer["others"] <= 1)
+        for answer in answers[6:]:
+            self.assertEqual(list(answer), ["error"])
+        self.assertIn("fill it first", answers[6]["error"])
+        self.assertIn("dance", answers[8]["error"])
+
+    def test_what_cannot_be_done_is_said(self):
+        self.wrong(says="no model")
+        self.wrong("--model", MODEL, "--shape", "llama-2-7b", says="exclude each other")
+        self.wrong("--shape", "llama-2-7b", says="--shape needs --random-weights SEED")
+        self.wrong("--shape", "llama-9", "--random-weights", 1, says="smollm2-135m", status=1)
+        self.wrong("--model", MODEL, "--context", "1,,2", says="--context '1,,2': must be a whole number")
+        self.wrong("--model", MODEL, "--batch", "0", says="--batch must be at least 1")
+        self.wrong("--model", MODEL, "--gen", "0", says="--gen must be at least 1")
+        self.wrong("--model", MODEL, "--json", "/nowhere/x.json", says="/nowhere/x.json: cannot create it", status=1)
+
+
+if __name__ == "__main__":
+    unittest.main()
