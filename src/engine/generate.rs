@@ -51,7 +51,7 @@ pub struct Generated {
 impl Session {
     /// Appends `prompt` (which may be empty where the session has logits), then samples and appends tokens until one of
     /// [`Finish`]. `emit` gets each token with the text that has become certain by it (whole characters, maybe none;
-    /// what was held back comes with the last call) and returns whether to go on.
+    /// what was held back comes with the last token once more) and returns whether to go on.
     ///
     /// Each token is a step of its own: after an error the session holds the prompt and every token emitted before it;
     /// after an error in the prompt, what it held before the call.
@@ -84,7 +84,7 @@ impl Session {
             self.prefill(prompt)?;
         }
         let mut emitted = 0;
-        let mut last_token = None;
+        let (mut last_token, mut last_emitted) = (None, None);
         let finish = loop {
             if options.max_tokens != 0 && emitted == options.max_tokens {
                 break Finish::Length;
@@ -99,6 +99,7 @@ impl Session {
             }
             self.decode(token)?;
             emitted += 1;
+            last_emitted = Some(token);
             let certain = match &mut text {
                 Some(text) => text.push(token)?,
                 None => String::new(),
@@ -118,7 +119,7 @@ impl Session {
         if !stopped {
             rest.push_str(&stops.finish());
         }
-        if let (false, Some(token)) = (rest.is_empty(), last_token) {
+        if let (false, Some(token)) = (rest.is_empty(), last_emitted) {
             emit(token, &rest);
         }
         Ok(Generated { finish, tokens: emitted, last_token })

@@ -31,7 +31,7 @@ impl Slot {
     }
 
     fn bytes(&self, rows: usize) -> usize {
-        rows * self.width * self.dtype.bytes()
+        rows.saturating_mul(self.width * self.dtype.bytes())
     }
 
     /// The first `rows` rows.
@@ -143,9 +143,9 @@ impl Workspace {
 
     /// What [`Workspace::reserve`] would hold for the same arguments, in bytes.
     pub(super) fn bytes(&mut self, rows: usize, logit_rows: usize) -> usize {
-        let rows: usize = self.row_slots().into_iter().map(|slot| slot.bytes(rows.max(slot.rows))).sum();
-        let logits: usize = self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).sum();
-        rows + logits
+        let add = usize::saturating_add;
+        let rows = self.row_slots().into_iter().map(|slot| slot.bytes(rows.max(slot.rows))).fold(0, add);
+        self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).fold(rows, add)
     }
 
     /// Makes the normalised state the residual stream (post-norm models).

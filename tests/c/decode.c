@@ -119,6 +119,8 @@ static void statistics(const kva_model *model, const golden *golden) {
   CHECK(one.weight_bytes == ten.weight_bytes && one.weight_bytes > 100000);
   CHECK(one.kv_device_bytes * 10 == ten.kv_device_bytes && one.kv_device_bytes == 512u * 3 * 3 * 16 * 4);
   CHECK(one.kv_pinned_bytes == 0 && one.kv_file_bytes == 0 && one.scratch_bytes > 0);
+  OK(kva_model_estimate(model, NULL, SIZE_MAX, &ten));
+  CHECK(ten.kv_device_bytes == UINT64_MAX && ten.scratch_bytes == UINT64_MAX);
   options.capacity = TEST_CONTEXT + 1;
   FAILS(kva_model_estimate(model, &options, 1, &one), KVA_ERROR_INVALID_ARGUMENT, "513");
   kva_session_free(session);

@@ -24,7 +24,7 @@ static int32_t receive(void *user_data, uint32_t token, const char *text, size_t
     stream->tokens[stream->count++] = token;
   } else {
     /* What was held back comes with the last token again. */
-    CHECK(text_len > 0 && stream->count > 0);
+    CHECK(text_len > 0 && stream->count > 0 && stream->tokens[stream->count - 1] == token);
   }
   return stream->stop_after && stream->count == stream->stop_after;
 }

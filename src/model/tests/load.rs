@@ -1,46 +1,78 @@
 //! Whole checkpoints into memory.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::gguf::{self, small_llama};
-use super::heap::{Heap, matrix, vector};
 use super::{data, real_model, tensor};
 use crate::ErrorCode;
-use crate::backend::DType;
-use crate::model::checkpoint::Checkpoint;
+use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::{Backend, DType, Linear, Rows, Vector};
 use crate::model::config::{Config, SHAPES};
 use crate::model::decoder::{Decoder, NormPlacement, Positions};
 use crate::model::load::{self, LoadOptions};
 
 fn load(path: &Path, dtype: Option<DType>) -> Decoder {
     let checkpoint = load::open(path).unwrap();
-    load::decoder(&*checkpoint, &Heap::default(), LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
+    load::decoder(&*checkpoint, &backend(), LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
 }
 
-/// Everything in a decoder, as f32.
-fn contents(decoder: &Decoder) -> Vec<Vec<f32>> {
-    let mut all = vec![matrix(&decoder.embedding)];
-    if let Positions::Learned { table, .. } = &decoder.positions {
-        all.push(matrix(table));
+fn backend() -> CpuBackend {
+    CpuBackend::new(CpuOptions { threads: 1, level: None }).unwrap()
+}
+
+/// The elements of a matrix, widened to f32.
+fn matrix(linear: &Linear) -> Vec<f32> {
+    values(linear.rows())
+}
+
+/// The elements of a vector.
+fn vector(vector: &Vector) -> Vec<f32> {
+    values(vector.row())
+}
+
+fn values(rows: Rows<'_>) -> Vec<f32> {
+    let mut bytes = vec![0; rows.rows() * rows.cols() * rows.dtype().bytes()];
+    let backend = backend();
+    backend.download(&backend.stream().unwrap(), rows, &mut bytes).unwrap();
+    match rows.dtype() {
+        DType::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+        DType::F16 => bytes.as_chunks().0.iter().map(|bytes| half::f16::from_le_bytes(*bytes).to_f32()).collect(),
+        DType::BF16 => bytes.as_chunks().0.iter().map(|bytes| half::bf16::from_le_bytes(*bytes).to_f32()).collect(),
+        DType::U32 => unreachable!(),
     }
-    all.extend([&decoder.project_in, &decoder.project_out, &decoder.head].into_iter().flatten().map(matrix));
+}
+
+/// Every matrix and every vector of a decoder.
+fn parts(decoder: &Decoder) -> (Vec<&Linear>, Vec<&Vector>) {
+    let mut matrices = vec![&decoder.embedding];
+    if let Positions::Learned { table, .. } = &decoder.positions {
+        matrices.push(table);
+    }
+    matrices.extend([&decoder.project_in, &decoder.project_out, &decoder.head].into_iter().flatten());
     let mut norms: Vec<_> = decoder.final_norm.iter().collect();
     for block in &decoder.blocks {
         norms.extend([&block.attention_norm, &block.mlp_norm]);
         norms.extend(block.attention.query_norm.iter().chain(&block.attention.key_norm));
-        for linear in [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down] {
-            all.push(matrix(linear));
-            all.extend(linear.bias.iter().map(vector));
-        }
+        matrices.extend([&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down]);
     }
-    for norm in norms {
-        all.push(vector(&norm.weight));
-        all.extend(norm.bias.iter().map(vector));
-    }
-    all
+    let biases = matrices.iter().filter_map(|matrix| matrix.bias.as_ref());
+    let vectors = norms.into_iter().flat_map(|norm| [Some(&norm.weight), norm.bias.as_ref()]).flatten();
+    let vectors = vectors.chain(biases).collect();
+    (matrices, vectors)
+}
+
+/// Everything in a decoder, as f32.
+fn contents(decoder: &Decoder) -> Vec<Vec<f32>> {
+    let (matrices, vectors) = parts(decoder);
+    matrices.into_iter().map(matrix).chain(vectors.into_iter().map(vector)).collect()
+}
+
+fn bytes(decoder: &Decoder) -> u64 {
+    let (matrices, vectors) = parts(decoder);
+    let matrices = matrices.iter().map(|matrix| matrix.data.bytes());
+    matrices.chain(vectors.iter().map(|vector| vector.data.bytes())).sum::<usize>() as u64
 }
 
 #[test]
@@ -50,9 +82,8 @@ fn every_golden_folder_loads_whole() {
         let checkpoint = load::open(&path).unwrap();
         let survey = load::survey(&*checkpoint, None).unwrap();
         assert_eq!(survey.unused, Vec::<String>::new(), "{}", path.display());
-        let heap = Heap::default();
-        let decoder = load::decoder(&*checkpoint, &heap, LoadOptions::default()).unwrap();
-        assert_eq!(heap.allocated.load(Ordering::Relaxed) as u64, survey.bytes);
+        let decoder = load::decoder(&*checkpoint, &backend(), LoadOptions::default()).unwrap();
+        assert_eq!(bytes(&decoder), survey.bytes);
         assert_eq!(Some(decoder.embedding.dtype), checkpoint.config().stored, "{}", path.display());
         assert_eq!(decoder.blocks.len(), checkpoint.config().layers);
         // In any type the same values, as far as the type goes.
@@ -138,7 +169,7 @@ fn the_real_model_loads() {
         true
     });
     let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
-    let decoder = load::decoder(&*checkpoint, &Heap::default(), options).unwrap();
+    let decoder = load::decoder(&*checkpoint, &backend(), options).unwrap();
     eprintln!("opened in {opened:?}, loaded after {:?}, {} bytes", start.elapsed(), survey.bytes);
     assert_eq!(decoder.embedding.dtype, DType::BF16);
     let fractions = fractions.lock().unwrap();
@@ -157,7 +188,7 @@ fn progress_can_cancel() {
             calls <= limit
         });
         let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
-        let error = load::decoder(&*checkpoint, &Heap::default(), options).unwrap_err();
+        let error = load::decoder(&*checkpoint, &backend(), options).unwrap_err();
         assert_eq!(error.code(), ErrorCode::Cancelled, "{limit}");
     }
 }
@@ -173,7 +204,7 @@ fn weights_must_be_finite() {
         std::fs::write(&path, file.bytes()).unwrap();
         let checkpoint = load::open(&path).unwrap();
         let options = LoadOptions { dtype, ..LoadOptions::default() };
-        let error = load::decoder(&*checkpoint, &Heap::default(), options).unwrap_err();
+        let error = load::decoder(&*checkpoint, &backend(), options).unwrap_err();
         assert_eq!(error.code(), ErrorCode::InvalidFormat);
         for fragment in fragments {
             assert!(error.message().contains(fragment), "no {fragment:?} in: {error}");
@@ -212,7 +243,7 @@ fn a_file_may_shrink_while_it_is_open() {
     std::fs::write(&path, small_llama().bytes()).unwrap();
     let checkpoint = load::open(&path).unwrap();
     std::fs::File::options().write(true).open(&path).unwrap().set_len(9000).unwrap();
-    let error = load::decoder(&*checkpoint, &Heap::default(), LoadOptions::default()).unwrap_err();
+    let error = load::decoder(&*checkpoint, &backend(), LoadOptions::default()).unwrap_err();
     assert!(error.message().contains("has become shorter"), "{error}");
 }
 
@@ -221,7 +252,7 @@ fn threads_change_nothing() {
     let checkpoint = load::open(&data("gguf/llama3-rope.gguf")).unwrap();
     let with = |threads| {
         let options = LoadOptions { threads, ..LoadOptions::default() };
-        contents(&load::decoder(&*checkpoint, &Heap::default(), options).unwrap())
+        contents(&load::decoder(&*checkpoint, &backend(), options).unwrap())
     };
     assert_eq!(with(1), with(5));
 }
@@ -235,7 +266,7 @@ fn weights_cannot_be_integers() {
 #[test]
 fn random_weights_are_reproducible_and_sane() {
     let config = Config { layers: 2, windows: vec![None; 2], ..Config::shape("smollm2-135m").unwrap() };
-    let make = |seed| load::random_decoder(&config, seed, &Heap::default(), LoadOptions::default()).unwrap();
+    let make = |seed| load::random_decoder(&config, seed, &backend(), LoadOptions::default()).unwrap();
     let one = make(7);
     assert_eq!(contents(&one), contents(&make(7)));
     assert_ne!(matrix(&one.embedding), matrix(&make(8).embedding));

@@ -3,7 +3,6 @@
 mod config;
 #[path = "../../../tests/common/gguf.rs"]
 mod gguf;
-mod heap;
 mod load;
 mod quant;
 mod rope;

@@ -221,13 +221,6 @@ impl Metadata {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.values.iter().map(|(key, value)| (key.as_str(), value))
     }
-
-    /// Metadata made by hand, for tests.
-    #[cfg(test)]
-    pub(crate) fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, Value)>) -> Metadata {
-        let values = pairs.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
-        Metadata { file: "test.gguf".into(), values }
-    }
 }
 
 fn read_kind<R: Read>(reader: &mut Reader<'_, R>, key: &str) -> Result<Kind> {
