@@ -84,7 +84,7 @@ class BenchTest(CommonTests, ToolTest):
         self.wrong("--model", MODEL, "--context", "1,,2", says="--context '1,,2': must be a whole number")
         self.wrong("--model", MODEL, "--batch", "0", says="--batch must be at least 1")
         self.wrong("--model", MODEL, "--gen", "0", says="--gen must be at least 1")
-        self.wrong("--model", MODEL, "--json", "/nowhere/x.json", says="/nowhere/x.json: cannot create it", status=1)
+        self.wrong("--model", MODEL, "--context", "8", "--json", "/nowhere/x.json", says="/nowhere/x.json: cannot create it", status=1)
 
 
 if __name__ == "__main__":

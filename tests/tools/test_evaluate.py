@@ -64,6 +64,7 @@ class EvaluateTest(CommonTests, ToolTest):
         self.wrong(*model, says="nothing to evaluate: give --text FILE or --token-ids FILE")
         self.wrong(*model, "--text", "a", "--token-ids", "b", says="exclude each other")
         self.wrong(*model, "--text", "/nowhere/text", says="/nowhere/text: cannot open it", status=1)
+        self.wrong(*model, "--token-ids", self.file(TOKENS), "--json", "/nowhere/x", says="cannot create it", status=1)
         for content, says in (
             ("{", "not JSON"),
             ("{}", "an object whose token_ids is one"),

@@ -29,7 +29,7 @@ void check_lengths(const kva::Model& model, const Options& options) {
 int run(const Options& options) {
   const kva::Model model = options.model.load();
   if (!options.interactive) check_lengths(model, options);
-  if (!options.json.empty()) files::write(options.json, "");  // a path that cannot be written should fail now
+  if (!options.json.empty()) files::check_writable(options.json);
   warm_up(model, options);
   if (options.interactive) {
     Interactive(model, options).serve(std::cin, std::cout);

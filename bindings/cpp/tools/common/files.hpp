@@ -32,6 +32,11 @@ inline std::string read(const std::string& path) {
   return text;
 }
 
+/// Fails as `write` would, so that hours of work need not come first. Leaves what is there; makes an empty file otherwise.
+inline void check_writable(const std::string& path) {
+  if (!File(std::fopen(path.c_str(), "ab"))) fail(path, "create it");
+}
+
 inline void write(const std::string& path, const std::string& text) {
   File file(std::fopen(path.c_str(), "wb"));
   if (!file) fail(path, "create it");

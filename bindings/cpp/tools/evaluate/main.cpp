@@ -42,6 +42,7 @@ int run(const Options& options) {
     throw args::UsageError("--prefill " + std::to_string(options.prefill) + " leaves nothing to evaluate: " + file + " has " +
                            std::to_string(tokens.size()) + " tokens, so P is at most " + std::to_string(tokens.size() - 2));
   }
+  if (!options.json.empty()) files::check_writable(options.json);
 
   const auto start = std::chrono::steady_clock::now();
   const std::vector<double> nll = score_with(options, model, tokens);
