@@ -131,9 +131,12 @@ fn phi3_longrope() {
 /// GGUF files hold the same weights as the folders of the same names, in llama.cpp's conventions.
 #[test]
 fn gguf_files_compute_the_same() {
-    for (file, name) in
-        [("smollm2.gguf", "smollm2"), ("llama3-rope.gguf", "llama3-rope"), ("qwen2.gguf", "qwen2"), ("qwen2.v2.gguf", "qwen2")]
-    {
+    for (file, name) in [
+        ("smollm2.gguf", "smollm2"),
+        ("llama3-rope.gguf", "llama3-rope"),
+        ("qwen2.gguf", "qwen2"),
+        ("qwen2.v2.gguf", "qwen2"),
+    ] {
         check_folder(&data().join("gguf").join(file), name, "", false);
     }
 }

@@ -1,6 +1,6 @@
 //! Sample, stream the text, stop: the loop that most callers want.
 
-use crate::model::tokenizer::StopStrings;
+use crate::model::tokenizer::{StopStrings, TextStream};
 use crate::{Error, Result};
 
 use super::Session;
@@ -72,7 +72,7 @@ impl Session {
         }
         // A model without a tokenizer generates tokens with empty texts.
         let mut text = match model.tokenizer() {
-            Ok(tokenizer) => Some(tokenizer.stream(true)),
+            Ok(tokenizer) => Some(TextStream::continuing(tokenizer, true)),
             Err(error) if !options.stop_strings.is_empty() => return Err(error.within("stop strings need text")),
             Err(_) => None,
         };

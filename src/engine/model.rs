@@ -15,7 +15,7 @@ use crate::model::config::{Config, GenerationDefaults};
 use crate::model::decoder::Decoder;
 use crate::model::load::{self, LoadOptions, Progress};
 use crate::model::tokenizer::Tokenizer;
-use crate::{Error, Result};
+use crate::{Error, ErrorCode, Result};
 
 use super::forward::{Dimensions, Forward};
 use super::workspace::Workspace;
@@ -268,8 +268,10 @@ impl Model {
 fn tokenizer(checkpoint: &dyn Checkpoint) -> Result<Option<Tokenizer>> {
     let mut tokenizer = match checkpoint.metadata() {
         Some(metadata) => Tokenizer::from_gguf(metadata)?,
-        None if checkpoint.path().join("tokenizer.json").exists() => Tokenizer::from_folder(checkpoint.path())?,
-        None => return Ok(None),
+        None => match Tokenizer::from_folder(checkpoint.path()) {
+            Err(error) if error.code() == ErrorCode::NotFound => return Ok(None),
+            tokenizer => tokenizer?,
+        },
     };
     tokenizer.match_vocabulary(checkpoint.config().vocabulary)?;
     Ok(Some(tokenizer))
