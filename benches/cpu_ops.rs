@@ -1,7 +1,7 @@
 //! How fast the CPU backend's operations are on the shapes of a small Llama (SmolLM2-135M), printed beside what the
-//! machine can read: `cargo bench --bench cpu_ops -- [threads] [part of a name]`.
+//! machine can read: `cargo bench --bench cpu_ops -- [threads] [levels] [part of a name]`.
 //!
-//! Each line is the best of many rounds; every decode line is followed by its share of the reading ceiling measured just
+//! Each line is the best of many rounds (with one thread, of its processor time); every decode line is followed by its share of the reading ceiling measured just
 //! before it, because on a shared machine both drift together.
 
 use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
@@ -23,6 +23,9 @@ const HEAD_DIM: usize = 64;
 /// Outputs and inputs of a layer's matrices, fused as the engine has them.
 const MATRICES: [(usize, usize); 4] =
     [((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN)];
+
+/// How long each line is tried for.
+const ROUNDS: Duration = Duration::from_millis(2000);
 
 struct Bench {
     cpu: CpuBackend,
@@ -61,20 +64,27 @@ impl Bench {
 
     /// Bytes per second that all threads together read from memory.
     fn ceiling(&self) -> f64 {
-        let words = vec![1u64; (256 << 20) / 8];
-        let best = best(|| {
-            std::thread::scope(|scope| {
-                for part in words.chunks(words.len().div_ceil(self.threads)) {
-                    scope.spawn(move || {
-                        let mut sums = [0u64; 32];
-                        for chunk in part.chunks_exact(32) {
-                            for (sum, word) in sums.iter_mut().zip(chunk) {
-                                *sum = sum.wrapping_add(*word);
-                            }
-                        }
-                        black_box(sums)
-                    });
+        let count = (256 << 20) / 8;
+        let mut buffer = self.cpu.allocate(count * 8, Place::Device, "a bench").unwrap();
+        self.cpu.upload(&self.stream, &vec![1; count * 8], &mut buffer, 0).unwrap();
+        // SAFETY: the buffer holds `count` words, initialised and aligned.
+        let words = unsafe { std::slice::from_raw_parts(buffer.address().cast::<u64>(), count) };
+        let read = |part: &[u64]| {
+            let mut sums = [0u64; 32];
+            for chunk in part.chunks_exact(32) {
+                for (sum, word) in sums.iter_mut().zip(chunk) {
+                    *sum = sum.wrapping_add(*word);
                 }
+            }
+            black_box(sums);
+        };
+        let (own, others) = words.split_at(words.len() / self.threads);
+        let best = best(self.threads, || {
+            std::thread::scope(|scope| {
+                for part in others.chunks(own.len()) {
+                    scope.spawn(move || read(part));
+                }
+                read(own);
             });
         });
         (words.len() * 8) as f64 / best
@@ -82,7 +92,7 @@ impl Bench {
 
     fn bandwidth(&self, name: &str, bytes: usize, run: impl FnMut()) {
         let before = self.ceiling();
-        let seconds = best(run);
+        let seconds = best(self.threads, run);
         let ceiling = before.max(self.ceiling());
         let rate = bytes as f64 / seconds;
         println!(
@@ -95,20 +105,30 @@ impl Bench {
     }
 
     fn arithmetic(&self, name: &str, operations: f64, run: impl FnMut()) {
-        let seconds = best(run);
+        let seconds = best(self.threads, run);
         println!("{name:<44} {:>9.1} us {:>8.1} GFLOP/s", seconds * 1e6, operations / seconds / 1e9);
     }
 }
 
+/// Seconds on a clock that suits the threads: with one thread the processor time of the caller, which other programs on
+/// the machine do not stretch; otherwise the wall's.
+fn now(threads: usize) -> f64 {
+    let clock = if threads == 1 { libc::CLOCK_THREAD_CPUTIME_ID } else { libc::CLOCK_MONOTONIC };
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is writable; both clocks exist.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
 /// Seconds of the fastest of many runs.
-fn best(mut run: impl FnMut()) -> f64 {
+fn best(threads: usize, mut run: impl FnMut()) -> f64 {
     let begin = Instant::now();
     let mut best = f64::MAX;
     let mut rounds = 0;
-    while rounds < 5 || begin.elapsed() < Duration::from_millis(700) {
-        let start = Instant::now();
+    while rounds < 5 || begin.elapsed() < ROUNDS {
+        let start = now(threads);
         run();
-        best = best.min(start.elapsed().as_secs_f64());
+        best = best.min(now(threads) - start);
         rounds += 1;
     }
     best
@@ -232,8 +252,12 @@ fn small(bench: &mut Bench) {
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
     let threads = words.iter().find_map(|w| w.parse().ok()).unwrap_or(0);
-    let filter = words.iter().find(|w| w.parse::<usize>().is_err()).cloned().unwrap_or_default();
-    for level in Level::available().filter(|&l| l > Level::Scalar) {
+    let named = |w: &&String, level: Level| w.eq_ignore_ascii_case(&format!("{level:?}"));
+    let is_level = |w: &&String| Level::available().any(|level| named(w, level));
+    let levels: Vec<Level> = Level::available().filter(|&l| words.iter().any(|w| named(&w, l))).collect();
+    let levels = if levels.is_empty() { Level::available().filter(|&l| l > Level::Scalar).collect() } else { levels };
+    let filter = words.iter().find(|w| w.parse::<usize>().is_err() && !is_level(w)).cloned().unwrap_or_default();
+    for level in levels {
         let cpu = CpuBackend::new(CpuOptions { threads, level: Some(level) }).unwrap();
         println!("\n{}", cpu.description());
         let threads = if threads == 0 { std::thread::available_parallelism().unwrap().get() } else { threads };

@@ -587,7 +587,7 @@ typedef struct {
  * How to pick a token. Fill it with `kva_sampling_options_init`, then change fields; as it comes, the likeliest
  * token is taken.
  *
- * In this order: biases, penalties, then top-k, temperature, top-p and min-p, then one draw.
+ * In this order: biases, repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, one draw.
  */
 typedef struct {
   /**
@@ -603,7 +603,7 @@ typedef struct {
    */
   uint32_t top_k;
   /**
-   * Sample among the likeliest tokens that together have this probability, above 0; 1 (the default) for all.
+   * Sample among the likeliest tokens that together have this probability, 0 to 1; 1 (the default) for all.
    */
   float top_p;
   /**
@@ -912,7 +912,7 @@ kva_error *kva_model_get_stop_tokens(const kva_model *model, uint32_t *tokens, s
  * Ownership: all memory is the caller's; nothing is kept. Threads: any, many at once.
  * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, text that is not UTF-8, a conversation that the template refuses, a
  * `capacity` that is too small: the message says how many bytes are needed), `KVA_ERROR_UNSUPPORTED` (the model
- * has no chat template). After an error: nothing was written.
+ * has no chat template), `KVA_ERROR_INVALID_FORMAT` (its template is broken). After an error: nothing was written.
  */
 kva_error *kva_model_apply_chat_template(const kva_model *model,
                                          const kva_chat_message *messages,

@@ -47,7 +47,8 @@ fn load(pairs: &[(&str, Value)]) -> Result<Tokenizer> {
     file.write_all(&0u64.to_le_bytes()).unwrap();
     file.write_all(&(pairs.len() as u64).to_le_bytes()).unwrap();
     for (key, value) in pairs {
-        file.write_all(&string(&format!("tokenizer.ggml.{key}"))).unwrap();
+        let key = if key.contains('.') { key.to_string() } else { format!("tokenizer.ggml.{key}") };
+        file.write_all(&string(&key)).unwrap();
         file.write_all(&value.bytes()).unwrap();
     }
     file.write_all(&[0; 64]).unwrap();
@@ -166,6 +167,14 @@ fn user_defined_tokens_are_found_in_any_text() {
     let ids = tokenizer.encode("a<tool>a", false, false).unwrap();
     assert!(ids.contains(&tool));
     assert_eq!(tokenizer.decode(&ids, true).unwrap(), "a<tool> a");
+}
+
+#[test]
+fn turns_of_phi3_swallow_line_breaks() {
+    let phi3 = with(sentence_piece(), [("general.architecture", Some(Text("phi3".into())))]);
+    let (phi3, llama) = (load(&phi3).unwrap(), load(&sentence_piece()).unwrap());
+    assert_eq!(phi3.encode("</s>\n \na<s>\n", false, true).unwrap(), [2, 259, 1, 274, 3 + 10]);
+    assert_eq!(llama.encode("</s>\n", false, true).unwrap(), [2, 274, 3 + 10]);
 }
 
 #[test]

@@ -21,5 +21,5 @@ mod workspace;
 
 pub use control::Control;
 pub use estimate::Estimate;
-pub use model::{Device, LogLevel, Logger, Model, ModelOptions};
+pub use model::{Device, LogLevel, LogSink, Logger, Model, ModelOptions};
 pub use session::{Session, SessionOptions, Statistics, decode_batch};

@@ -44,12 +44,15 @@ pub enum LogLevel {
     Debug = 4,
 }
 
+/// Where log lines go, from any thread, several at once.
+pub type LogSink = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
+
 /// Takes log lines, from any thread.
 pub struct Logger {
     /// Lines above this level are not made.
     pub level: LogLevel,
     /// Called with the level and one line of text.
-    pub sink: Box<dyn Fn(LogLevel, &str) + Send + Sync>,
+    pub sink: LogSink,
 }
 
 /// How to load a model.

@@ -20,7 +20,7 @@ pub struct kva_logit_bias {
 /// How to pick a token. Fill it with `kva_sampling_options_init`, then change fields; as it comes, the likeliest
 /// token is taken.
 ///
-/// In this order: biases, penalties, then top-k, temperature, top-p and min-p, then one draw.
+/// In this order: biases, repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, one draw.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct kva_sampling_options {
@@ -30,7 +30,7 @@ pub struct kva_sampling_options {
     pub temperature: f32,
     /// Sample among this many of the likeliest tokens; 0 (the default) for all.
     pub top_k: u32,
-    /// Sample among the likeliest tokens that together have this probability, above 0; 1 (the default) for all.
+    /// Sample among the likeliest tokens that together have this probability, 0 to 1; 1 (the default) for all.
     pub top_p: f32,
     /// Sample among tokens that are at least this probable, as a fraction of the likeliest one's probability; 0
     /// (the default) for all.

@@ -155,7 +155,7 @@ pub unsafe extern "C" fn kva_model_get_stop_tokens(
 /// Ownership: all memory is the caller's; nothing is kept. Threads: any, many at once.
 /// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, text that is not UTF-8, a conversation that the template refuses, a
 /// `capacity` that is too small: the message says how many bytes are needed), `KVA_ERROR_UNSUPPORTED` (the model
-/// has no chat template). After an error: nothing was written.
+/// has no chat template), `KVA_ERROR_INVALID_FORMAT` (its template is broken). After an error: nothing was written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kva_model_apply_chat_template(
     model: Option<&kva_model>,

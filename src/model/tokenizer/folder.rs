@@ -117,8 +117,8 @@ struct AddedTokenJson {
 
 /// Reads `tokenizer.json`.
 ///
-/// The crate's own reader builds a tree of the whole model first; reading a BPE model straight into its type takes
-/// less than half the time. Truncation and padding, which are for training, are left out, and so is dropout.
+/// The crate's own reader builds a tree of the whole model first; reading a BPE model straight into its type takes two
+/// thirds of the time. Truncation and padding, which are for training, are left out, and so is dropout.
 fn parse(text: &str, file: &Path) -> Result<tokenizers::Tokenizer> {
     let invalid = |part: &str, error: &dyn std::fmt::Display| Error::invalid_format(file, format!("{part}: {error}"));
     let json: TokenizerJson<'_> =

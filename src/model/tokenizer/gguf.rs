@@ -60,7 +60,7 @@ impl Tokenizer {
             ))),
         })?;
         guard(file, "add its tokens", || {
-            encoder.add_tokens(&vocabulary.added());
+            encoder.add_tokens(&vocabulary.added(swallows_space(metadata)?));
             Ok(())
         })?;
 
@@ -154,16 +154,27 @@ impl<'a> Vocabulary<'a> {
         ids.map(|id| (id as u32, self.tokens[id].as_str()))
     }
 
-    /// Tokens that are found in text before it is cut into words.
-    fn added(&self) -> Vec<AddedToken> {
+    /// Tokens that are found in text before it is cut into words; the control tokens of a turn with the white space
+    /// after them, where `swallow_space`.
+    fn added(&self, swallow_space: bool) -> Vec<AddedToken> {
         let tokens = self.tokens.iter().enumerate();
         let tokens = tokens.filter_map(|(id, text)| match self.kind(id) {
-            kind::CONTROL | kind::UNKNOWN => Some(AddedToken::from(text.clone(), true)),
+            kind::CONTROL | kind::UNKNOWN => {
+                let swallows = swallow_space && !["<unk>", "<s>", "<|endoftext|>"].contains(&text.as_str());
+                Some(AddedToken::from(text.clone(), true).rstrip(swallows))
+            }
             kind::USER_DEFINED => Some(AddedToken::from(text.clone(), false).normalized(false)),
             _ => None,
         });
         tokens.collect()
     }
+}
+
+/// Whether control tokens take the white space after them with them. GGUF has no place for that property; Phi-3's
+/// tokenizer has it, and its chat format writes a line break after each token of a turn.
+fn swallows_space(metadata: &Metadata) -> Result<bool> {
+    let phi3 = metadata.get::<&str>("general.architecture")? == Some("phi3");
+    Ok(phi3 && metadata.get::<&str>("tokenizer.ggml.model")? == Some("llama"))
 }
 
 // The patterns are the models' own, as in their tokenizer.json.

@@ -57,7 +57,6 @@ pub(super) struct Pieces {
     /// End of each id's bytes; `ends[id - 1]` is the start.
     ends: Vec<u32>,
     kinds: Vec<u8>,
-    highest: u32,
 }
 
 /// Flags in `kinds`.
@@ -83,40 +82,64 @@ impl Pieces {
         let model = tokenizer.get_model();
         let added = tokenizer.get_added_vocabulary();
 
-        let highest_added = added.get_added_tokens_decoder().keys().copied().max();
-        let highest = highest_id(model, highest_added);
-        if highest >= MAX_VOCABULARY {
-            return Err(Error::invalid_format(
-                file,
-                format!("token id {highest} is absurd; expected ids below {MAX_VOCABULARY}"),
-            ));
-        }
-
+        // Nearly every vocabulary is 0..size, which is found out on the way; only others pay for a copy of the whole
+        // vocabulary, to find the highest id.
+        let size = model.get_vocab_size();
+        let highest_added = added.get_added_tokens_decoder().keys().copied().max().unwrap_or(0);
+        let mut highest = u32::try_from(size.saturating_sub(1)).unwrap_or(u32::MAX).max(highest_added);
+        check_highest(highest, file)?;
         let mut pieces = Pieces {
             plan,
             bytes: Vec::with_capacity(8 * (highest as usize + 1)),
             ends: Vec::with_capacity(highest as usize + 1),
             kinds: Vec::with_capacity(highest as usize + 1),
-            highest,
         };
-        for id in 0..=highest {
-            let mut kind = 0;
-            if let Some(text) = added.simple_id_to_token(id).or_else(|| model.id_to_token(id)) {
-                kind = PRESENT;
-                if added.is_special_token(&text) {
-                    kind |= SPECIAL;
-                }
-                if apply(&steps, text, &mut pieces.bytes, file)? {
-                    kind |= BYTE;
-                }
+        let (mut id, mut found) = (0, 0);
+        loop {
+            while id <= highest {
+                let text = model.id_to_token(id);
+                found += usize::from(text.is_some());
+                pieces.push(
+                    added.simple_id_to_token(id).or(text),
+                    |text| added.is_special_token(text),
+                    &steps,
+                    file,
+                )?;
+                id += 1;
             }
-            pieces.kinds.push(kind);
-            let end = u32::try_from(pieces.bytes.len()).map_err(|_| {
-                Error::invalid_format(file, "the tokens of the vocabulary are longer than 4 GiB together")
-            })?;
-            pieces.ends.push(end);
+            if found >= size {
+                return Ok(pieces);
+            }
+            highest = model.get_vocab().into_values().max().unwrap_or(0);
+            check_highest(highest, file)?;
+            // Tokens may share an id; then nothing more is to be found.
+            found = size;
         }
-        Ok(pieces)
+    }
+
+    /// Adds the entry of the next id.
+    fn push(
+        &mut self,
+        text: Option<String>,
+        special: impl Fn(&str) -> bool,
+        steps: &[Step<'_>],
+        file: &Path,
+    ) -> Result<()> {
+        let mut kind = 0;
+        if let Some(text) = text {
+            kind = PRESENT;
+            if special(&text) {
+                kind |= SPECIAL;
+            }
+            if apply(steps, text, &mut self.bytes, file)? {
+                kind |= BYTE;
+            }
+        }
+        self.kinds.push(kind);
+        let end = u32::try_from(self.bytes.len())
+            .map_err(|_| Error::invalid_format(file, "the tokens of the vocabulary are longer than 4 GiB together"))?;
+        self.ends.push(end);
+        Ok(())
     }
 
     pub(super) fn plan(&self) -> &Plan {
@@ -125,7 +148,8 @@ impl Pieces {
 
     /// The highest id there is.
     pub(super) fn highest(&self) -> u32 {
-        self.highest
+        // Never empty, and never longer than `MAX_VOCABULARY`.
+        self.ends.len() as u32 - 1
     }
 
     /// The entry of `id`; `None` where the vocabulary has no such token.
@@ -141,18 +165,12 @@ impl Pieces {
     }
 }
 
-/// The highest id of the model's vocabulary and the added tokens.
-fn highest_id(model: &tokenizers::ModelWrapper, highest_added: Option<u32>) -> u32 {
-    let size = model.get_vocab_size();
-    let dense = size.checked_sub(1).and_then(|last| u32::try_from(last).ok());
-    // Nearly every vocabulary is 0..size, which a few look-ups make likely and counting makes certain; only others pay
-    // for a copy of the whole vocabulary.
-    let highest_in_model = match dense {
-        None => 0,
-        Some(last) if (0..=last).all(|id| model.id_to_token(id).is_some()) => last,
-        Some(_) => model.get_vocab().into_values().max().unwrap_or(0),
-    };
-    highest_in_model.max(highest_added.unwrap_or(0))
+fn check_highest(highest: u32, file: &Path) -> Result<()> {
+    if highest >= MAX_VOCABULARY {
+        let message = format!("token id {highest} is absurd; expected ids below {MAX_VOCABULARY}");
+        return Err(Error::invalid_format(file, message));
+    }
+    Ok(())
 }
 
 /// The per-token steps and the positional rest of a chain of decoders, or an error that names a decoder whose effect

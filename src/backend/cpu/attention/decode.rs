@@ -104,7 +104,8 @@ pub(super) fn attend<E: Element>(
         for piece in range {
             let at = plan_of(piece);
             let plan = &plans[at];
-            let (head, chunk) = ((piece - plan.before) / plan.chunks.len(), (piece - plan.before) % plan.chunks.len());
+            // Neighbouring heads' runs lie side by side in an extent, so this order walks through memory.
+            let (chunk, head) = ((piece - plan.before) / shape.kv_heads, (piece - plan.before) % shape.kv_heads);
             let chunk = plan.chunks.start + chunk;
             cpu.level.run(Chunk::<E> {
                 layout,
@@ -123,7 +124,7 @@ pub(super) fn attend<E: Element>(
     cpu.pool.split(heads, grain, &|range| {
         for i in range {
             let (plan, head) = (&plans[i / shape.kv_heads], i % shape.kv_heads);
-            let first = plan.before + head * plan.chunks.len();
+            let first = plan.before + head;
             // SAFETY: this piece of work is the only one for this segment (a row of `out` of its own) and KV head;
             // the reference is narrowed to that head's columns before it is used.
             let out = unsafe {
@@ -131,7 +132,13 @@ pub(super) fn attend<E: Element>(
                 let base = out.base().cast::<f32>().add(plan.segment.row * out.stride() + head * columns);
                 std::slice::from_raw_parts_mut(base, columns)
             };
-            cpu.level.run(Merge { layout, partials: partial_at(first), count: plan.chunks.len(), out });
+            cpu.level.run(Merge {
+                layout,
+                partials: partial_at(first),
+                stride: shape.kv_heads * layout.partial(),
+                count: plan.chunks.len(),
+                out,
+            });
         }
     });
     Ok(())
@@ -156,24 +163,41 @@ impl<E: Element> Kernel for Chunk<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut head = 0;
-        while head < self.layout.group {
-            match self.layout.group - head {
-                1 => self.heads::<S, 1>(s, head),
-                2 => self.heads::<S, 2>(s, head),
-                3 => self.heads::<S, 3>(s, head),
-                _ => self.heads::<S, 4>(s, head),
-            }
-            head += 4;
+        // The usual head dimensions get loops of known length: a tenth less time, where compilation pays for it.
+        match self.layout.head_dim {
+            64 if S::WIDE => self.group::<S, 64>(s),
+            128 if S::WIDE => self.group::<S, 128>(s),
+            _ => self.group::<S, 0>(s),
         }
     }
 }
 
 impl<E: Element> Chunk<'_, E> {
+    /// The layout, with head dimension `D` known at compile time unless that is 0.
+    #[inline(always)]
+    fn layout<const D: usize>(&self) -> Layout {
+        if D == 0 { self.layout } else { Layout { head_dim: D, padded: D.next_multiple_of(LANES), ..self.layout } }
+    }
+
+    /// The whole chunk, for all query heads, four at a time.
+    #[inline(always)]
+    fn group<S: Simd, const D: usize>(&self, s: S) {
+        let mut head = 0;
+        while head < self.layout.group {
+            match self.layout.group - head {
+                1 => self.heads::<S, D, 1>(s, head),
+                2 => self.heads::<S, D, 2>(s, head),
+                3 => self.heads::<S, D, 3>(s, head),
+                _ => self.heads::<S, D, 4>(s, head),
+            }
+            head += 4;
+        }
+    }
+
     /// The whole chunk, for `H` query heads from `first` on.
     #[inline(always)]
-    fn heads<S: Simd, const H: usize>(&self, s: S, first: usize) {
-        let Layout { group, head_dim, padded } = self.layout;
+    fn heads<S: Simd, const D: usize, const H: usize>(&self, s: S, first: usize) {
+        let Layout { group, head_dim, padded } = self.layout::<D>();
         let geometry = self.segment.runs.geometry();
         // SAFETY: the partial result has `group` × `padded` floats of values, of which these are `H` heads' …
         let (queries, values) = unsafe { (self.queries.add(first * padded), self.partial.add(first * padded)) };
@@ -183,6 +207,7 @@ impl<E: Element> Chunk<'_, E> {
         }
         let mut most = [LEAST; H];
         let mut sums = [s.zero(); H];
+        let mut products = [[s.zero(); LANES]; H];
 
         let mut position = self.positions.start;
         while position < self.positions.end {
@@ -195,7 +220,16 @@ impl<E: Element> Chunk<'_, E> {
                 // SAFETY: rows t.. of `here` in the run, at most sixteen.
                 unsafe {
                     let rows = run.add(t * 2 * head_dim);
-                    self.block::<S, H>(s, rows, (here - t).min(LANES), queries, values, &mut most, &mut sums);
+                    self.block::<S, D, H>(
+                        s,
+                        rows,
+                        (here - t).min(LANES),
+                        queries,
+                        values,
+                        &mut products,
+                        &mut most,
+                        &mut sums,
+                    );
                 }
                 t += LANES;
             }
@@ -218,22 +252,23 @@ impl<E: Element> Chunk<'_, E> {
     /// `rows` holds `count` rows of K and V; `queries` and `values` `H` × `padded` floats.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    unsafe fn block<S: Simd, const H: usize>(
+    unsafe fn block<S: Simd, const D: usize, const H: usize>(
         &self,
         s: S,
         rows: *const E,
         count: usize,
         queries: *const f32,
         values: *mut f32,
+        products: &mut [[S::V; LANES]; H],
         most: &mut [f32; H],
         sums: &mut [S::V; H],
     ) {
         const LANE: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
-        let Layout { head_dim, padded, .. } = self.layout;
+        let Layout { head_dim, padded, .. } = self.layout::<D>();
         let whole = head_dim / LANES * LANES;
 
-        // Scores: sixteen sums of products a head, added up across lanes together.
-        let mut products = [[s.zero(); LANES]; H];
+        // Scores: sixteen sums of products a head, added up across lanes together. Where tokens are fewer, what an
+        // earlier block left in `products` goes into lanes that are masked below.
         for t in 0..count {
             let key = rows.wrapping_add(t * 2 * head_dim);
             let ahead = key.cast::<u8>().wrapping_add(AHEAD);
@@ -298,11 +333,11 @@ impl<E: Element> Chunk<'_, E> {
             let rows = rows.add(head_dim);
             let mut i = 0;
             while whole - i >= 4 * LANES {
-                self.values::<S, H, 4>(s, rows, count, i, values, &weights);
+                self.values::<S, D, H, 4>(s, rows, count, i, values, &weights);
                 i += 4 * LANES;
             }
             while i < whole {
-                self.values::<S, H, 1>(s, rows, count, i, values, &weights);
+                self.values::<S, D, H, 1>(s, rows, count, i, values, &weights);
                 i += LANES;
             }
             if whole < head_dim {
@@ -324,7 +359,7 @@ impl<E: Element> Chunk<'_, E> {
     /// # Safety
     /// As for the slice of `rows` (here the first value row) and `values` that this names.
     #[inline(always)]
-    unsafe fn values<S: Simd, const H: usize, const N: usize>(
+    unsafe fn values<S: Simd, const D: usize, const H: usize, const N: usize>(
         &self,
         s: S,
         rows: *const E,
@@ -333,7 +368,7 @@ impl<E: Element> Chunk<'_, E> {
         values: *mut f32,
         weights: &[[f32; LANES]; H],
     ) {
-        let Layout { head_dim, padded, .. } = self.layout;
+        let Layout { head_dim, padded, .. } = self.layout::<D>();
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [[s.zero(); N]; H];
@@ -367,6 +402,8 @@ impl<E: Element> Chunk<'_, E> {
 struct Merge<'a> {
     layout: Layout,
     partials: *const f32,
+    /// Floats from one partial result of this KV head to the next.
+    stride: usize,
     count: usize,
     /// `group` × `head_dim`.
     out: &'a mut [f32],
@@ -379,11 +416,11 @@ impl Kernel for Merge<'_> {
     fn run<S: Simd>(self, s: S) {
         let Layout { group, head_dim, padded } = self.layout;
         for (h, out) in self.out.chunks_exact_mut(head_dim).enumerate() {
-            // SAFETY: `count` partial results lie side by side, complete since their region has ended; each has m and l
+            // SAFETY: `count` partial results, `stride` apart, are complete since their region has ended; each has m and l
             // of every head of the group behind the values, `padded` of them a head.
             unsafe {
                 let state = |i: usize| {
-                    let at = self.partials.add(i * self.layout.partial() + group * padded + 2 * h);
+                    let at = self.partials.add(i * self.stride + group * padded + 2 * h);
                     (at.read(), at.add(1).read())
                 };
                 let mut most = LEAST;
@@ -400,7 +437,7 @@ impl Kernel for Merge<'_> {
                     let mut sum = s.zero();
                     for i in 0..self.count {
                         let (m, _) = state(i);
-                        let values = self.partials.add(i * self.layout.partial() + h * padded + d);
+                        let values = self.partials.add(i * self.stride + h * padded + d);
                         sum = s.fma(s.load(values), exp(s, s.splat(m - most)), sum);
                     }
                     s.store_slice(&mut out[d..], s.div(sum, total));

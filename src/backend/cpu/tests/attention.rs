@@ -175,7 +175,7 @@ fn attention_equals_the_reference() {
     for case in cases() {
         for (name, b) in backends() {
             let (got, want) = case.run(&b, true);
-            let tolerance = if b.level() == Level::Amx && case.dtype != DType::F32 { 2e-5 } else { 4e-6 };
+            let tolerance = if b.level() == Level::Amx && case.dtype != DType::F32 { 5e-5 } else { 4e-6 };
             assert_close(&case.name(&name), &got, &want, tolerance, 1.0);
         }
     }
@@ -235,7 +235,7 @@ fn decode_agrees_with_prefill() {
                 (0..200).map(|i| Segment { row: i, rows: 1, position: i, runs: sequence.runs() }).collect();
             b.attend(&Stream(0), q, &shape, &steps, out.rows_mut(DType::F32, 200, 576)).unwrap();
             let apart: Vec<f64> = floats(&b, out.rows(DType::F32, 200, 576)).into_iter().map(f64::from).collect();
-            assert_close(&format!("{level:?} {dtype}"), &together, &apart, 2e-5, 1.0);
+            assert_close(&format!("{level:?} {dtype}"), &together, &apart, 5e-5, 1.0);
         }
     }
 }

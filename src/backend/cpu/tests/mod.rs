@@ -27,8 +27,8 @@ impl Random {
 
     /// About normal, variance one.
     pub fn normal(&mut self) -> f32 {
-        let sum: f64 = (0..12).map(|_| self.next() as f64 / u64::MAX as f64).sum();
-        (sum - 6.0) as f32
+        let sum: f64 = (0..4).map(|_| self.next() as f64 / u64::MAX as f64).sum();
+        ((sum - 2.0) * 3f64.sqrt()) as f32
     }
 
     pub fn normals(&mut self, n: usize) -> Vec<f32> {
@@ -62,14 +62,16 @@ pub(super) fn rounded(dtype: DType, x: f32) -> f32 {
 }
 
 pub(super) fn bytes_of(dtype: DType, x: &[f32]) -> Vec<u8> {
-    x.iter()
-        .flat_map(|&x| match dtype {
-            DType::F32 => x.to_le_bytes().to_vec(),
-            DType::F16 => f16::from_f32(x).to_le_bytes().to_vec(),
-            DType::BF16 => bf16::from_f32(x).to_le_bytes().to_vec(),
-            DType::U32 => (x as u32).to_le_bytes().to_vec(),
-        })
-        .collect()
+    let mut bytes = Vec::with_capacity(x.len() * dtype.bytes());
+    for &x in x {
+        match dtype {
+            DType::F32 => bytes.extend(x.to_le_bytes()),
+            DType::F16 => bytes.extend(f16::from_f32(x).to_le_bytes()),
+            DType::BF16 => bytes.extend(bf16::from_f32(x).to_le_bytes()),
+            DType::U32 => bytes.extend((x as u32).to_le_bytes()),
+        }
+    }
+    bytes
 }
 
 pub(super) fn buffer(b: &CpuBackend, dtype: DType, x: &[f32]) -> Buffer {

@@ -32,10 +32,12 @@ pub(in crate::backend::cpu) fn available() -> bool {
         *AVAILABLE.get_or_init(|| {
             const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
             const XFEATURE_XTILEDATA: libc::c_long = 18;
-            if __cpuid(0).eax < 7 || __cpuid(1).ecx & (1 << 27) == 0 {
+            // SAFETY: every x86-64 processor has cpuid. (Older compilers want the block, newer ones do not.)
+            #[allow(unused_unsafe)]
+            let (leaves, basic, features) = unsafe { (__cpuid(0).eax, __cpuid(1).ecx, __cpuid_count(7, 0).edx) };
+            if leaves < 7 || basic & (1 << 27) == 0 {
                 return false;
             }
-            let features = __cpuid_count(7, 0).edx;
             let (amx_bf16, amx_tile) = (features & (1 << 22) != 0, features & (1 << 24) != 0);
             // SAFETY: OSXSAVE (cpuid 1, ecx bit 27) was seen, so xgetbv exists.
             let enabled = unsafe { xcr0() };
