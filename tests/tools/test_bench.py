@@ -57,6 +57,7 @@ class BenchTest(CommonTests, ToolTest):
             {"op": "decode", "depth": 7, "tokens": 5},
             {"op": "prefill", "tokens": CONTEXT + 1},
             {"op": "dance"},
+            {"op": "decode", "depth": 0, "tokens": 0},
             "not an object",
         ]
         lines = [json.dumps(request) for request in requests] + ["not JSON"]

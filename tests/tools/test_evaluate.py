@@ -4,7 +4,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from tool import MODEL, CommonTests, ToolTest
+from tool import DATA, MODEL, CommonTests, ToolTest
 
 TOKENS = [(i * 37 + 11) % 320 for i in range(120)]
 
@@ -65,6 +65,8 @@ class EvaluateTest(CommonTests, ToolTest):
         self.wrong(*model, "--text", "a", "--token-ids", "b", says="exclude each other")
         self.wrong(*model, "--text", "/nowhere/text", says="/nowhere/text: cannot open it", status=1)
         self.wrong(*model, "--token-ids", self.file(TOKENS), "--json", "/nowhere/x", says="cannot create it", status=1)
+        binary = DATA / "gguf" / "smollm2.gguf"
+        self.wrong(*model, "--text", binary, says=f"{binary}: text is not UTF-8", status=1)
         for content, says in (
             ("{", "not JSON"),
             ("{}", "an object whose token_ids is one"),

@@ -70,6 +70,7 @@ class GenerateTest(CommonTests, ToolTest):
 
     def test_what_cannot_be_done_is_said(self):
         self.wrong("--prompt", "x", says="no model: give --model PATH")
+        self.wrong(says="no model: give --model PATH")
         self.wrong("--model", MODEL, says="no prompt: give --prompt TEXT or --prompt-file FILE")
         self.wrong(*self.basic, "--prompt-file", "x", says="exclude each other")
         self.wrong(*self.basic, "--system", "x", says="--system needs --chat")

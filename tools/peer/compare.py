@@ -11,16 +11,14 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from contention import Contention, wait_until_quiet
+from contention import wait_until_quiet
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,18 +70,13 @@ class Peer:
         pass
 
 
-class LlamaCpp(Peer):
-    """A llama_peer.py process that lives for the whole run, with its contexts prefilled to each depth."""
+class Served(Peer):
+    """A process that lives for the whole run, is asked a line of JSON at a time, and keeps a sequence of each depth.
 
-    ours = False
+    `llama_peer.py serve` says what the requests are; `kva-bench --interactive` knows the same.
+    """
 
-    def __init__(self, python, model_name, model, flash, repack, kv_type, settings):
-        self.name = f"llama.cpp {model_name} fa={flash}"
-        self.name += "" if repack == "on" else " repack=off"
-        self.name += "" if kv_type == "f16" else f" kv={kv_type}"
-        command = [python, HERE / "llama_peer.py", "serve", "--model", model, "--flash", flash]
-        command += ["--repack", repack, "--kv-type", kv_type, "--n-ctx", settings.n_ctx]
-        command += ["--batch", settings.batch, "--threads", settings.threads]
+    def __init__(self, command):
         self._process = subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -118,58 +111,26 @@ class LlamaCpp(Peer):
         self._process.wait()
 
 
-class KvaBench(Peer):
-    """kvahead's own bench tool, one process a measurement: it loads, prefills and decodes each time.
+class LlamaCpp(Served):
+    ours = False
 
-    Its clock is its own; `others` covers the whole process, loading included.
-    """
+    def __init__(self, python, model_name, model, flash, repack, kv_type, settings):
+        self.name = f"llama.cpp {model_name} fa={flash}"
+        self.name += "" if repack == "on" else " repack=off"
+        self.name += "" if kv_type == "f16" else f" kv={kv_type}"
+        command = [python, HERE / "llama_peer.py", "serve", "--model", model, "--flash", flash]
+        command += ["--repack", repack, "--kv-type", kv_type, "--n-ctx", settings.n_ctx]
+        command += ["--batch", settings.batch, "--threads", settings.threads]
+        super().__init__(command)
 
+
+class KvaBench(Served):
     ours = True
 
     def __init__(self, program, model_name, model, policy, extra, settings):
         self.name = f"kvahead {model_name}" + ("" if policy == "full" else f" {policy}")
-        self._command = [str(program), "--model", str(model), "--repeat", "1", "--threads", str(settings.threads)]
-        self._command += extra
-        self._policy = policy
-        self._last = {}
-
-    def measure(self, measure):
-        if measure.kind == "prefill":
-            row = self._run(context=measure.tokens, steps=1)
-            rate = row["prefill_tokens_per_second"]
-        else:
-            row = self._run(context=max(measure.depth, 1), steps=measure.tokens)
-            rate = row["decode_tokens_per_second"]
-        return Sample(rate["median"], self._others)
-
-    def _run(self, context, steps):
-        with tempfile.TemporaryDirectory() as folder:
-            answer = Path(folder) / "bench.json"
-            command = self._command + ["--context", str(context), "--gen", str(steps), "--json", str(answer)]
-            with Contention(_children_cpu) as clock:
-                done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode != 0:
-                raise PeerError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout[-2000:]}")
-            self._last = json.loads(answer.read_text())
-        self._others = clock.others
-        rows = [
-            row
-            for row in self._last["rows"]
-            if (row["context"], row["batch"], row["policy"]) == (context, 1, self._policy)
-        ]
-        if len(rows) != 1:
-            raise PeerError(f"{self.name}: {len(rows)} rows for context {context}, batch 1, policy {self._policy}")
-        return rows[0]
-
-    def describe(self):
-        """The command, and all that the last answer said besides its rows."""
-        said = {key: value for key, value in self._last.items() if key != "rows"}
-        return {"command": self._command, **said}
-
-
-def _children_cpu():
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        command = [program, "--interactive", "--model", model, "--policy", policy, "--threads", settings.threads]
+        super().__init__([*command, *extra])
 
 
 class Quiet:
@@ -285,7 +246,7 @@ def arguments():
     models.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
     models.add_argument("--kva-bench", type=Path, metavar="PROGRAM")
     models.add_argument("--kva-model", type=named_path, action="append", default=[], metavar="NAME=GGUF")
-    models.add_argument("--kva-policy", nargs="+", default=["full"], help="which rows of kva-bench's answer to use")
+    models.add_argument("--kva-policy", nargs="+", default=["full"], help="policies of kva-bench to measure")
     models.add_argument(
         "--kva-arg", action="append", default=[], help="one more argument for kva-bench; write --kva-arg=--x"
     )

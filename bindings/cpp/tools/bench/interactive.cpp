@@ -1,9 +1,9 @@
 #include "interactive.hpp"
 
 #include <istream>
-#include <nlohmann/json.hpp>
 #include <ostream>
 
+#include "../common/json.hpp"
 #include "../common/machine.hpp"
 #include "measure.hpp"
 #include "prompt.hpp"
@@ -11,6 +11,13 @@
 
 namespace bench {
 namespace {
+
+/// One untimed step: another program has had the processor's caches meanwhile.
+void warm(kva::Session& session, std::uint32_t token) {
+  const std::size_t length = session.length();
+  session.decode(token).value();
+  session.truncate(length).value();
+}
 
 nlohmann::json measured(std::uint64_t tokens, const machine::Contention::Reading& reading) {
   return {{"tokens", tokens}, {"seconds", reading.seconds}, {"others", reading.others}};
@@ -25,6 +32,13 @@ Interactive::Interactive(const kva::Model& model, const Options& options)
 
 kva::Session Interactive::new_session() const { return kva::Session::create(model_, session_options(options_, 0)).value(); }
 
+std::vector<std::uint32_t> Interactive::new_tokens(std::uint64_t count) const {
+  if (count == 0) throw std::runtime_error("tokens and depth must be at least 1");
+  const std::uint64_t longest = model_.info().value().context_length;
+  if (count > longest) throw std::runtime_error("the model's context length is " + std::to_string(longest) + " tokens");
+  return random_tokens(static_cast<std::size_t>(count), vocabulary_, options_.seed);
+}
+
 void Interactive::serve(std::istream& requests, std::ostream& answers) {
   for (std::string line; std::getline(requests, line);) {
     if (line.empty()) continue;
@@ -34,7 +48,7 @@ void Interactive::serve(std::istream& requests, std::ostream& answers) {
     } catch (const std::exception& error) {
       reply = {{"error", error.what()}};
     }
-    answers << reply.dump() << std::endl;
+    answers << json::text(reply, -1) << std::endl;
   }
 }
 
@@ -53,7 +67,6 @@ nlohmann::json Interactive::fill(std::uint64_t depth) {
   kva::Session session = new_session();
   nlohmann::json reply = timed_prefill(session, depth);
   sessions_.emplace(depth, std::move(session));
-  static_cast<void>(decode(depth, 1));  // untimed: the first step at a depth takes memory
   return reply;
 }
 
@@ -68,7 +81,8 @@ nlohmann::json Interactive::decode(std::uint64_t depth, std::uint64_t tokens) {
   if (found == sessions_.end()) throw std::runtime_error("no sequence of depth " + std::to_string(depth) + ": fill it first");
   kva::Session& session = found->second;
   session.truncate(depth).value();
-  const auto input = random_tokens(tokens, vocabulary_, options_.seed);
+  const auto input = new_tokens(tokens);
+  warm(session, input[0]);
   const machine::Contention clock;
   for (const std::uint32_t token : input) session.decode(token, logits_).value();
   const auto reading = clock.read();
@@ -77,7 +91,8 @@ nlohmann::json Interactive::decode(std::uint64_t depth, std::uint64_t tokens) {
 }
 
 nlohmann::json Interactive::timed_prefill(kva::Session& session, std::uint64_t tokens) {
-  const auto prompt = random_tokens(tokens, vocabulary_, options_.seed);
+  const auto prompt = new_tokens(tokens);
+  warm(session, prompt[0]);
   const machine::Contention clock;
   session.prefill(prompt, logits_).value();
   return measured(tokens, clock.read());

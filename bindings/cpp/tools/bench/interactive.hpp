@@ -26,6 +26,7 @@ class Interactive {
   [[nodiscard]] nlohmann::json decode(std::uint64_t depth, std::uint64_t tokens);
   [[nodiscard]] nlohmann::json timed_prefill(kva::Session& session, std::uint64_t tokens);
   [[nodiscard]] kva::Session new_session() const;
+  [[nodiscard]] std::vector<std::uint32_t> new_tokens(std::uint64_t count) const;
 
   const kva::Model& model_;
   const Options& options_;

@@ -2,10 +2,10 @@
 
 #include <cstdio>
 #include <iostream>
-#include <nlohmann/json.hpp>
 
 #include "../common/files.hpp"
 #include "../common/interrupt.hpp"
+#include "../common/json.hpp"
 #include "../common/machine.hpp"
 #include "../common/terminal.hpp"
 #include "interactive.hpp"
@@ -57,7 +57,7 @@ int run(const Options& options) {
     if (!interrupt::requested() || error.code() != kva::ErrorCode::cancelled) throw;
   }
   std::printf("\npeak memory %s\n", program::bytes(peak).c_str());
-  if (!options.json.empty()) files::write(options.json, to_json(model, options, rows, peak).dump(2) + "\n");
+  if (!options.json.empty()) files::write(options.json, json::text(to_json(model, options, rows, peak), 2) + "\n");
   if (!interrupt::requested()) return 0;
   std::fputs("kva-bench: interrupted; the rows above are complete\n", stderr);
   return interrupt::exit_status();

@@ -40,6 +40,7 @@ bool parse(int argc, char** argv, Options& options) {
       "  kva-bench --model model.gguf --context 1,4096 --gen 64 --repeat 5 --json result.json\n"
       "  kva-bench --shape llama-2-7b --random-weights 1 --context 2048 --batch 1,4 --no-prefill-repeat\n");
   if (!parser.parse(argc, argv)) return false;
+  options.model.check();
 
   const auto zero = [](std::uint64_t value) { return value == 0; };
   if (options.steps == 0) throw args::UsageError("--gen must be at least 1");

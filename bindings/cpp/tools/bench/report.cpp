@@ -13,24 +13,20 @@ std::string text(const Spread& spread) {
   return program::format("%.2f (%.2f - %.2f)", spread.median(), spread.min(), spread.max());
 }
 
-nlohmann::json json(const Spread& spread) {
+nlohmann::json to_json(const Spread& spread) {
   if (spread.empty()) return nullptr;
   return {{"median", spread.median()}, {"min", spread.min()}, {"max", spread.max()}, {"samples", spread.samples}};
 }
 
-nlohmann::json json(const Row& row, const Options& options) {
+nlohmann::json to_json(const Row& row, const Options& options) {
   return {{"context", row.context},
           {"batch", row.batch},
           {"policy", program::name(options.policy)},
           {"steps", options.steps},
-          {"prefill_tokens_per_second", json(row.prefill)},
-          {"decode_tokens_per_second", json(row.decode)},
+          {"prefill_tokens_per_second", to_json(row.prefill)},
+          {"decode_tokens_per_second", to_json(row.decode)},
           {"kv_bytes", row.kv_bytes},
           {"peak_memory_bytes", row.peak_memory_bytes}};
-}
-
-std::string threads(const Options& options) {
-  return options.model.threads == 0 ? "all processors" : std::to_string(options.model.threads) + " threads";
 }
 
 }  // namespace
@@ -41,9 +37,8 @@ void print_heading(const kva::Model& model, const Options& options) {
               options.model.path.empty() ? options.model.shape.c_str() : options.model.path.c_str(),
               info.architecture.c_str(), static_cast<double>(info.parameters) / 1e6,
               program::bytes(info.weight_bytes).c_str(), program::name(info.dtype).c_str(), info.load_seconds);
-  std::printf("%s, %s; %llu decode steps, %llu repetitions; median (min - max)\n\n", info.backend.c_str(),
-              threads(options).c_str(), static_cast<unsigned long long>(options.steps),
-              static_cast<unsigned long long>(options.repetitions));
+  std::printf("%s; %llu decode steps, %llu repetitions; median (min - max)\n\n", info.backend.c_str(),
+              static_cast<unsigned long long>(options.steps), static_cast<unsigned long long>(options.repetitions));
 }
 
 void print_columns() {
@@ -94,7 +89,7 @@ nlohmann::json to_json(const kva::Model& model, const Options& options, const st
                        std::uint64_t peak_memory_bytes) {
   nlohmann::json result = describe(model, options);
   result["rows"] = nlohmann::json::array();
-  for (const Row& row : rows) result["rows"].push_back(json(row, options));
+  for (const Row& row : rows) result["rows"].push_back(to_json(row, options));
   result["peak_memory_bytes"] = peak_memory_bytes;
   return result;
 }

@@ -82,7 +82,7 @@ Contention::Reading Contention::read() const {
   const double busy = busy_seconds() - busy_;
   const double own = own_seconds() - own_;
   const double all = seconds * std::max(1u, std::thread::hardware_concurrency());
-  return {seconds, all > 0 ? std::max(0.0, (busy - own) / all) : 0};
+  return {seconds, all > 0 ? std::clamp((busy - own) / all, 0.0, 1.0) : 0};  // ticks may say more than all
 }
 
 }  // namespace machine

@@ -86,12 +86,15 @@ void ModelFlags::declare(args::Parser& parser, bool shapes) {
   parser.option("--threads", "N", "threads to compute with; 0: all processors (default 0)", threads);
 }
 
-kva::Model ModelFlags::load() const {
+void ModelFlags::check() const {
   if (path.empty() == shape.empty()) {
     throw args::UsageError(path.empty() ? "no model: give --model PATH" : "--model and --shape exclude each other");
   }
   if (!shape.empty() && !random_weights) throw args::UsageError("--shape needs --random-weights SEED");
   if (shape.empty() && random_weights) throw args::UsageError("--random-weights needs --shape NAME");
+}
+
+kva::Model ModelFlags::load() const {
   terminal::Progress progress(path.empty() ? "making " + shape : "loading " + path);
   kva::ModelOptions options;
   options.threads = threads;

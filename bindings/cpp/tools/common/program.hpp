@@ -40,6 +40,8 @@ struct ModelFlags {
 
   /// Declares --model, and --shape with --random-weights where `shapes`.
   void declare(args::Parser& parser, bool shapes);
+  /// Whether the flags name one model.
+  void check() const;
   /// Loads it, with progress on a terminal; stops at Ctrl-C.
   [[nodiscard]] kva::Model load() const;
 };

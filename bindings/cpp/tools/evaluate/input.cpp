@@ -31,7 +31,9 @@ std::vector<std::uint32_t> parse_ids(const std::string& file, const std::string&
 
 std::vector<std::uint32_t> read_tokens(const Options& options, const kva::Model& model) {
   if (!options.token_ids.empty()) return parse_ids(options.token_ids, files::read(options.token_ids));
-  return model.tokenize(files::read(options.text), kva::Tokenize::add_special | kva::Tokenize::parse_special).value();
+  auto tokens = model.tokenize(files::read(options.text), kva::Tokenize::add_special | kva::Tokenize::parse_special);
+  if (!tokens) throw std::runtime_error(options.text + ": " + tokens.error().message());
+  return std::move(tokens).value();
 }
 
 }  // namespace evaluate

@@ -3,11 +3,11 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <nlohmann/json.hpp>
 #include <numeric>
 
 #include "../common/files.hpp"
 #include "../common/interrupt.hpp"
+#include "../common/json.hpp"
 #include "../common/machine.hpp"
 #include "../common/terminal.hpp"
 #include "input.hpp"
@@ -70,7 +70,7 @@ int run(const Options& options) {
                                    {"perplexity", std::exp(mean)},
                                    {"seconds", seconds},
                                    {"nll", nll}};
-    files::write(options.json, result.dump(1) + "\n");
+    files::write(options.json, json::text(result, 1) + "\n");
   }
   return 0;
 }

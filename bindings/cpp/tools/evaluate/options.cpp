@@ -30,6 +30,7 @@ bool parse(int argc, char** argv, Options& options) {
       "  kva-evaluate --model model.gguf --text book.txt\n"
       "  kva-evaluate --model model.gguf --token-ids emma-2k.json --prefill 1024 --json result.json\n");
   if (!parser.parse(argc, argv)) return false;
+  options.model.check();
 
   if (options.text.empty() == options.token_ids.empty()) {
     throw args::UsageError(options.text.empty() ? "nothing to evaluate: give --text FILE or --token-ids FILE"

@@ -42,6 +42,7 @@ bool parse(int argc, char** argv, Options& options) {
       "  kva-generate --model model.gguf --chat --prompt 'Why is the sky blue?' --temperature 0.7 --seed 1\n"
       "  cat question.txt | kva-generate --model model.gguf --chat --prompt-file -\n");
   if (!parser.parse(argc, argv)) return false;
+  options.model.check();
 
   if (options.prompt.has_value() == options.prompt_file.has_value()) {
     throw args::UsageError(options.prompt ? "--prompt and --prompt-file exclude each other"
