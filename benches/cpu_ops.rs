@@ -7,7 +7,7 @@
 use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
 use kvahead::backend::{
     Activation, AttentionShape, Backend, Buffer, DType, KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Segment,
-    Shape, Stream, Vector,
+    Shape, Stream, Vector, Visible,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -197,7 +197,7 @@ fn attention(bench: &mut Bench, dtype: DType) {
         bench.bandwidth(&name, bytes, || {
             for layer in 0..LAYERS {
                 let runs = KvRuns::new(&extents, geometry, layer);
-                let segment = Segment { row: 0, rows: 1, position: depth - 1, runs };
+                let segment = Segment { row: 0, rows: 1, position: depth - 1, runs, visible: Visible::Causal };
                 let out = out.rows_mut(DType::F32, 1, cols);
                 bench.cpu.attend(&bench.stream, q.rows(DType::F32, 1, cols), &shape, &[segment], out).unwrap();
             }
@@ -217,7 +217,7 @@ fn attention(bench: &mut Bench, dtype: DType) {
         let pairs = (rows * position + rows * (rows + 1) / 2) as f64;
         bench.arithmetic(&name, 4.0 * pairs * cols as f64, || {
             let runs = KvRuns::new(&extents, geometry, 0);
-            let segment = Segment { row: 0, rows, position, runs };
+            let segment = Segment { row: 0, rows, position, runs, visible: Visible::Causal };
             let out = out.rows_mut(DType::F32, rows, cols);
             bench.cpu.attend(&bench.stream, q.rows(DType::F32, rows, cols), &shape, &[segment], out).unwrap();
         });

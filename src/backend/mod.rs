@@ -8,11 +8,15 @@
 
 mod buffer;
 pub mod cpu;
+mod index;
+mod runs;
 mod weights;
 
 use crate::Result;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
-pub use weights::{Activation, Linear, Norm, NormKind, Rotation, Vector};
+pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
+pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
+pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
 /// Runs operations. `Arc<dyn Backend>` is shared by everything that belongs to one model.
 ///
@@ -103,7 +107,21 @@ pub trait Backend: Send + Sync {
         position: usize,
     ) -> Result<()>;
 
-    /// Causal softmax attention of `q` (rows of `heads × head_dim`) over what each segment names, into `out` (same
+    /// As [`Backend::store_kv`] for one token, whose row is another one for each KV head: `rows[head]`.
+    fn store_kv_rows(
+        &self,
+        stream: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        runs: &mut KvRunsMut<'_>,
+        rows: &[u32],
+    ) -> Result<()>;
+
+    /// Copies rows (a key and its value) between runs of one shape, in the order of `moves`: the gather. Rows of one
+    /// head in ascending order of `from` are read fastest.
+    fn copy_kv_rows(&self, stream: &Stream, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()>;
+
+    /// Softmax attention of `q` (rows of `heads × head_dim`) over what each segment names, into `out` (same
     /// shape). Segments cover disjoint row ranges. A segment's result does not depend on the others beside it.
     fn attend(
         &self,
@@ -112,6 +130,46 @@ pub trait Backend: Send + Sync {
         attention: &AttentionShape,
         segments: &[Segment<'_>],
         out: RowsMut<'_>,
+    ) -> Result<()>;
+
+    /// Adds to `out[g][t]` the softmax probability that the causal attention of each of the segment's rows gives to the
+    /// token at position t, summed over the rows and over the query heads of KV head g. `out` is f32, one row a KV head,
+    /// of at least `position + rows` columns. (H2O's heavy hitters; which entries to keep resident after a prefill.)
+    fn attention_mass(
+        &self,
+        stream: &Stream,
+        q: Rows<'_>,
+        attention: &AttentionShape,
+        segment: &Segment<'_>,
+        out: RowsMut<'_>,
+    ) -> Result<()>;
+
+    /// Puts every head through its KV head's map: `out[i][h] = maps[h / group] · x[i][h]`. `x` has `heads × maps.inputs`
+    /// columns, `out` has `heads × maps.outputs`; `heads` is a multiple of the maps' KV heads, `group` the factor.
+    fn project_heads(&self, stream: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()>;
+
+    /// Stores the partial keys (m rows of `kv_heads × columns` activations) of m consecutive tokens, the first in row
+    /// `row` of each run, quantized to the index's type. Every row has a scale of its own.
+    fn index_append(&self, stream: &Stream, keys: Rows<'_>, runs: &mut IndexRunsMut<'_>, row: usize) -> Result<()>;
+
+    /// As [`Backend::index_append`] for one token, whose row is another one for each KV head: `rows[head]`.
+    fn index_store_rows(
+        &self,
+        stream: &Stream,
+        keys: Rows<'_>,
+        runs: &mut IndexRunsMut<'_>,
+        rows: &[u32],
+    ) -> Result<()>;
+
+    /// Rehearses attention on the index and selects: for each of `rehearsals`, whose partial queries are one row of
+    /// `queries` (`heads × columns` activations), scores every row of the index and picks rows by its rule, into the
+    /// `Selected` of the same place. Results depend on nothing else: not on threads, batch or instruction set.
+    fn rehearse(
+        &self,
+        stream: &Stream,
+        queries: Rows<'_>,
+        rehearsals: &[Rehearsal<'_>],
+        selected: &mut [&mut Selected],
     ) -> Result<()>;
 
     /// `out[i] = logits[i][targets[i]] − log Σ exp(logits[i])`, f32, one column.
@@ -155,124 +213,23 @@ pub struct AttentionShape {
 pub struct Segment<'a> {
     /// First row of `q` and `out`.
     pub row: usize,
-    /// Number of rows; row `row + j` is the token at `position + j` and sees positions `0..=position + j`.
+    /// Number of rows; row `row + j` is the token at `position + j`.
     pub rows: usize,
     /// Position of the first row's token.
     pub position: usize,
     /// The layer's keys and values, the rows' own included.
     pub runs: KvRuns<'a>,
+    /// Which rows of the runs are attended.
+    pub visible: Visible<'a>,
 }
 
-/// Where one layer of one sequence keeps its keys and values: extents of [`KvRuns::extent_tokens`] tokens, in each of
-/// which every KV head of the layer has one contiguous run of rows, K then V of a token side by side.
+/// Which rows of its runs a segment attends.
 #[derive(Clone, Copy, Debug)]
-pub struct KvRuns<'a> {
-    extents: &'a [Buffer],
-    geometry: KvGeometry,
-    offset: usize,
-}
-
-/// As [`KvRuns`], for writing.
-#[derive(Debug)]
-pub struct KvRunsMut<'a> {
-    extents: &'a mut [Buffer],
-    geometry: KvGeometry,
-    offset: usize,
-}
-
-/// The shape of an extent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvGeometry {
-    /// Layers whose runs an extent holds.
-    pub layers: usize,
-    /// KV heads per layer.
-    pub kv_heads: usize,
-    /// Head dimension.
-    pub head_dim: usize,
-    /// Tokens of a run.
-    pub extent_tokens: usize,
-    /// Element type of keys and values: f32, f16 or bf16.
-    pub dtype: DType,
-}
-
-impl KvGeometry {
-    /// Bytes of one token of one head: its key, then its value.
-    pub const fn row_bytes(&self) -> usize {
-        2 * self.head_dim * self.dtype.bytes()
-    }
-
-    /// Bytes of one run: one head of one layer in one extent.
-    pub const fn run_bytes(&self) -> usize {
-        self.extent_tokens * self.row_bytes()
-    }
-
-    /// Bytes of one extent, all layers and heads.
-    pub const fn extent_bytes(&self) -> usize {
-        self.layers * self.kv_heads * self.run_bytes()
-    }
-
-    /// Extents that hold `tokens` tokens.
-    pub const fn extents(&self, tokens: usize) -> usize {
-        tokens.div_ceil(self.extent_tokens)
-    }
-}
-
-impl<'a> KvRuns<'a> {
-    /// The runs of `layer` in `extents`, each of which is `geometry.extent_bytes()` long.
-    pub fn new(extents: &'a [Buffer], geometry: KvGeometry, layer: usize) -> KvRuns<'a> {
-        check_extents(extents, &geometry, layer);
-        KvRuns { extents, geometry, offset: layer * geometry.kv_heads * geometry.run_bytes() }
-    }
-
-    /// The extents' shape.
-    pub fn geometry(&self) -> &KvGeometry {
-        &self.geometry
-    }
-
-    /// Tokens that fit the extents.
-    pub fn capacity(&self) -> usize {
-        self.extents.len() * self.geometry.extent_tokens
-    }
-
-    /// Number of extents.
-    pub fn extents(&self) -> usize {
-        self.extents.len()
-    }
-
-    /// Address of the run of `head` in extent `extent`.
-    pub fn run(&self, extent: usize, head: usize) -> *const u8 {
-        assert!(head < self.geometry.kv_heads);
-        // SAFETY: `check_extents` saw that every extent holds all runs of all layers, and `head` is below their number.
-        unsafe { self.extents[extent].address().add(self.offset + head * self.geometry.run_bytes()) }
-    }
-}
-
-impl<'a> KvRunsMut<'a> {
-    /// As [`KvRuns::new`].
-    pub fn new(extents: &'a mut [Buffer], geometry: KvGeometry, layer: usize) -> KvRunsMut<'a> {
-        check_extents(extents, &geometry, layer);
-        KvRunsMut { extents, geometry, offset: layer * geometry.kv_heads * geometry.run_bytes() }
-    }
-
-    /// The extents' shape.
-    pub fn geometry(&self) -> &KvGeometry {
-        &self.geometry
-    }
-
-    /// Tokens that fit the extents.
-    pub fn capacity(&self) -> usize {
-        self.extents.len() * self.geometry.extent_tokens
-    }
-
-    /// Address of the run of `head` in extent `extent`.
-    pub fn run_mut(&mut self, extent: usize, head: usize) -> *mut u8 {
-        assert!(head < self.geometry.kv_heads);
-        // SAFETY: as in `KvRuns::run`.
-        unsafe { self.extents[extent].address_mut().add(self.offset + head * self.geometry.run_bytes()) }
-    }
-}
-
-fn check_extents(extents: &[Buffer], geometry: &KvGeometry, layer: usize) {
-    assert!(layer < geometry.layers, "layer {layer} of {}", geometry.layers);
-    assert!(extents.iter().all(|e| e.bytes() >= geometry.extent_bytes()), "an extent is too short");
+pub enum Visible<'a> {
+    /// Row t of a run is the token at position t: every token up to the row's own, as far as the layer's window goes.
+    Causal,
+    /// Of KV head g the first `counts[g]` rows, in any order of tokens, all in the past. For segments of one row.
+    First(&'a [u32]),
+    /// Of KV head g the rows `rows[g]`, in any order of tokens, all in the past. For segments of one row.
+    Listed(&'a [Vec<u32>]),
 }

@@ -40,6 +40,27 @@ impl Vector {
     }
 }
 
+/// A small dense matrix for each KV head, `outputs` × `inputs`, row-major, f32: a change of basis, or some columns of one.
+#[derive(Debug)]
+pub struct HeadMaps {
+    /// Number of KV heads, each with a matrix of its own.
+    pub kv_heads: usize,
+    /// Columns: the head dimension.
+    pub inputs: usize,
+    /// Rows: the columns of the index.
+    pub outputs: usize,
+    /// The elements, head after head.
+    pub data: Buffer,
+}
+
+impl HeadMaps {
+    /// The matrix of one KV head as rows.
+    pub fn map(&self, head: usize) -> Rows<'_> {
+        let all = self.data.rows(DType::F32, self.kv_heads * self.outputs, self.inputs);
+        all.row_range(head * self.outputs, self.outputs)
+    }
+}
+
 /// What a normalisation subtracts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {

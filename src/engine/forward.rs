@@ -4,7 +4,7 @@
 //! list of [`Part`]s, each of which is consecutive rows of one sequence.
 
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, Norm, Segment, Shape};
+use crate::backend::{AttentionShape, Backend, Norm, Segment, Shape, Visible};
 use crate::model::config::Config;
 use crate::model::decoder::{Attention, Block, Decoder, Mlp, NormPlacement, Positions};
 use crate::policy::Policy;
@@ -204,7 +204,13 @@ impl Forward<'_> {
             .map(|part| {
                 let runs = part.policy.attended(layer);
                 row += part.rows;
-                Segment { row: row - part.rows, rows: part.rows, position: part.position, runs }
+                Segment {
+                    row: row - part.rows,
+                    rows: part.rows,
+                    position: part.position,
+                    runs,
+                    visible: Visible::Causal,
+                }
             })
             .collect();
         let attention_shape = AttentionShape {

@@ -7,6 +7,9 @@
 //! - What may not enter: arithmetic (that is `backend`), tokens, sampling.
 
 mod full;
+mod options;
+
+pub use options::{Budget, IndexBasis, InfinigenMode, InfinigenOptions, KvCounters, PolicyOptions, Predictor, Rule};
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -58,16 +61,29 @@ pub enum PolicyKind {
     /// Every token, exact.
     #[default]
     Full,
+    /// Every token, from entries of 4 bits (FlexGen).
+    Int4,
+    /// Heavy hitters by accumulated attention, and the recent tokens; the rest is dropped for good (H2O).
+    H2o,
+    /// The first tokens and the recent ones (StreamingLLM).
+    Window,
+    /// What speculation selects (InfiniGen).
+    Infinigen,
 }
 
 impl PolicyKind {
     /// Every kind, in the order in which help texts list them.
-    pub const ALL: [PolicyKind; 1] = [PolicyKind::Full];
+    pub const ALL: [PolicyKind; 5] =
+        [PolicyKind::Full, PolicyKind::Int4, PolicyKind::H2o, PolicyKind::Window, PolicyKind::Infinigen];
 
     /// The name in options and flags.
     pub fn name(self) -> &'static str {
         match self {
             PolicyKind::Full => "full",
+            PolicyKind::Int4 => "int4",
+            PolicyKind::H2o => "h2o",
+            PolicyKind::Window => "window",
+            PolicyKind::Infinigen => "infinigen",
         }
     }
 
@@ -75,6 +91,7 @@ impl PolicyKind {
     pub fn create(self, pool: Arc<Pool>, geometry: KvGeometry) -> Box<dyn Policy> {
         match self {
             PolicyKind::Full => Box::new(full::Full::new(pool, geometry)),
+            _ => todo!(),
         }
     }
 }

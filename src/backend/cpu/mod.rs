@@ -28,8 +28,8 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, Event, KvRunsMut, Linear, Norm, Place, Rotation, Rows, RowsMut,
-    Segment, Shape, Stream,
+    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Linear, Move,
+    Norm, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Stream,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -225,6 +225,33 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn store_kv_rows(
+        &self,
+        _: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        runs: &mut KvRunsMut<'_>,
+        rows: &[u32],
+    ) -> Result<()> {
+        assert_activations!(keys, values);
+        let geometry = runs.geometry();
+        assert_eq!((keys.rows(), values.rows(), keys.cols()), (1, 1, values.cols()));
+        assert_eq!(keys.cols(), geometry.kv_heads * geometry.head_dim);
+        assert_eq!(rows.len(), geometry.kv_heads);
+        assert!(rows.iter().all(|&row| (row as usize) < runs.capacity()), "a row past the extents' end");
+        store_kv::store_rows(keys, values, runs, rows);
+        Ok(())
+    }
+
+    fn copy_kv_rows(&self, _: &Stream, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()> {
+        let (a, b) = (from.geometry(), to.geometry());
+        assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+        let fits = |m: &Move| (m.from as usize) < from.capacity() && (m.to as usize) < to.capacity();
+        assert!(moves.iter().all(|m| (m.head as usize) < a.kv_heads && fits(m)), "a row past the extents' end");
+        store_kv::copy_rows(from, to, moves);
+        Ok(())
+    }
+
     fn attend(
         &self,
         _: &Stream,
@@ -248,6 +275,39 @@ impl Backend for CpuBackend {
             assert!(segments[..i].iter().all(apart), "segments overlap");
         }
         attention::attend(self, q, attention, segments, out)
+    }
+
+    fn attention_mass(
+        &self,
+        _: &Stream,
+        _q: Rows<'_>,
+        _attention: &AttentionShape,
+        _segment: &Segment<'_>,
+        _out: RowsMut<'_>,
+    ) -> Result<()> {
+        todo!()
+    }
+
+    fn project_heads(&self, _: &Stream, _x: Rows<'_>, _maps: &HeadMaps, _out: RowsMut<'_>) -> Result<()> {
+        todo!()
+    }
+
+    fn index_append(&self, _: &Stream, _keys: Rows<'_>, _runs: &mut IndexRunsMut<'_>, _row: usize) -> Result<()> {
+        todo!()
+    }
+
+    fn index_store_rows(&self, _: &Stream, _keys: Rows<'_>, _runs: &mut IndexRunsMut<'_>, _rows: &[u32]) -> Result<()> {
+        todo!()
+    }
+
+    fn rehearse(
+        &self,
+        _: &Stream,
+        _queries: Rows<'_>,
+        _rehearsals: &[Rehearsal<'_>],
+        _selected: &mut [&mut Selected],
+    ) -> Result<()> {
+        todo!()
     }
 
     fn log_probability(&self, _: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

@@ -3,7 +3,7 @@
 use super::CpuBackend;
 use super::simd::{Element, for_dtype};
 use super::view::row;
-use crate::backend::{KvRunsMut, Rows};
+use crate::backend::{KvRuns, KvRunsMut, Move, Rows};
 
 /// Stores the rows' heads as the tokens from `position` on, rounded to nearest.
 pub(super) fn store(_cpu: &CpuBackend, keys: Rows<'_>, values: Rows<'_>, runs: &mut KvRunsMut<'_>, position: usize) {
@@ -24,4 +24,41 @@ pub(super) fn store(_cpu: &CpuBackend, keys: Rows<'_>, values: Rows<'_>, runs: &
             E::narrow(value, v);
         }
     });
+}
+
+/// Stores one token's heads, each in a row of its own.
+pub(super) fn store_rows(keys: Rows<'_>, values: Rows<'_>, runs: &mut KvRunsMut<'_>, rows: &[u32]) {
+    let geometry = *runs.geometry();
+    let d = geometry.head_dim;
+    for_dtype!(geometry.dtype, E => {
+        let (keys, values) = (row(&keys, 0).chunks_exact(d), row(&values, 0).chunks_exact(d));
+        for (head, (key, value)) in keys.zip(values).enumerate() {
+            let at = rows[head] as usize;
+            // SAFETY: the row lies below the runs' capacity, which the caller asserted; the run has `extent_tokens` rows
+            // of 2·d elements each, and `runs` is borrowed mutably.
+            let to = unsafe {
+                let run = runs.run_mut(at / geometry.extent_tokens, head).cast::<E>();
+                std::slice::from_raw_parts_mut(run.add(at % geometry.extent_tokens * 2 * d), 2 * d)
+            };
+            let (k, v) = to.split_at_mut(d);
+            E::narrow(key, k);
+            E::narrow(value, v);
+        }
+    });
+}
+
+/// Copies rows between runs of one shape.
+pub(super) fn copy_rows(from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) {
+    let bytes = from.geometry().row_bytes();
+    let (source, target) = (from.geometry().extent_tokens, to.geometry().extent_tokens);
+    for m in moves {
+        let (head, read, write) = (m.head as usize, m.from as usize, m.to as usize);
+        // SAFETY: both rows lie below their runs' capacity, which the caller asserted; `to` is borrowed mutably, so it is
+        // no memory of `from`.
+        unsafe {
+            let row = from.run(read / source, head).add(read % source * bytes);
+            let place = to.run_mut(write / target, head).add(write % target * bytes);
+            std::ptr::copy_nonoverlapping(row, place, bytes);
+        }
+    }
 }

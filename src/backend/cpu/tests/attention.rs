@@ -1,7 +1,7 @@
 //! `store_kv` and `attend`: decode and prefill against a plain softmax, across extents, windows and segments.
 
 use super::*;
-use crate::backend::{AttentionShape, KvGeometry, KvRuns, KvRunsMut, Segment};
+use crate::backend::{AttentionShape, KvGeometry, KvRuns, KvRunsMut, Segment, Visible};
 
 /// One layer of one sequence: what was stored, rounded, and where.
 struct Sequence {
@@ -127,7 +127,7 @@ impl Case {
         let mut segments = Vec::new();
         let mut row = 0;
         for (&(rows, position), sequence) in self.segments.iter().zip(&sequences) {
-            segments.push(Segment { row, rows, position, runs: sequence.runs() });
+            segments.push(Segment { row, rows, position, runs: sequence.runs(), visible: Visible::Causal });
             row += rows;
         }
         let window = q_buffer.rows(DType::F32, total, cols + 5).col_range(0, cols);
@@ -206,9 +206,9 @@ fn bits_do_not_depend_on_threads_or_on_other_segments() {
         b.attend(&Stream(0), q.rows(DType::F32, 60, 128), &shape, segments, out.rows_mut(DType::F32, 60, 128)).unwrap();
         floats(&b, out.rows(DType::F32, 60, 128))
     };
-    let a = Segment { row: 0, rows: 1, position: 399, runs: one.runs() };
-    let c = Segment { row: 1, rows: 1, position: 80, runs: other.runs() };
-    let e = Segment { row: 2, rows: 58, position: 30, runs: other.runs() };
+    let a = Segment { row: 0, rows: 1, position: 399, runs: one.runs(), visible: Visible::Causal };
+    let c = Segment { row: 1, rows: 1, position: 80, runs: other.runs(), visible: Visible::Causal };
+    let e = Segment { row: 2, rows: 58, position: 30, runs: other.runs(), visible: Visible::Causal };
     let together = run(&[a, c, e]);
     for (segment, rows) in [(a, 0..1), (c, 1..2), (e, 2..60)] {
         let range = rows.start * 128..rows.end * 128;
@@ -227,12 +227,13 @@ fn decode_agrees_with_prefill() {
             let sequence = Sequence::new(&b, &mut random, geometry, 200);
             let q = buffer(&b, DType::F32, &random.normals(200 * 576));
             let mut out = poisoned(&b, 200 * 576);
-            let all = Segment { row: 0, rows: 200, position: 0, runs: sequence.runs() };
+            let all = Segment { row: 0, rows: 200, position: 0, runs: sequence.runs(), visible: Visible::Causal };
             let q = q.rows(DType::F32, 200, 576);
             b.attend(&Stream(0), q, &shape, &[all], out.rows_mut(DType::F32, 200, 576)).unwrap();
             let together = floats(&b, out.rows(DType::F32, 200, 576));
-            let steps: Vec<Segment<'_>> =
-                (0..200).map(|i| Segment { row: i, rows: 1, position: i, runs: sequence.runs() }).collect();
+            let steps: Vec<Segment<'_>> = (0..200)
+                .map(|i| Segment { row: i, rows: 1, position: i, runs: sequence.runs(), visible: Visible::Causal })
+                .collect();
             b.attend(&Stream(0), q, &shape, &steps, out.rows_mut(DType::F32, 200, 576)).unwrap();
             let apart: Vec<f64> = floats(&b, out.rows(DType::F32, 200, 576)).into_iter().map(f64::from).collect();
             assert_close(&format!("{level:?} {dtype}"), &together, &apart, 5e-5, 1.0);

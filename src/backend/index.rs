@@ -1,0 +1,184 @@
+//! The speculation index: partial keys of every token, and what a rehearsal on it selects.
+
+use super::Buffer;
+
+/// How an index stores a partial key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IndexBits {
+    /// 4 bits a column, symmetric, with one scale a row.
+    #[default]
+    Four,
+    /// 8 bits a column, symmetric, with one scale a row.
+    Eight,
+    /// f32: for tests, and for the paper's exact partial keys.
+    Full,
+}
+
+/// The shape of an index extent: as of [`super::KvGeometry`], with partial keys in the place of rows of K and V.
+///
+/// How rows lie in a run is the backend's own: it may interleave the tokens of a block, so a run is read and written
+/// through the backend's operations only. The scales lie behind the columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexGeometry {
+    /// Layers whose runs an extent holds.
+    pub layers: usize,
+    /// KV heads per layer.
+    pub kv_heads: usize,
+    /// Columns of a partial key, d'.
+    pub columns: usize,
+    /// Tokens of a run, a multiple of 64.
+    pub extent_tokens: usize,
+    /// Type of the columns.
+    pub bits: IndexBits,
+}
+
+impl IndexGeometry {
+    /// Columns rounded up to what a row takes: whole groups of eight.
+    pub const fn padded(&self) -> usize {
+        self.columns.next_multiple_of(8)
+    }
+
+    /// Bytes of one row's columns.
+    pub const fn row_bytes(&self) -> usize {
+        match self.bits {
+            IndexBits::Four => self.padded() / 2,
+            IndexBits::Eight => self.padded(),
+            IndexBits::Full => 4 * self.padded(),
+        }
+    }
+
+    /// Bytes of one run: the columns of all rows, then a scale (f32) a row.
+    pub const fn run_bytes(&self) -> usize {
+        self.extent_tokens * (self.row_bytes() + 4)
+    }
+
+    /// Bytes of one extent, all layers and heads.
+    pub const fn extent_bytes(&self) -> usize {
+        self.layers * self.kv_heads * self.run_bytes()
+    }
+
+    /// Extents that hold `tokens` tokens.
+    pub const fn extents(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.extent_tokens)
+    }
+}
+
+macro_rules! index_runs {
+    ($(#[$doc:meta])* $name:ident, $extents:ty) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name<'a> {
+            extents: $extents,
+            geometry: IndexGeometry,
+            offset: usize,
+        }
+
+        impl<'a> $name<'a> {
+            /// The runs of `layer` in `extents`, each of which is `geometry.extent_bytes()` long.
+            pub fn new(extents: $extents, geometry: IndexGeometry, layer: usize) -> $name<'a> {
+                assert!(layer < geometry.layers, "layer {layer} of {}", geometry.layers);
+                assert!(extents.iter().all(|e| e.bytes() >= geometry.extent_bytes()), "an extent is too short");
+                $name { extents, geometry, offset: layer * geometry.kv_heads * geometry.run_bytes() }
+            }
+
+            /// The extents' shape.
+            pub fn geometry(&self) -> &IndexGeometry {
+                &self.geometry
+            }
+
+            /// Tokens that fit the extents.
+            pub fn capacity(&self) -> usize {
+                self.extents.len() * self.geometry.extent_tokens
+            }
+
+            /// Bytes from an extent's start to the run of `head`.
+            fn run_offset(&self, head: usize) -> usize {
+                assert!(head < self.geometry.kv_heads);
+                self.offset + head * self.geometry.run_bytes()
+            }
+        }
+    };
+}
+
+index_runs!(
+    /// Where one layer of one sequence keeps its partial keys.
+    #[derive(Clone, Copy)]
+    IndexRuns, &'a [Buffer]
+);
+index_runs!(
+    /// As [`IndexRuns`], for writing.
+    IndexRunsMut, &'a mut [Buffer]
+);
+
+impl IndexRuns<'_> {
+    /// Address of the run of `head` in extent `extent`.
+    pub fn run(&self, extent: usize, head: usize) -> *const u8 {
+        let offset = self.run_offset(head);
+        // SAFETY: `new` saw that every extent holds all runs of all layers, and `head` is below their number.
+        unsafe { self.extents[extent].address().add(offset) }
+    }
+}
+
+impl IndexRunsMut<'_> {
+    /// Address of the run of `head` in extent `extent`.
+    pub fn run_mut(&mut self, extent: usize, head: usize) -> *mut u8 {
+        let offset = self.run_offset(head);
+        // SAFETY: as in `IndexRuns::run`.
+        unsafe { self.extents[extent].address_mut().add(offset) }
+    }
+}
+
+/// How a rehearsal picks rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Selection {
+    /// Each KV head its `count` best rows, by the largest speculated probability that a query head of its group gives.
+    Count {
+        /// Rows a KV head.
+        count: usize,
+    },
+    /// Each KV head the rows to which a query head of its group gives a log-probability above `-below`; the best
+    /// `most` of them where they are more, the best `least` rows where they are fewer.
+    Probability {
+        /// b, in logits.
+        below: f32,
+        /// Fewest rows a KV head.
+        least: usize,
+        /// Most rows a KV head.
+        most: usize,
+    },
+    /// The paper's: per query head count the scores above the largest minus `alpha`; the mean count over all heads, at
+    /// most `most`, is what each KV head fetches, its best rows by the largest score of a query head of its group.
+    Paper {
+        /// α, in logits.
+        alpha: f32,
+        /// Most rows a KV head.
+        most: usize,
+    },
+}
+
+/// One sequence in a rehearsal.
+#[derive(Clone, Copy, Debug)]
+pub struct Rehearsal<'a> {
+    /// Row of `queries`.
+    pub row: usize,
+    /// The layer's index.
+    pub runs: IndexRuns<'a>,
+    /// Rows of the index that hold tokens: what probabilities are normalised over.
+    pub rows: usize,
+    /// Rows that may be selected: `from..to` of them. The others (sinks, the recent window) are attended anyway.
+    pub from: usize,
+    /// End of the rows that may be selected.
+    pub to: usize,
+    /// Factor on partial query · partial key that makes it a logit.
+    pub scale: f32,
+    /// How to pick.
+    pub selection: Selection,
+}
+
+/// What a rehearsal selects, and what it knows of it. Reused from step to step.
+#[derive(Clone, Debug, Default)]
+pub struct Selected {
+    /// For each KV head the selected rows, ascending. Rows of equal score are taken in ascending order; a score that is
+    /// NaN ranks below all others.
+    pub rows: Vec<Vec<u32>>,
+}
