@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
 use crate::kv::EXTENT_TOKENS;
-use crate::policy::{Policy, PolicyKind, TierBytes};
+use crate::policy::{KvCounters, Policy, PolicyOptions, TierBytes};
 use crate::{Error, ErrorCode, Result};
 
 use super::forward::Part;
@@ -19,10 +19,10 @@ pub(super) const LOGIT_ROWS: usize = 32;
 const DEFAULT_PREFILL_CHUNK: usize = 512;
 
 /// How to create a session.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct SessionOptions {
-    /// What each layer attends.
-    pub policy: PolicyKind,
+    /// What each layer attends, and where its entries live.
+    pub policy: PolicyOptions,
     /// Most tokens that the session may hold; 0 for the model's context length.
     pub capacity: usize,
     /// Tokens of a prompt that run at once, which bounds scratch memory; 0 for 512.
@@ -32,9 +32,9 @@ pub struct SessionOptions {
 }
 
 /// Options with every default filled in and checked against a model.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ResolvedOptions {
-    pub(super) policy: PolicyKind,
+    pub(super) policy: PolicyOptions,
     pub(super) capacity: usize,
     pub(super) prefill_chunk: usize,
     pub(super) geometry: KvGeometry,
@@ -55,7 +55,7 @@ impl SessionOptions {
             return Err(Error::invalid_argument("keys and values are f32, f16 or bf16, not u32"));
         }
         Ok(ResolvedOptions {
-            policy: self.policy,
+            policy: self.policy.clone(),
             capacity: if self.capacity == 0 { longest } else { self.capacity },
             prefill_chunk: if self.prefill_chunk == 0 { DEFAULT_PREFILL_CHUNK } else { self.prefill_chunk },
             geometry: KvGeometry {
@@ -104,7 +104,7 @@ impl Session {
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
         let options = options.resolve(model)?;
         Ok(Session {
-            policy: options.policy.create(model.pool().clone(), options.geometry),
+            policy: options.policy.kind.create(model.pool().clone(), options.geometry),
             model: model.clone(),
             options,
             tokens: Vec::new(),
@@ -143,11 +143,17 @@ impl Session {
     /// Sets counts and times to zero.
     pub fn reset_statistics(&mut self) {
         self.statistics = Statistics::default();
+        self.policy.reset_counters();
     }
 
     /// Bytes of KV held, by tier.
     pub fn kv_bytes(&self) -> TierBytes {
         self.policy.bytes()
+    }
+
+    /// What the policy has done since the session began or since the last reset.
+    pub fn kv_counters(&self) -> KvCounters {
+        self.policy.counters()
     }
 
     /// Logits after the last token (`vocabulary` values).

@@ -7,7 +7,7 @@ use super::error::kva_error;
 use super::model::{KVA_DTYPE_AUTO, dtype, kva_model};
 use super::options::{self, Options, OutStruct, sized32};
 use crate::engine::{Control, Session, SessionOptions};
-use crate::policy::PolicyKind;
+use crate::policy::{PolicyKind, PolicyOptions};
 use crate::{Error, ErrorCode, Result};
 
 /// Every layer attends every token. Exact.
@@ -98,13 +98,14 @@ pub(super) unsafe fn session_options(pointer: *const kva_session_options) -> Res
     let given = unsafe { options::read(pointer, "options") }?;
     given.unknown?;
     let options = given.value;
+    let kind = match options.policy {
+        KVA_POLICY_FULL => PolicyKind::Full,
+        policy => {
+            return Err(Error::invalid_argument(format!("options.policy is {policy}, which is no KVA_POLICY")));
+        }
+    };
     Ok(SessionOptions {
-        policy: match options.policy {
-            KVA_POLICY_FULL => PolicyKind::Full,
-            policy => {
-                return Err(Error::invalid_argument(format!("options.policy is {policy}, which is no KVA_POLICY")));
-            }
-        },
+        policy: PolicyOptions { kind, ..PolicyOptions::default() },
         capacity: usize::try_from(options.capacity).unwrap_or(usize::MAX),
         prefill_chunk: options.prefill_chunk as usize,
         kv_dtype: dtype(options.kv_dtype, "options.kv_dtype")?,

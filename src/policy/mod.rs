@@ -42,6 +42,14 @@ pub trait Policy: Send {
 
     /// Bytes of KV held, by tier.
     fn bytes(&self) -> TierBytes;
+
+    /// What the policy has done since it was made or since the last reset.
+    fn counters(&self) -> KvCounters {
+        KvCounters::default()
+    }
+
+    /// Sets the counters to zero.
+    fn reset_counters(&mut self) {}
 }
 
 /// Bytes by tier.

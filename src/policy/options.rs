@@ -101,8 +101,10 @@ pub struct InfinigenOptions {
     pub window: usize,
     /// First layers, attended in full from device memory.
     pub resident_layers: usize,
-    /// Entries that each layer and KV head keeps on the device.
+    /// Entries that each layer and KV head keeps on the device: sinks, window and hot cache together.
     pub cache: Budget,
+    /// Fewest of them: a sequence as short as this is attended in full.
+    pub cache_least: usize,
     /// Attend everything that is on the device, selected or not.
     pub attend_cache: bool,
 }
@@ -122,6 +124,7 @@ impl InfinigenOptions {
                 window: 64,
                 resident_layers: 2,
                 cache: Budget::Share(0.2),
+                cache_least: 320,
                 attend_cache: true,
             },
             InfinigenMode::Paper => InfinigenOptions {
@@ -135,6 +138,7 @@ impl InfinigenOptions {
                 window: 0,
                 resident_layers: 2,
                 cache: Budget::Share(0.25),
+                cache_least: 64,
                 attend_cache: false,
             },
         }
