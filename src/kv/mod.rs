@@ -5,14 +5,20 @@
 //! - [`SequenceKv`]: one sequence's extents, in token order. Growing adds an extent; nothing is ever copied.
 //! - What may not enter: what a layer attends (that is `policy`), and how (that is `backend`).
 
+mod extents;
+mod hot;
 mod options;
 mod pool;
 mod sequence;
+mod slots;
 mod store;
 
+pub use extents::Extents;
+pub use hot::{Guard, HotCache};
 pub use options::{Eviction, FileOptions, KvTier, Payload};
 pub use pool::{Pool, PoolUsage};
-pub use sequence::SequenceKv;
+pub use sequence::{SequenceIndex, SequenceKv};
+pub use slots::SlotTable;
 pub use store::{FetchCounters, Place, Store};
 
 /// Tokens of one run: long enough that a run is read at full memory speed (64 KiB at d = 64, bf16), short enough that a

@@ -1,23 +1,22 @@
-//! One sequence's keys and values, all layers, in extents.
+//! One sequence's keys and values, and its partial keys, in extents.
 
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{Buffer, KvGeometry, KvRuns, KvRunsMut};
+use crate::backend::{IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut};
 
-use super::Pool;
+use super::{Extents, Pool};
 
-/// The extents of one sequence. What is stored in them up to which token is the caller's to know.
+/// Keys and values of one sequence, some layers. What is stored up to which token is the caller's to know.
 pub struct SequenceKv {
-    pool: Arc<Pool>,
     geometry: KvGeometry,
-    extents: Vec<Buffer>,
+    extents: Extents,
 }
 
 impl SequenceKv {
     /// An empty sequence whose extents will come from `pool`.
     pub fn new(pool: Arc<Pool>, geometry: KvGeometry) -> SequenceKv {
-        SequenceKv { pool, geometry, extents: Vec::new() }
+        SequenceKv { geometry, extents: Extents::new(pool, geometry.extent_bytes()) }
     }
 
     /// The shape of the extents.
@@ -27,39 +26,69 @@ impl SequenceKv {
 
     /// Makes room for `tokens` tokens in all. On an error the sequence is as it was.
     pub fn reserve(&mut self, tokens: usize) -> Result<()> {
-        let missing = self.geometry.extents(tokens).saturating_sub(self.extents.len());
-        if missing > 0 {
-            let mut new = self.pool.acquire(self.geometry.extent_bytes(), missing)?;
-            self.extents.append(&mut new);
-        }
-        Ok(())
+        self.extents.reserve(self.geometry.extents(tokens))
     }
 
     /// Gives back the extents past the first `tokens` tokens.
     pub fn truncate(&mut self, tokens: usize) {
-        let keep = self.geometry.extents(tokens).min(self.extents.len());
-        let mut rest = self.extents.split_off(keep);
-        self.pool.release(&mut rest);
+        self.extents.truncate(self.geometry.extents(tokens));
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.extents.len() * self.geometry.extent_bytes()
+        self.extents.bytes()
     }
 
     /// One layer, for reading.
     pub fn layer(&self, layer: usize) -> KvRuns<'_> {
-        KvRuns::new(&self.extents, self.geometry, layer)
+        KvRuns::new(self.extents.buffers(), self.geometry, layer)
     }
 
     /// One layer, for writing.
     pub fn layer_mut(&mut self, layer: usize) -> KvRunsMut<'_> {
-        KvRunsMut::new(&mut self.extents, self.geometry, layer)
+        KvRunsMut::new(self.extents.buffers_mut(), self.geometry, layer)
     }
 }
 
-impl Drop for SequenceKv {
-    fn drop(&mut self) {
-        self.pool.release(&mut self.extents);
+/// Partial keys of one sequence, some layers: the speculation index.
+pub struct SequenceIndex {
+    geometry: IndexGeometry,
+    extents: Extents,
+}
+
+impl SequenceIndex {
+    /// An empty index whose extents will come from `pool`.
+    pub fn new(pool: Arc<Pool>, geometry: IndexGeometry) -> SequenceIndex {
+        SequenceIndex { geometry, extents: Extents::new(pool, geometry.extent_bytes()) }
+    }
+
+    /// The shape of the extents.
+    pub fn geometry(&self) -> &IndexGeometry {
+        &self.geometry
+    }
+
+    /// Makes room for `tokens` tokens in all. On an error the index is as it was.
+    pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        self.extents.reserve(self.geometry.extents(tokens))
+    }
+
+    /// Gives back the extents past the first `tokens` tokens.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.extents.truncate(self.geometry.extents(tokens));
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.extents.bytes()
+    }
+
+    /// One layer, for reading.
+    pub fn layer(&self, layer: usize) -> IndexRuns<'_> {
+        IndexRuns::new(self.extents.buffers(), self.geometry, layer)
+    }
+
+    /// One layer, for writing.
+    pub fn layer_mut(&mut self, layer: usize) -> IndexRunsMut<'_> {
+        IndexRunsMut::new(self.extents.buffers_mut(), self.geometry, layer)
     }
 }

@@ -1,0 +1,273 @@
+//! The hot cache: a fixed number of slots on the device for each layer and KV head, which hold the entries used last.
+//!
+//! - A step asks for what it selected ([`HotCache::request`]): entries that are there are marked as used, those that
+//!   are not take the slots of the entries unused for longest, and come back as a list of moves for the store's fetch.
+//!   What this step has used, and what the [`Guard`] names, never gives way.
+//! - Every change of a step is written down, so that a step that fails is undone exactly ([`HotCache::undo`]): the
+//!   contents are part of what a later step attends.
+//! - Which slot holds what is kept here; the entries themselves lie in [`HotCache::runs`].
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::backend::{KvGeometry, KvRuns, KvRunsMut, Move};
+
+use super::{Pool, SequenceKv, SlotTable};
+
+/// Rows that never give way: the sinks and the recent window.
+#[derive(Clone, Copy, Debug)]
+pub struct Guard {
+    /// Rows below this.
+    pub below: u32,
+    /// Rows from this on.
+    pub from: u32,
+}
+
+impl Guard {
+    fn protects(&self, row: u32) -> bool {
+        row < self.below || row >= self.from
+    }
+}
+
+/// Slots of every layer and KV head of one sequence.
+pub struct HotCache {
+    kv: SequenceKv,
+    kv_heads: usize,
+    tables: Vec<Table>,
+    /// Slots in use, layer by layer, head by head: what `Visible::First` takes.
+    counts: Vec<u32>,
+    /// The number of this step.
+    clock: u32,
+    /// Scratch of the search for victims.
+    candidates: Vec<u64>,
+}
+
+/// Slots of one layer and KV head.
+#[derive(Default)]
+struct Table {
+    slots: SlotTable,
+    /// Step in which each slot was used last.
+    used: Vec<u32>,
+    /// What this step has changed, in order.
+    journal: Vec<Change>,
+}
+
+enum Change {
+    Used { slot: u32, before: u32 },
+    Pushed,
+    Replaced { slot: u32, row: u32, used: u32 },
+}
+
+impl HotCache {
+    /// An empty cache. `geometry.layers` are the layers that it serves.
+    pub fn new(pool: Arc<Pool>, geometry: KvGeometry) -> HotCache {
+        let tables = geometry.layers * geometry.kv_heads;
+        HotCache {
+            kv: SequenceKv::new(pool, geometry),
+            kv_heads: geometry.kv_heads,
+            tables: (0..tables).map(|_| Table::default()).collect(),
+            counts: vec![0; tables],
+            clock: 1,
+            candidates: Vec::new(),
+        }
+    }
+
+    /// Makes room for `slots` slots a layer and KV head. On an error nothing has changed.
+    pub fn reserve(&mut self, slots: usize) -> Result<()> {
+        self.kv.reserve(slots)
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.kv.bytes()
+    }
+
+    /// A new step begins; the last one can no longer be undone.
+    pub fn begin(&mut self) {
+        self.clock += 1;
+        self.tables.iter_mut().for_each(|table| table.journal.clear());
+    }
+
+    /// The entries of a layer.
+    pub fn runs(&self, layer: usize) -> KvRuns<'_> {
+        self.kv.layer(layer)
+    }
+
+    /// The entries of a layer, for writing.
+    pub fn runs_mut(&mut self, layer: usize) -> KvRunsMut<'_> {
+        self.kv.layer_mut(layer)
+    }
+
+    /// Slots in use of each KV head of a layer.
+    pub fn counts(&self, layer: usize) -> &[u32] {
+        &self.counts[layer * self.kv_heads..(layer + 1) * self.kv_heads]
+    }
+
+    /// Where a row lies.
+    pub fn slot(&self, layer: usize, head: usize, row: u32) -> Option<u32> {
+        self.tables[layer * self.kv_heads + head].slots.slot(row)
+    }
+
+    /// Rows that are here, in the order of their slots.
+    pub fn rows(&self, layer: usize, head: usize) -> &[u32] {
+        self.tables[layer * self.kv_heads + head].slots.rows()
+    }
+
+    /// Marks `rows` (ascending) as used by this step and gives those that are not here a slot: `moves` gets what must be
+    /// fetched, ascending. Returns the number of them. `slots` is the most that the table may use, and is enough
+    /// for what is guarded, `rows`, and one more.
+    pub fn request(
+        &mut self,
+        layer: usize,
+        head: usize,
+        rows: &[u32],
+        slots: usize,
+        guard: Guard,
+        moves: &mut Vec<Move>,
+    ) -> usize {
+        let (at, clock) = (layer * self.kv_heads + head, self.clock);
+        let table = &mut self.tables[at];
+        let first = moves.len();
+        for &row in rows {
+            match table.slots.slot(row) {
+                Some(slot) => table.touch(slot, clock),
+                None => moves.push(Move { head: head as u32, from: row, to: u32::MAX }),
+            }
+        }
+        let missed = moves.len() - first;
+        if missed > 0 {
+            let pushed = missed.min(slots.saturating_sub(table.slots.len()));
+            for m in &mut moves[first..first + pushed] {
+                m.to = table.push(m.from, clock);
+            }
+            let rest = &mut moves[first + pushed..];
+            table.victims(rest.len(), clock, guard, &mut self.candidates);
+            assert!(self.candidates.len() >= rest.len(), "fewer slots than what is guarded and selected");
+            for (m, &victim) in rest.iter_mut().zip(&self.candidates) {
+                m.to = victim as u32;
+                table.replace(m.to, m.from, clock);
+            }
+            self.counts[at] = table.slots.len() as u32;
+        }
+        missed
+    }
+
+    /// Gives the new token's row a slot, which is returned.
+    pub fn admit(&mut self, layer: usize, head: usize, row: u32, slots: usize, guard: Guard) -> u32 {
+        let (at, clock) = (layer * self.kv_heads + head, self.clock);
+        let table = &mut self.tables[at];
+        if let Some(slot) = table.slots.slot(row) {
+            table.touch(slot, clock);
+            return slot;
+        }
+        if table.slots.len() < slots {
+            self.counts[at] += 1;
+            return table.push(row, clock);
+        }
+        table.victims(1, clock, guard, &mut self.candidates);
+        let victim = *self.candidates.first().expect("one slot more than what is guarded and selected") as u32;
+        table.replace(victim, row, clock);
+        victim
+    }
+
+    /// Takes back what this step has changed in a layer. `moves` gets the entries that must be fetched once more.
+    pub fn undo(&mut self, layer: usize, moves: &mut Vec<Move>) {
+        for head in 0..self.kv_heads {
+            let at = layer * self.kv_heads + head;
+            let table = &mut self.tables[at];
+            let first = moves.len();
+            while let Some(change) = table.journal.pop() {
+                match change {
+                    Change::Used { slot, before } => table.used[slot as usize] = before,
+                    Change::Pushed => {
+                        table.slots.pop();
+                        table.used.pop();
+                    }
+                    Change::Replaced { slot, row, used } => {
+                        table.slots.replace(slot, row);
+                        table.used[slot as usize] = used;
+                        moves.push(Move { head: head as u32, from: row, to: slot });
+                    }
+                }
+            }
+            moves[first..].sort_unstable_by_key(|m| m.from);
+            self.counts[at] = table.slots.len() as u32;
+        }
+    }
+
+    /// Fills an empty table with `rows`, the most valuable first, and `moves` with what must be fetched for it.
+    pub fn load(&mut self, layer: usize, head: usize, rows: &[u32], moves: &mut Vec<Move>) {
+        let at = layer * self.kv_heads + head;
+        let table = &mut self.tables[at];
+        *table = Table::default();
+        self.clock = self.clock.max(rows.len() as u32 + 1);
+        let first = moves.len();
+        for (i, &row) in rows.iter().enumerate() {
+            let to = table.slots.push(row);
+            table.used.push((rows.len() - i) as u32);
+            moves.push(Move { head: head as u32, from: row, to });
+        }
+        moves[first..].sort_unstable_by_key(|m| m.from);
+        self.counts[at] = rows.len() as u32;
+    }
+
+    /// Forgets every row from `length` on. `moves` gets the entries that change slots, to be fetched once more.
+    pub fn truncate(&mut self, layer: usize, length: u32, moves: &mut Vec<Move>) {
+        for head in 0..self.kv_heads {
+            let at = layer * self.kv_heads + head;
+            let table = &mut self.tables[at];
+            table.journal.clear();
+            let mut changed = Vec::new();
+            for slot in (0..table.slots.len() as u32).rev() {
+                if table.slots.rows()[slot as usize] >= length {
+                    table.used.swap_remove(slot as usize);
+                    changed.extend(table.slots.swap_remove(slot));
+                }
+            }
+            changed.sort_unstable();
+            changed.dedup();
+            let slots = &table.slots;
+            moves.extend(changed.into_iter().filter_map(|row| {
+                slots.slot(row).map(|to| Move { head: head as u32, from: row, to })
+            }));
+            self.counts[at] = table.slots.len() as u32;
+        }
+    }
+}
+
+impl Table {
+    fn touch(&mut self, slot: u32, clock: u32) {
+        let before = std::mem::replace(&mut self.used[slot as usize], clock);
+        self.journal.push(Change::Used { slot, before });
+    }
+
+    fn push(&mut self, row: u32, clock: u32) -> u32 {
+        self.used.push(clock);
+        self.journal.push(Change::Pushed);
+        self.slots.push(row)
+    }
+
+    fn replace(&mut self, slot: u32, row: u32, clock: u32) {
+        let used = std::mem::replace(&mut self.used[slot as usize], clock);
+        let row = self.slots.replace(slot, row);
+        self.journal.push(Change::Replaced { slot, row, used });
+    }
+
+    /// The `count` slots unused for longest, as (last use, slot) in one number, into `found`, oldest first.
+    fn victims(&self, count: usize, clock: u32, guard: Guard, found: &mut Vec<u64>) {
+        found.clear();
+        if count == 0 {
+            return;
+        }
+        let all = self.used.iter().zip(self.slots.rows()).enumerate();
+        found.extend(
+            all.filter(|&(_, (&used, &row))| used < clock && !guard.protects(row))
+                .map(|(slot, (&used, _))| u64::from(used) << 32 | slot as u64),
+        );
+        if count < found.len() {
+            found.select_nth_unstable(count);
+            found.truncate(count);
+        }
+        found.sort_unstable();
+    }
+}
