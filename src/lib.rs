@@ -18,5 +18,6 @@ pub mod ffi;
 pub mod kv;
 pub mod model;
 pub mod policy;
+pub mod speculate;
 
 pub use error::{Error, ErrorCode, Result};

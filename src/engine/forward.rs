@@ -4,10 +4,10 @@
 //! list of [`Part`]s, each of which is consecutive rows of one sequence.
 
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, Norm, Segment, Shape, Visible};
+use crate::backend::{AttentionShape, Backend, Norm, Segment, Shape, Stream};
 use crate::model::config::Config;
 use crate::model::decoder::{Attention, Block, Decoder, Mlp, NormPlacement, Positions};
-use crate::policy::Policy;
+use crate::policy::{Phase, Policy, Step};
 
 use super::Control;
 use super::workspace::{Input, Workspace};
@@ -62,6 +62,15 @@ pub(super) struct Part<'a> {
     pub(super) rows: usize,
     /// Tokens that the sequence will hold when the whole call is done: LongRoPE picks its frequencies by it.
     pub(super) total: usize,
+    /// Prompt or decode.
+    pub(super) phase: Phase,
+}
+
+impl Part<'_> {
+    /// What the part's policy is told in `layer`.
+    pub(super) fn step<'a>(&self, backend: &'a dyn Backend, stream: &'a Stream, layer: usize) -> Step<'a> {
+        Step { backend, stream, layer, position: self.position, rows: self.rows, phase: self.phase }
+    }
 }
 
 /// Runs steps of one model in one workspace.
@@ -87,13 +96,26 @@ impl Forward<'_> {
         let rows = tokens.len();
         self.workspace.reserve(self.backend, rows, logit_rows)?;
         self.embed(tokens, parts)?;
+        self.prefetch(0, parts)?;
         for (layer, block) in self.decoder.blocks.iter().enumerate() {
             for part in parts.iter() {
                 part.control.check()?;
             }
+            self.prefetch(layer + 1, parts)?;
             self.block(layer, block, rows, parts, shape)?;
         }
         Ok(())
+    }
+
+    /// Lets policies read ahead what `layer` will attend in any case.
+    fn prefetch(&self, layer: usize, parts: &mut [Part<'_>]) -> Result<()> {
+        if layer == self.decoder.blocks.len() {
+            return Ok(());
+        }
+        parts.iter_mut().try_for_each(|part| {
+            let step = part.step(self.backend, &self.workspace.stream, layer);
+            part.policy.prefetch(&step)
+        })
     }
 
     fn embed(&mut self, tokens: &[u32], parts: &[Part<'_>]) -> Result<()> {
@@ -136,11 +158,13 @@ impl Forward<'_> {
         match block.placement {
             NormPlacement::Pre => {
                 self.normalise(rows, &block.attention_norm)?;
+                self.rehearse(layer + 1, Some(Input::Normed), parts)?;
                 self.attention(layer, &block.attention, Input::Normed, rows, parts, shape)?;
                 self.normalise(rows, &block.mlp_norm)?;
                 self.mlp(&block.mlp, Input::Normed, rows, shape)
             }
             NormPlacement::Post => {
+                self.rehearse(layer + 1, Some(Input::Hidden), parts)?;
                 self.attention(layer, &block.attention, Input::Hidden, rows, parts, shape)?;
                 self.normalise(rows, &block.attention_norm)?;
                 self.workspace.exchange_hidden_and_normed();
@@ -189,28 +213,26 @@ impl Forward<'_> {
             let heads = w.qkv.get_mut(rows).col_range(0, q_width + kv_width);
             backend.rotate(&w.stream, &rotary.short, w.rotation.get(rows), d.head_dim, heads)?;
         }
+        self.rehearse(layer, None, parts)?;
 
+        let w = &mut *self.workspace;
         let qkv = w.qkv.get(rows);
         let mut row = 0;
         for part in parts.iter_mut() {
             let own = qkv.row_range(row, part.rows);
             let (keys, values) = (own.col_range(q_width, kv_width), own.col_range(q_width + kv_width, kv_width));
-            part.policy.append(backend, &w.stream, layer, keys, values, part.position)?;
+            let step = part.step(backend, &w.stream, layer);
+            part.policy.append(&step, keys, values)?;
+            part.policy.land(&step)?;
             row += part.rows;
         }
         let mut row = 0;
         let segments: Vec<Segment<'_>> = parts
             .iter()
             .map(|part| {
-                let runs = part.policy.attended(layer);
+                let (runs, visible) = part.policy.attended(&part.step(backend, &w.stream, layer));
                 row += part.rows;
-                Segment {
-                    row: row - part.rows,
-                    rows: part.rows,
-                    position: part.position,
-                    runs,
-                    visible: Visible::Causal,
-                }
+                Segment { row: row - part.rows, rows: part.rows, position: part.position, runs, visible }
             })
             .collect();
         let attention_shape = AttentionShape {
@@ -222,6 +244,12 @@ impl Forward<'_> {
         };
         let queries = qkv.col_range(0, q_width);
         backend.attend(&w.stream, queries, &attention_shape, &segments, w.attended.get_mut(rows))?;
+        let mut row = 0;
+        for part in parts.iter_mut() {
+            let step = part.step(backend, &w.stream, layer);
+            part.policy.observe(&step, &attention_shape, queries.row_range(row, part.rows))?;
+            row += part.rows;
+        }
         backend.matmul(&w.stream, w.attended.get(rows), &attention.output, true, shape, w.hidden.get_mut(rows))
     }
 

@@ -15,6 +15,7 @@ mod estimate;
 mod forward;
 pub mod generate;
 mod model;
+mod rehearse;
 pub mod sampling;
 mod session;
 mod workspace;

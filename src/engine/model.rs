@@ -221,6 +221,10 @@ impl Model {
         &*self.inner.backend
     }
 
+    pub(super) fn shared_backend(&self) -> Arc<dyn Backend> {
+        self.inner.backend.clone()
+    }
+
     /// The pool that the sessions' KV comes from.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.inner.pool

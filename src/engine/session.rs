@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
 use crate::kv::EXTENT_TOKENS;
-use crate::policy::{KvCounters, Policy, PolicyOptions, TierBytes};
+use crate::policy::{self, KvCounters, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
 use crate::{Error, ErrorCode, Result};
 
 use super::forward::Part;
@@ -97,14 +97,25 @@ pub struct Session {
     control: Arc<Control>,
     statistics: Statistics,
     scratch: sampling::Scratch,
+    /// Why the session can no longer be used: a failed step could not be undone.
+    broken: Option<Error>,
 }
 
 impl Session {
     /// An empty session. KV memory is taken from the model's pool as the session grows.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
         let options = options.resolve(model)?;
+        let setting = Setting {
+            backend: model.shared_backend(),
+            pool: model.pool().clone(),
+            geometry: options.geometry,
+            heads: model.config().heads,
+            scale: model.config().attention_scale(),
+            capacity: options.capacity,
+            speculation: None,
+        };
         Ok(Session {
-            policy: options.policy.kind.create(model.pool().clone(), options.geometry),
+            policy: policy::create(&options.policy, setting)?,
             model: model.clone(),
             options,
             tokens: Vec::new(),
@@ -112,6 +123,7 @@ impl Session {
             control: Arc::default(),
             statistics: Statistics::default(),
             scratch: sampling::Scratch::default(),
+            broken: None,
         })
     }
 
@@ -175,12 +187,49 @@ impl Session {
             )));
         }
         if length < self.tokens.len() {
+            self.usable()?;
+            let rows = self.tokens.len() - length;
+            if let Err(error) = self.end(length, rows, |policy, step| policy.truncate(step, length)) {
+                self.broken = Some(error.clone());
+                return Err(error);
+            }
             self.tokens.truncate(length);
-            self.policy.truncate(length);
             self.control.set_length(length);
             self.logits.clear();
         }
         Ok(())
+    }
+
+    /// Errors where a step that failed could not be undone.
+    fn usable(&self) -> Result<()> {
+        match &self.broken {
+            Some(error) => Err(error.clone().within("the session can no longer be used, only freed")),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a step: tells the policy that rows from `position` on have come or gone.
+    fn end(
+        &mut self,
+        position: usize,
+        rows: usize,
+        work: impl FnOnce(&mut dyn Policy, &Step<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let model = self.model.clone();
+        model.forward(|forward| {
+            let phase = if rows == 1 { Phase::Decode } else { Phase::Prefill { last: true } };
+            let stream = &forward.workspace.stream;
+            work(&mut *self.policy, &Step { backend: forward.backend, stream, layer: 0, position, rows, phase })
+        })
+    }
+
+    /// Undoes a step that has failed with `error`, which is returned; a session that cannot be as it was is broken.
+    fn roll_back(&mut self, error: Error) -> Error {
+        let length = self.tokens.len();
+        if let Err(again) = self.end(length, 0, |policy, step| policy.roll_back(step, length)) {
+            self.broken = Some(again.within("a step that failed could not be undone"));
+        }
+        error
     }
 
     /// Appends `tokens` and computes the logits after the last.
@@ -211,13 +260,35 @@ impl Session {
 
     fn append(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>) -> Result<()> {
         let start = Instant::now();
+        self.usable()?;
         self.check_tokens(tokens)?;
         self.control.check()?;
-        let (model, before, total) = (self.model.clone(), self.tokens.len(), self.tokens.len() + tokens.len());
+        let (before, total) = (self.tokens.len(), self.tokens.len() + tokens.len());
         self.policy.reserve(total)?;
-        let vocabulary = model.dimensions().vocabulary;
-        let mut logits = vec![0.0; vocabulary];
-        let result = tokens.chunks(self.options.prefill_chunk).enumerate().try_for_each(|(i, chunk)| {
+        let mut logits = vec![0.0; self.model.dimensions().vocabulary];
+        let whole = self.policy.prefills(before);
+        let result = if whole {
+            self.run_prompt(tokens, scores.as_deref_mut(), &mut logits)
+        } else {
+            self.run_singly(tokens, scores.as_deref_mut(), &mut logits)
+        };
+        let result = result.and_then(|()| self.end(before, tokens.len(), |policy, step| policy.commit(step)));
+        if let Err(error) = result {
+            return Err(self.roll_back(error));
+        }
+        if let Some(scores) = scores {
+            scores[0] = sampling::log_probability(&self.logits, tokens[0]);
+        }
+        self.commit(tokens, logits);
+        self.statistics.prefill_tokens += tokens.len() as u64;
+        self.statistics.prefill_seconds += start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Runs a prompt in chunks of many rows.
+    fn run_prompt(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>, logits: &mut [f32]) -> Result<()> {
+        let (model, before) = (self.model.clone(), self.tokens.len());
+        tokens.chunks(self.options.prefill_chunk).enumerate().try_for_each(|(i, chunk)| {
             let done = i * self.options.prefill_chunk;
             let last = done + chunk.len() == tokens.len();
             let mut part = [Part {
@@ -225,7 +296,8 @@ impl Session {
                 control: &self.control,
                 position: before + done,
                 rows: chunk.len(),
-                total,
+                total: before + tokens.len(),
+                phase: Phase::Prefill { last },
             }];
             model.forward(|mut forward| {
                 forward.run(chunk, &mut part, Shape::Prefill, LOGIT_ROWS)?;
@@ -241,22 +313,37 @@ impl Session {
                 }
                 if last {
                     forward.head(chunk.len(), chunk.len() - 1, 1, Shape::Decode)?;
-                    forward.download_logits(1, &mut logits)?;
+                    forward.download_logits(1, logits)?;
                 }
                 Ok(())
             })
-        });
-        if let Err(error) = result {
-            self.policy.truncate(before);
-            return Err(error);
-        }
-        if let Some(scores) = scores {
-            scores[0] = sampling::log_probability(&self.logits, tokens[0]);
-        }
-        self.commit(tokens, logits);
-        self.statistics.prefill_tokens += tokens.len() as u64;
-        self.statistics.prefill_seconds += start.elapsed().as_secs_f64();
-        Ok(())
+        })
+    }
+
+    /// Runs a prompt one token at a time, for a policy that has dropped what the prompt would attend.
+    fn run_singly(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>, logits: &mut [f32]) -> Result<()> {
+        let (model, before) = (self.model.clone(), self.tokens.len());
+        (0..tokens.len()).try_for_each(|i| {
+            let mut part = [Part {
+                policy: &mut *self.policy,
+                control: &self.control,
+                position: before + i,
+                rows: 1,
+                total: before + tokens.len(),
+                phase: Phase::Decode,
+            }];
+            model.forward(|mut forward| {
+                forward.run(&tokens[i..i + 1], &mut part, Shape::Decode, 1)?;
+                forward.head(1, 0, 1, Shape::Decode)?;
+                if let (Some(scores), true) = (scores.as_deref_mut(), i + 1 < tokens.len()) {
+                    forward.log_probabilities(&tokens[i + 1..i + 2], &mut scores[i + 1..i + 2])?;
+                }
+                if i + 1 == tokens.len() {
+                    forward.download_logits(1, logits)?;
+                }
+                Ok(())
+            })
+        })
     }
 
     /// Appends one token and computes the logits after it.
@@ -313,17 +400,20 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32]) -> Result<()>
         if !session.model.same(&model) {
             return Err(Error::invalid_argument(format!("sessions[{i}] belongs to another model than sessions[0]")));
         }
+        session.usable().map_err(|e| e.within(format!("sessions[{i}]")))?;
         session.check_tokens(std::slice::from_ref(token)).map_err(|e| e.within(format!("sessions[{i}]")))?;
         session.control.check()?;
     }
     let vocabulary = model.dimensions().vocabulary;
     let mut logits = vec![0.0; sessions.len() * vocabulary];
-    let result = run_batch(&model, sessions, tokens, &mut logits);
+    let result = run_batch(&model, sessions, tokens, &mut logits).and_then(|()| {
+        sessions.iter_mut().try_for_each(|s| {
+            let length = s.tokens.len();
+            s.end(length, 1, |policy, step| policy.commit(step))
+        })
+    });
     if let Err(error) = result {
-        for session in sessions {
-            session.policy.truncate(session.tokens.len());
-        }
-        return Err(error);
+        return Err(sessions.iter_mut().fold(error, |error, session| session.roll_back(error)));
     }
     let seconds = start.elapsed().as_secs_f64();
     for ((session, token), row) in sessions.iter_mut().zip(tokens).zip(logits.chunks(vocabulary)) {
@@ -344,6 +434,7 @@ fn run_batch(model: &Model, sessions: &mut [&mut Session], tokens: &[u32], logit
             position: session.tokens.len(),
             rows: 1,
             total: session.tokens.len() + 1,
+            phase: Phase::Decode,
             policy: &mut *session.policy,
             control: &session.control,
         })

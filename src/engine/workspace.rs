@@ -71,6 +71,12 @@ pub(super) struct Workspace {
     pub(super) normed: Slot,
     /// Queries, keys and values side by side.
     pub(super) qkv: Slot,
+    /// Queries of the coming layer, guessed.
+    pub(super) predicted: Slot,
+    /// The same in the basis of the index.
+    pub(super) partial: Slot,
+    /// One row of input of the coming layer's norm.
+    pub(super) renormalised: Slot,
     /// Attention output, all heads.
     pub(super) attended: Slot,
     /// First half of the MLP.
@@ -119,6 +125,9 @@ impl Workspace {
             hidden: Slot::new("hidden state", d.hidden, a),
             normed: Slot::new("normalised hidden state", d.hidden, a),
             qkv: Slot::new("queries, keys and values", d.qkv, a),
+            predicted: Slot::new("predicted queries", d.heads * d.head_dim, a),
+            partial: Slot::new("partial queries", d.heads * d.head_dim, a),
+            renormalised: Slot::new("renormalised hidden state", d.hidden, a),
             attended: Slot::new("attention output", d.attended, a),
             up: Slot::new("MLP input", d.up, a),
             activated: Slot::new("MLP activation", d.activated, a),
@@ -169,7 +178,17 @@ impl Workspace {
         ]
     }
 
-    fn logit_slots(&mut self) -> [&mut Slot; 5] {
-        [&mut self.selected, &mut self.projected, &mut self.logits, &mut self.targets, &mut self.scores]
+    /// Slots with a row for each token whose logits are wanted; every token that is decoded is one of them.
+    fn logit_slots(&mut self) -> [&mut Slot; 8] {
+        [
+            &mut self.selected,
+            &mut self.projected,
+            &mut self.logits,
+            &mut self.targets,
+            &mut self.scores,
+            &mut self.predicted,
+            &mut self.partial,
+            &mut self.renormalised,
+        ]
     }
 }

@@ -227,9 +227,11 @@ impl HotCache {
             changed.sort_unstable();
             changed.dedup();
             let slots = &table.slots;
-            moves.extend(changed.into_iter().filter_map(|row| {
-                slots.slot(row).map(|to| Move { head: head as u32, from: row, to })
-            }));
+            moves.extend(
+                changed
+                    .into_iter()
+                    .filter_map(|row| slots.slot(row).map(|to| Move { head: head as u32, from: row, to })),
+            );
             self.counts[at] = table.slots.len() as u32;
         }
     }

@@ -19,7 +19,7 @@ pub use options::{Eviction, FileOptions, KvTier, Payload};
 pub use pool::{Pool, PoolUsage};
 pub use sequence::{SequenceIndex, SequenceKv};
 pub use slots::SlotTable;
-pub use store::{FetchCounters, Place, Store};
+pub use store::{FetchCounters, Place, Store, store};
 
 /// Tokens of one run: long enough that a run is read at full memory speed (64 KiB at d = 64, bf16), short enough that a
 /// short sequence wastes little.

@@ -82,3 +82,15 @@ pub trait Store: Send {
     /// What has been moved.
     fn counters(&self) -> FetchCounters;
 }
+
+/// Placeholder.
+pub fn store(
+    _pool: &std::sync::Arc<super::Pool>,
+    _backend: &std::sync::Arc<dyn Backend>,
+    _geometry: crate::backend::KvGeometry,
+    _payload: super::Payload,
+    _tier: &super::KvTier,
+    _capacity: usize,
+) -> Result<Box<dyn Store>> {
+    todo!()
+}

@@ -1,20 +1,18 @@
 //! `full`: every layer attends every token. Exact; the baseline that all others are measured against.
 
-use std::sync::Arc;
-
 use crate::Result;
-use crate::backend::{Backend, KvGeometry, KvRuns, Rows, Stream};
-use crate::kv::{Pool, SequenceKv};
+use crate::backend::{KvRuns, Rows, Visible};
+use crate::kv::SequenceKv;
 
-use super::{Policy, TierBytes};
+use super::{Policy, Setting, Step, TierBytes};
 
 pub(super) struct Full {
     kv: SequenceKv,
 }
 
 impl Full {
-    pub(super) fn new(pool: Arc<Pool>, geometry: KvGeometry) -> Full {
-        Full { kv: SequenceKv::new(pool, geometry) }
+    pub(super) fn new(setting: Setting) -> Full {
+        Full { kv: SequenceKv::new(setting.pool, setting.geometry) }
     }
 }
 
@@ -23,24 +21,22 @@ impl Policy for Full {
         self.kv.reserve(length)
     }
 
-    fn append(
-        &mut self,
-        backend: &dyn Backend,
-        stream: &Stream,
-        layer: usize,
-        keys: Rows<'_>,
-        values: Rows<'_>,
-        position: usize,
-    ) -> Result<()> {
-        backend.store_kv(stream, keys, values, &mut self.kv.layer_mut(layer), position)
+    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
+        step.backend.store_kv(step.stream, keys, values, &mut self.kv.layer_mut(step.layer), step.position)
     }
 
-    fn attended(&self, layer: usize) -> KvRuns<'_> {
-        self.kv.layer(layer)
+    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
+        (self.kv.layer(step.layer), Visible::Causal)
     }
 
-    fn truncate(&mut self, length: usize) {
+    fn roll_back(&mut self, _step: &Step<'_>, length: usize) -> Result<()> {
         self.kv.truncate(length);
+        Ok(())
+    }
+
+    fn truncate(&mut self, _step: &Step<'_>, length: usize) -> Result<()> {
+        self.kv.truncate(length);
+        Ok(())
     }
 
     fn bytes(&self) -> TierBytes {

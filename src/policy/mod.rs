@@ -2,11 +2,16 @@
 //!
 //! - A [`Policy`] is the KV side of one session: it takes each layer's new keys and values, and says what the layer's
 //!   attention reads. The engine collects these from every session of a batch and runs one attention for all.
-//! - A step is a transaction: [`Policy::reserve`] comes first and is the only call that may find no room; entries past
-//!   the committed length mean nothing until the engine commits.
+//! - A policy that speculates says what it wants to have rehearsed ([`Policy::lookahead`], [`Policy::rehearsal`]); the
+//!   engine computes it one layer ahead, again for the whole batch at once.
+//! - A step is a transaction: [`Policy::reserve`] comes first and is the only call that may find no room;
+//!   [`Policy::commit`] or [`Policy::roll_back`] ends it.
 //! - What may not enter: arithmetic (that is `backend`), tokens, sampling.
+//!
+//! A new policy is one file here and one line in [`PolicyKind::create`]; docs/policies.md has a complete small one.
 
 mod full;
+mod infinigen;
 mod options;
 
 pub use options::{Budget, IndexBasis, InfinigenMode, InfinigenOptions, KvCounters, PolicyOptions, Predictor, Rule};
@@ -14,31 +19,121 @@ pub use options::{Budget, IndexBasis, InfinigenMode, InfinigenOptions, KvCounter
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::backend::{Backend, KvGeometry, KvRuns, Rows, Stream};
+use crate::backend::{
+    AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Rehearsal, Rows, Selected, Stream, Visible,
+};
 use crate::kv::Pool;
+use crate::speculate::Speculation;
 use crate::{Error, Result};
 
+/// What a policy is told with every call: where the step is, and on what to compute.
+#[derive(Clone, Copy)]
+pub struct Step<'a> {
+    /// What computes.
+    pub backend: &'a dyn Backend,
+    /// Where the layer's other operations are enqueued.
+    pub stream: &'a Stream,
+    /// Layer of the model.
+    pub layer: usize,
+    /// Position of the first new token.
+    pub position: usize,
+    /// New tokens.
+    pub rows: usize,
+    /// What kind of step it is.
+    pub phase: Phase,
+}
+
+/// What kind of step it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Tokens of a prompt, which attend everything before them.
+    Prefill {
+        /// Whether the call that these tokens belong to ends with them.
+        last: bool,
+    },
+    /// One token, which attends what the policy says.
+    Decode,
+}
+
+/// What a policy wants to have computed for a layer's rehearsal.
+#[derive(Clone, Copy)]
+pub struct Lookahead<'a> {
+    /// Where the queries come from.
+    pub source: QuerySource<'a>,
+    /// Into the basis of the index.
+    pub maps: &'a HeadMaps,
+}
+
+/// Where the queries of a rehearsal come from.
+#[derive(Clone, Copy)]
+pub enum QuerySource<'a> {
+    /// This weight on the attention input of the layer before.
+    Previous(&'a Linear),
+    /// This weight on the hidden state before the layer before, normalised by this layer's norm.
+    Renormalised(&'a Linear),
+    /// The layer's own queries: too late to hide a fetch, for tests.
+    Exact,
+}
+
 /// The KV side of one session.
+///
+/// In a step each layer's calls come in this order, and the first three a layer ahead where there is a layer before:
+/// `prefetch`, `lookahead` and `rehearsal`, `rehearsed`; then `append`, `land`, `attended`, `observe`.
 pub trait Policy: Send {
-    /// Makes room for a sequence of `length` tokens. On an error nothing has changed.
+    /// Begins a step: makes room for a sequence of `length` tokens. On an error nothing has changed.
     fn reserve(&mut self, length: usize) -> Result<()>;
 
-    /// Takes a layer's keys and values (rotated, one row a token) of the tokens from `position` on.
-    fn append(
-        &mut self,
-        backend: &dyn Backend,
-        stream: &Stream,
-        layer: usize,
-        keys: Rows<'_>,
-        values: Rows<'_>,
-        position: usize,
-    ) -> Result<()>;
+    /// Starts whatever can be read ahead without speculation.
+    fn prefetch(&mut self, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
 
-    /// What the attention of `layer` reads.
-    fn attended(&self, layer: usize) -> KvRuns<'_>;
+    /// What the rehearsal of `layer` needs, if this policy rehearses it at `position`.
+    fn lookahead(&self, _layer: usize, _position: usize) -> Option<Lookahead<'_>> {
+        None
+    }
+
+    /// The rehearsal of `layer`, and where its outcome goes. Called where [`Policy::lookahead`] has said something.
+    fn rehearsal(&mut self, _layer: usize, _position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
+        None
+    }
+
+    /// The rehearsal is done: starts to fetch what was selected.
+    fn rehearsed(&mut self, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes a layer's keys and values (rotated, one row a token).
+    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()>;
+
+    /// Waits for what the attention of the layer reads.
+    fn land(&mut self, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// What the attention of the layer reads.
+    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>);
+
+    /// Is shown the queries (rotated, one row a token) that have just attended.
+    fn observe(&mut self, _step: &Step<'_>, _shape: &AttentionShape, _queries: Rows<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// The step has succeeded; `step` is its last, with all rows of the call.
+    fn commit(&mut self, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// The step has failed: back to `length` tokens, as if it had never begun.
+    fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
     /// Forgets every token from `length` on.
-    fn truncate(&mut self, length: usize);
+    fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
+
+    /// Whether a prompt that follows `position` tokens may run many rows at once; otherwise its tokens are decoded.
+    fn prefills(&self, _position: usize) -> bool {
+        true
+    }
 
     /// Bytes of KV held, by tier.
     fn bytes(&self) -> TierBytes;
@@ -79,6 +174,24 @@ pub enum PolicyKind {
     Infinigen,
 }
 
+/// What a policy is made with.
+pub struct Setting {
+    /// What computes.
+    pub backend: Arc<dyn Backend>,
+    /// The model's pool.
+    pub pool: Arc<Pool>,
+    /// Shape of the model's KV, all layers.
+    pub geometry: KvGeometry,
+    /// Query heads.
+    pub heads: usize,
+    /// Factor on q·k.
+    pub scale: f32,
+    /// Most tokens that the session may hold.
+    pub capacity: usize,
+    /// The offline products, for the policy that speculates.
+    pub speculation: Option<Arc<Speculation>>,
+}
+
 impl PolicyKind {
     /// Every kind, in the order in which help texts list them.
     pub const ALL: [PolicyKind; 5] =
@@ -94,14 +207,15 @@ impl PolicyKind {
             PolicyKind::Infinigen => "infinigen",
         }
     }
+}
 
-    /// A new, empty policy of this kind, which keeps its entries in `pool`.
-    pub fn create(self, pool: Arc<Pool>, geometry: KvGeometry) -> Box<dyn Policy> {
-        match self {
-            PolicyKind::Full => Box::new(full::Full::new(pool, geometry)),
-            _ => todo!(),
-        }
-    }
+/// A new, empty policy.
+pub fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
+    Ok(match options.kind {
+        PolicyKind::Full => Box::new(full::Full::new(setting)),
+        PolicyKind::Infinigen => Box::new(infinigen::Infinigen::new(options, setting)?),
+        _ => todo!(),
+    })
 }
 
 impl FromStr for PolicyKind {

@@ -1,0 +1,340 @@
+//! `infinigen`: attends what speculation selects one layer ahead, and fetches only what is not on the device yet.
+//!
+//! | where | what |
+//! |---|---|
+//! | `resident` | the first layers, in full, on the device |
+//! | `store` | the entries of all other layers, away from the device |
+//! | `index` | a partial key of every entry in the store, on the device |
+//! | `cache` | sinks, recent window and the entries selected last, on the device: what attention reads |
+//!
+//! A prompt is attended in full; its end fills the cache with what its last queries attended most. A step then goes
+//! through each layer as `policy::Policy` says: rehearse on the index, ask the cache, fetch the misses, admit the new token,
+//! attend. A sequence that fits the cache is attended in full, without speculation.
+
+mod columns;
+mod plan;
+mod prompt;
+
+use crate::backend::{
+    AttentionShape, Buffer, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rehearsal, Rows, Selected, Visible,
+};
+use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
+use crate::{Error, Result};
+
+use super::{KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
+use plan::Plan;
+use prompt::Prompt;
+
+pub(super) struct Infinigen {
+    plan: Plan,
+    resident: SequenceKv,
+    store: Box<dyn Store>,
+    index: SequenceIndex,
+    cache: HotCache,
+    prompt: Prompt,
+    /// What each layer of the store selects in this step.
+    selected: Vec<Selected>,
+    /// Slots that each layer of the store attends in this step, where that is not the whole cache.
+    listed: Vec<Vec<Vec<u32>>>,
+    /// One row of partial keys.
+    partial_key: Buffer,
+    moves: Vec<Move>,
+    counters: KvCounters,
+    /// The store's counters when ours were last reset.
+    fetched_before: kv::FetchCounters,
+}
+
+impl Infinigen {
+    pub(super) fn new(options: &PolicyOptions, setting: Setting) -> Result<Infinigen> {
+        let plan = Plan::new(options, &setting)?;
+        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let resident_layers = plan.resident_layers;
+        let resident = KvGeometry { layers: resident_layers, ..geometry };
+        let stored = KvGeometry { layers: geometry.layers - resident_layers, ..geometry };
+        let index = IndexGeometry {
+            layers: stored.layers,
+            kv_heads: geometry.kv_heads,
+            columns: plan.columns,
+            extent_tokens: geometry.extent_tokens,
+            bits: plan.bits,
+        };
+        Ok(Infinigen {
+            resident: SequenceKv::new(pool.clone(), resident),
+            store: kv::store(&pool, &backend, stored, options.payload, &options.tier, capacity)?,
+            index: SequenceIndex::new(pool.clone(), index),
+            cache: HotCache::new(pool.clone(), stored),
+            prompt: Prompt::new(pool, stored),
+            selected: vec![Selected::default(); stored.layers],
+            listed: vec![vec![Vec::new(); geometry.kv_heads]; stored.layers],
+            partial_key: backend.allocate(geometry.kv_heads * plan.columns * 4, Place::Device, "partial keys")?,
+            moves: Vec::new(),
+            counters: KvCounters::default(),
+            fetched_before: kv::FetchCounters::default(),
+            plan,
+        })
+    }
+
+    fn kv_heads(&self) -> usize {
+        self.resident.geometry().kv_heads
+    }
+
+    /// The layer of the store that a layer of the model is; `None` for resident ones.
+    fn stored(&self, layer: usize) -> Option<usize> {
+        layer.checked_sub(self.plan.resident_layers)
+    }
+
+    /// Starts and ends a fetch of `self.moves` into the cache.
+    fn fetch_now(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
+        if !self.moves.is_empty() {
+            self.store.begin_fetch(layer, &self.moves)?;
+            self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
+        }
+        Ok(())
+    }
+
+    /// Admits the new token, and lists what is attended where that is not all of the cache.
+    fn append_one(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
+        let (length, heads) = (step.position + 1, self.kv_heads());
+        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
+        let row = step.position as u32;
+        let admitted: Vec<u32> = (0..heads).map(|head| self.cache.admit(layer, head, row, slots, guard)).collect();
+        step.backend.store_kv_rows(step.stream, keys, values, &mut self.cache.runs_mut(layer), &admitted)?;
+
+        let partial = self.partial_key.rows_mut(step.backend.activation(), 1, heads * self.plan.columns);
+        step.backend.project_heads(step.stream, keys, self.plan.key_maps(step.layer), partial)?;
+        let partial = self.partial_key.rows(step.backend.activation(), 1, heads * self.plan.columns);
+        step.backend.index_append(step.stream, partial, &mut self.index.layer_mut(layer), step.position)
+    }
+
+    /// Slots of what was selected, of sinks and window, and of the token itself.
+    fn list(&mut self, layer: usize, length: usize) {
+        let guard = self.plan.guard(length);
+        let past = 0..length as u32;
+        for head in 0..self.kv_heads() {
+            let list = &mut self.listed[layer][head];
+            list.clear();
+            let always = past.clone().take(guard.below as usize).chain(guard.from.max(guard.below)..past.end);
+            let selected = self.selected[layer].rows[head].iter().copied();
+            let current = (guard.from > past.end - 1).then_some(past.end - 1);
+            for row in always.chain(selected).chain(current) {
+                list.extend(self.cache.slot(layer, head, row));
+            }
+            list.sort_unstable();
+            list.dedup();
+        }
+    }
+
+    fn count_attended(&mut self, attended: u64, held: usize) {
+        self.counters.attended += attended;
+        self.counters.held += held as u64;
+    }
+}
+
+impl Policy for Infinigen {
+    fn reserve(&mut self, length: usize) -> Result<()> {
+        self.resident.reserve(length)?;
+        self.index.reserve(length)?;
+        self.cache.reserve(self.plan.slots(length))?;
+        self.store.reserve(length)?;
+        self.cache.begin();
+        Ok(())
+    }
+
+    fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
+        let stored = self.stored(layer)?;
+        let all_here = self.cache.counts(stored).iter().all(|&count| count as usize == position);
+        let fits = position < self.plan.slots(position + 1);
+        (!(all_here && fits)).then(|| self.plan.lookahead(layer))
+    }
+
+    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
+        let stored = self.stored(layer)?;
+        let rehearsal = self.plan.rehearsal(self.index.layer(stored), position);
+        Some((rehearsal, &mut self.selected[stored]))
+    }
+
+    fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
+        let Some(layer) = self.stored(step.layer) else { return Ok(()) };
+        let length = step.position + 1;
+        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
+        self.moves.clear();
+        for head in 0..self.kv_heads() {
+            let rows = &self.selected[layer].rows[head];
+            let missed = self.cache.request(layer, head, rows, slots, guard, &mut self.moves);
+            self.counters.selected += rows.len() as u64;
+            self.counters.misses += missed as u64;
+            self.counters.hits += (rows.len() - missed) as u64;
+        }
+        if self.moves.is_empty() { Ok(()) } else { self.store.begin_fetch(layer, &self.moves) }
+    }
+
+    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
+        let Some(layer) = self.stored(step.layer) else {
+            let runs = &mut self.resident.layer_mut(step.layer);
+            return step.backend.store_kv(step.stream, keys, values, runs, step.position);
+        };
+        self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
+        match step.phase {
+            Phase::Decode => self.append_one(step, layer, keys, values),
+            Phase::Prefill { .. } => {
+                if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
+                    columns.add(step, keys)?;
+                }
+                let maps = self.plan.key_maps(step.layer);
+                self.prompt.index(step, keys, maps, &mut self.index.layer_mut(layer))
+            }
+        }
+    }
+
+    fn land(&mut self, step: &Step<'_>) -> Result<()> {
+        let length = step.position + step.rows;
+        let Some(layer) = self.stored(step.layer) else {
+            if step.phase == Phase::Decode {
+                self.count_attended((self.kv_heads() * length) as u64, self.kv_heads() * length);
+            }
+            return Ok(());
+        };
+        if step.phase != Phase::Decode {
+            return self.prompt.land(step, layer, &mut *self.store);
+        }
+        self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
+        let mut attended: u64 = self.cache.counts(layer).iter().map(|&count| u64::from(count)).sum();
+        if !self.plan.attend_cache && attended < (self.kv_heads() * length) as u64 {
+            self.list(layer, length);
+            attended = self.listed[layer].iter().map(|list| list.len() as u64).sum();
+        } else {
+            self.listed[layer].iter_mut().for_each(Vec::clear);
+        }
+        self.counters.candidates += (self.kv_heads() * step.position) as u64;
+        self.count_attended(attended, self.kv_heads() * length);
+        Ok(())
+    }
+
+    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
+        match self.stored(step.layer) {
+            None => (self.resident.layer(step.layer), Visible::Causal),
+            Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &*self.store), Visible::Causal),
+            Some(layer) if self.listed[layer].iter().all(|list| !list.is_empty()) => {
+                (self.cache.runs(layer), Visible::Listed(&self.listed[layer]))
+            }
+            Some(layer) => (self.cache.runs(layer), Visible::First(self.cache.counts(layer))),
+        }
+    }
+
+    fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) -> Result<()> {
+        let (Some(layer), Phase::Prefill { last }) = (self.stored(step.layer), step.phase) else {
+            return Ok(());
+        };
+        if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
+            columns.add(step, queries)?;
+        }
+        if last { self.prompt.observe(step, layer, shape, queries, &*self.store) } else { Ok(()) }
+    }
+
+    fn commit(&mut self, step: &Step<'_>) -> Result<()> {
+        let length = step.position + step.rows;
+        if step.phase == Phase::Decode && !self.prompt.ended() {
+            self.counters.steps += 1;
+            return Ok(());
+        }
+        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
+        let recent = self.prompt.recent(step.position, step.rows);
+        if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
+            columns.choose()?;
+        }
+        for layer in 0..self.selected.len() {
+            self.moves.clear();
+            for head in 0..self.kv_heads() {
+                let ranked = self.prompt.take_ranked(layer, head);
+                match recent {
+                    // A few tokens after a sequence that has its cache: they join it, with what they attended most.
+                    Some(first) => {
+                        let most = self.plan.most_selected(length);
+                        let mut rows: Vec<u32> = ranked.into_iter().take(most).collect();
+                        rows.extend((first as u32).min(guard.from)..length as u32);
+                        rows.sort_unstable();
+                        rows.dedup();
+                        self.cache.request(layer, head, &rows, slots, guard, &mut self.moves);
+                    }
+                    None => {
+                        let rows = prompt::first_load(&ranked, length, slots, guard);
+                        self.cache.load(layer, head, &rows, &mut self.moves);
+                    }
+                }
+            }
+            self.fetch_now(step, layer)?;
+        }
+        self.cache.begin();
+        self.prompt.finish();
+        Ok(())
+    }
+
+    fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        self.store.abandon_fetches();
+        self.prompt.give_up();
+        if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
+            columns.forget();
+        }
+        for layer in 0..self.selected.len() {
+            self.moves.clear();
+            self.cache.undo(layer, &mut self.moves);
+            self.fetch_now(step, layer)?;
+        }
+        self.resident.truncate(length);
+        self.index.truncate(length);
+        self.store.truncate(length);
+        Ok(())
+    }
+
+    fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        self.cache.begin();
+        for layer in 0..self.selected.len() {
+            self.moves.clear();
+            self.cache.truncate(layer, length as u32, &mut self.moves);
+            self.fetch_now(step, layer)?;
+            // The window has moved back, over entries that may have left the cache.
+            self.moves.clear();
+            let guard = self.plan.guard(length);
+            let always: Vec<u32> =
+                (0..guard.below.min(length as u32)).chain(guard.from.max(guard.below)..length as u32).collect();
+            for head in 0..self.kv_heads() {
+                let slots = self.plan.slots(length);
+                self.cache.request(layer, head, &always, slots, guard, &mut self.moves);
+            }
+            self.fetch_now(step, layer)?;
+        }
+        self.cache.begin();
+        self.resident.truncate(length);
+        self.index.truncate(length);
+        self.store.truncate(length);
+        Ok(())
+    }
+
+    fn bytes(&self) -> TierBytes {
+        let (host, file) = self.store.bytes();
+        let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
+        TierBytes { device, pinned: host, file }
+    }
+
+    fn counters(&self) -> KvCounters {
+        let (now, before) = (self.store.counters(), self.fetched_before);
+        KvCounters {
+            host_bytes: now.host_bytes - before.host_bytes,
+            file_bytes: now.file_bytes - before.file_bytes,
+            file_read_bytes: now.file_read_bytes - before.file_read_bytes,
+            read_seconds: now.read_seconds - before.read_seconds,
+            wait_seconds: now.wait_seconds - before.wait_seconds,
+            ..self.counters
+        }
+    }
+
+    fn reset_counters(&mut self) {
+        self.counters = KvCounters::default();
+        self.fetched_before = self.store.counters();
+    }
+}
+
+/// Models that this policy cannot serve.
+fn unsupported(what: &str) -> Error {
+    Error::unsupported(format!("policy infinigen: {what}"))
+}

@@ -1,0 +1,139 @@
+//! What a session's options mean for its model: which weights predict, which maps index, how many rows and slots.
+
+use std::sync::Arc;
+
+use crate::backend::{HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
+use crate::kv::Guard;
+use crate::policy::{IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting};
+use crate::speculate::{IndexMaps, Speculation};
+use crate::{Error, Result};
+
+use super::columns::Columns;
+use super::unsupported;
+
+pub(super) struct Plan {
+    options: InfinigenOptions,
+    pub(super) resident_layers: usize,
+    /// Columns of the index.
+    pub(super) columns: usize,
+    pub(super) bits: IndexBits,
+    pub(super) attend_cache: bool,
+    scale: f32,
+    speculation: Arc<Speculation>,
+    basis: Basis,
+}
+
+enum Basis {
+    /// The leading rows of the balanced maps, by layer of the model.
+    Balanced(Arc<Vec<Option<IndexMaps>>>),
+    /// All columns of an orthogonal basis in the index, of which queries use those that the prompt has chosen.
+    Chosen(Columns),
+}
+
+impl Plan {
+    pub(super) fn new(options: &PolicyOptions, setting: &Setting) -> Result<Plan> {
+        let own = options.infinigen.clone();
+        let (layers, d) = (setting.geometry.layers, setting.geometry.head_dim);
+        if layers < 2 {
+            return Err(unsupported("the model has one layer, and none before it to speculate from"));
+        }
+        let resident_layers = own.resident_layers.clamp(1, layers - 1);
+        let speculation = setting
+            .speculation
+            .clone()
+            .ok_or_else(|| Error::invalid_argument("policy infinigen needs a calibrated model"))?;
+        let chosen = ((d as f32 * own.ratio).round() as usize).clamp(1, d);
+        let (basis, columns) = match own.basis {
+            IndexBasis::Balanced => (Basis::Balanced(speculation.balanced(chosen)?), chosen),
+            basis => {
+                let skewed = basis == IndexBasis::Skewed;
+                (Basis::Chosen(Columns::new(setting, &speculation, resident_layers, skewed, chosen)?), d)
+            }
+        };
+        Ok(Plan {
+            resident_layers,
+            columns,
+            bits: match own.index_bits {
+                4 => IndexBits::Four,
+                8 => IndexBits::Eight,
+                _ => IndexBits::Full,
+            },
+            attend_cache: own.attend_cache,
+            scale: setting.scale,
+            speculation,
+            basis,
+            options: own,
+        })
+    }
+
+    /// The maps of the keys of a layer of the model.
+    pub(super) fn key_maps(&self, layer: usize) -> &HeadMaps {
+        match &self.basis {
+            Basis::Balanced(maps) => &maps[layer].as_ref().expect("a layer that is speculated").key,
+            Basis::Chosen(columns) => columns.key(layer),
+        }
+    }
+
+    fn query_maps(&self, layer: usize) -> &HeadMaps {
+        match &self.basis {
+            Basis::Balanced(maps) => &maps[layer].as_ref().expect("a layer that is speculated").query,
+            Basis::Chosen(columns) => columns.query(layer),
+        }
+    }
+
+    /// The chooser of columns, where the prompt chooses them.
+    pub(super) fn columns_mut(&mut self) -> Option<&mut Columns> {
+        match &mut self.basis {
+            Basis::Balanced(_) => None,
+            Basis::Chosen(columns) => Some(columns),
+        }
+    }
+
+    pub(super) fn lookahead(&self, layer: usize) -> Lookahead<'_> {
+        let own = || self.speculation.own_copy(layer).expect("made when the session was created");
+        let source = match self.options.predictor {
+            Predictor::Fitted => QuerySource::Previous(self.speculation.fitted(layer)),
+            Predictor::Own => QuerySource::Previous(own()),
+            Predictor::Renormalised => QuerySource::Renormalised(own()),
+            Predictor::Exact => QuerySource::Exact,
+        };
+        Lookahead { source, maps: self.query_maps(layer) }
+    }
+
+    /// The rehearsal of a layer with this index for the token at `position`.
+    pub(super) fn rehearsal<'a>(&self, runs: IndexRuns<'a>, position: usize) -> Rehearsal<'a> {
+        let length = position + 1;
+        let guard = self.guard(length);
+        let from = (guard.below as usize).min(position);
+        let most = self.most_selected(length);
+        let selection = match self.options.rule {
+            Rule::Share(_) => Selection::Count { count: most },
+            Rule::Probability { below, .. } => Selection::Probability { below, least: 1, most },
+            Rule::Paper { alpha, .. } => Selection::Paper { alpha, most },
+        };
+        let to = (guard.from as usize).clamp(from, position);
+        Rehearsal { row: 0, runs, rows: position, from, to, scale: self.scale, selection }
+    }
+
+    /// Rows that never leave the cache of a sequence of `length` tokens, the newest included.
+    pub(super) fn guard(&self, length: usize) -> Guard {
+        let from = length.saturating_sub(self.options.window.max(1));
+        Guard { below: self.options.sinks as u32, from: from as u32 }
+    }
+
+    /// Most rows that a rehearsal for a sequence of `length` tokens selects.
+    pub(super) fn most_selected(&self, length: usize) -> usize {
+        let share = match self.options.rule {
+            Rule::Share(share) => share,
+            Rule::Probability { most, .. } | Rule::Paper { most, .. } => most,
+        };
+        ((f64::from(share) * length as f64).round() as usize).max(1)
+    }
+
+    /// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what one
+    /// step attends.
+    pub(super) fn slots(&self, length: usize) -> usize {
+        let needed = self.options.sinks + self.options.window.max(1) + self.most_selected(length) + 1;
+        self.options.cache.tokens(length).max(self.options.cache_least).max(needed).min(length.max(1))
+    }
+}

@@ -1,0 +1,153 @@
+//! What a prompt leaves for decode: the index, and the ranking that the cache is first filled by.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::backend::{
+    AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, Move, Place, Rows, Segment, Visible,
+};
+use crate::kv::{Guard, Pool, SequenceKv, Store};
+use crate::policy::Step;
+
+/// Queries at the end of a prompt whose attention ranks entries for the cache.
+const RANKING_QUERIES: usize = 32;
+
+/// The state of a prompt under way.
+pub(super) struct Prompt {
+    /// One layer in full, where the store's entries are not memory that attention can read.
+    staging: SequenceKv,
+    /// Partial keys of one chunk.
+    partial: Option<Buffer>,
+    /// Rows by attention at the end of the prompt, the most attended first, for each layer and KV head of the store.
+    ranked: Vec<Vec<u32>>,
+    /// Whether the prompt's last chunk has run.
+    ended: bool,
+    /// Whether a prompt has filled the cache before.
+    filled: bool,
+}
+
+impl Prompt {
+    pub(super) fn new(pool: Arc<Pool>, stored: KvGeometry) -> Prompt {
+        Prompt {
+            staging: SequenceKv::new(pool, KvGeometry { layers: 1, ..stored }),
+            partial: None,
+            ranked: vec![Vec::new(); stored.layers * stored.kv_heads],
+            ended: false,
+            filled: false,
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.staging.bytes() + self.partial.as_ref().map_or(0, Buffer::bytes)
+    }
+
+    /// Whether a prompt's last chunk has run since the last commit.
+    pub(super) fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Appends a chunk's partial keys to the index.
+    pub(super) fn index(
+        &mut self,
+        step: &Step<'_>,
+        keys: Rows<'_>,
+        maps: &HeadMaps,
+        index: &mut IndexRunsMut<'_>,
+    ) -> Result<()> {
+        let (dtype, columns) = (step.backend.activation(), maps.kv_heads * maps.outputs);
+        let bytes = step.rows * columns * dtype.bytes();
+        if self.partial.as_ref().is_none_or(|partial| partial.bytes() < bytes) {
+            self.partial = Some(step.backend.allocate(bytes, Place::Device, "partial keys of a prompt")?);
+        }
+        let Some(partial) = &mut self.partial else { return Ok(()) };
+        step.backend.project_heads(step.stream, keys, maps, partial.rows_mut(dtype, step.rows, columns))?;
+        step.backend.index_append(step.stream, partial.rows(dtype, step.rows, columns), index, step.position)
+    }
+
+    /// Brings the layer's entries to where attention can read them.
+    pub(super) fn land(&mut self, step: &Step<'_>, layer: usize, store: &mut dyn Store) -> Result<()> {
+        if store.runs(layer).is_some() {
+            return Ok(());
+        }
+        let length = step.position + step.rows;
+        self.staging.reserve(length)?;
+        let moves: Vec<Move> = (0..self.staging.geometry().kv_heads as u32)
+            .flat_map(|head| (0..length as u32).map(move |row| Move { head, from: row, to: row }))
+            .collect();
+        store.begin_fetch(layer, &moves)?;
+        store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))
+    }
+
+    /// The layer in full; after [`Prompt::land`].
+    pub(super) fn runs<'a>(&'a self, layer: usize, store: &'a dyn Store) -> KvRuns<'a> {
+        store.runs(layer).unwrap_or_else(|| self.staging.layer(0))
+    }
+
+    /// Ranks the layer's entries by the attention of the last queries.
+    pub(super) fn observe(
+        &mut self,
+        step: &Step<'_>,
+        layer: usize,
+        shape: &AttentionShape,
+        queries: Rows<'_>,
+        store: &dyn Store,
+    ) -> Result<()> {
+        let length = step.position + step.rows;
+        let rows = step.rows.min(RANKING_QUERIES);
+        let skip = step.rows - rows;
+        let mut mass = step.backend.allocate(shape.kv_heads * length * 4, Place::Device, "attention of a prompt")?;
+        let segment = Segment {
+            row: 0,
+            rows,
+            position: step.position + skip,
+            runs: self.runs(layer, store),
+            visible: Visible::Causal,
+        };
+        let queries = queries.row_range(skip, rows);
+        let out = mass.rows_mut(DType::F32, shape.kv_heads, length);
+        step.backend.attention_mass(step.stream, queries, shape, &segment, out)?;
+        let mut bytes = vec![0; shape.kv_heads * length * 4];
+        step.backend.download(step.stream, mass.rows(DType::F32, shape.kv_heads, length), &mut bytes)?;
+        for (head, bytes) in bytes.chunks_exact(length * 4).enumerate() {
+            let mass: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let ranked = &mut self.ranked[layer * shape.kv_heads + head];
+            *ranked = (0..length as u32).collect();
+            ranked.sort_by(|&a, &b| mass[b as usize].total_cmp(&mass[a as usize]).then(a.cmp(&b)));
+        }
+        self.ended = true;
+        Ok(())
+    }
+
+    /// For a prompt of a few tokens after a sequence that has its cache already: the first of them.
+    pub(super) fn recent(&self, position: usize, rows: usize) -> Option<usize> {
+        (self.filled && position > 0 && rows < RANKING_QUERIES).then_some(position)
+    }
+
+    pub(super) fn take_ranked(&mut self, layer: usize, head: usize) -> Vec<u32> {
+        let heads = self.staging.geometry().kv_heads;
+        std::mem::take(&mut self.ranked[layer * heads + head])
+    }
+
+    /// The prompt is over, and the cache filled.
+    pub(super) fn finish(&mut self) {
+        self.filled |= self.ended;
+        self.give_up();
+    }
+
+    /// Forgets the prompt under way.
+    pub(super) fn give_up(&mut self) {
+        self.ended = false;
+        self.partial = None;
+        self.staging.truncate(0);
+        self.ranked.iter_mut().for_each(Vec::clear);
+    }
+}
+
+/// What an empty cache of `slots` slots is filled with, the most valuable first: what never gives way, then by rank.
+pub(super) fn first_load(ranked: &[u32], length: usize, slots: usize, guard: Guard) -> Vec<u32> {
+    let length = length as u32;
+    let always: Vec<u32> = (0..guard.below.min(length)).chain(guard.from.max(guard.below)..length).collect();
+    let free = slots.saturating_sub(always.len());
+    let others = ranked.iter().copied().filter(|&row| row >= guard.below && row < guard.from);
+    always.into_iter().chain(others.take(free)).collect()
+}
