@@ -12,6 +12,8 @@ mod pool;
 mod sequence;
 mod slots;
 mod store;
+#[cfg(test)]
+mod tests;
 
 pub use extents::Extents;
 pub use hot::{Guard, HotCache};

@@ -13,8 +13,11 @@
 mod full;
 mod infinigen;
 mod options;
+mod trace;
 
 pub use options::{Budget, IndexBasis, InfinigenMode, InfinigenOptions, KvCounters, PolicyOptions, Predictor, Rule};
+
+pub use trace::{Record, TraceReader, TraceWriter};
 
 use std::str::FromStr;
 use std::sync::Arc;

@@ -21,7 +21,7 @@ use crate::backend::{
 use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
-use super::{KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
+use super::{KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter};
 use plan::Plan;
 use prompt::Prompt;
 
@@ -42,6 +42,7 @@ pub(super) struct Infinigen {
     counters: KvCounters,
     /// The store's counters when ours were last reset.
     fetched_before: kv::FetchCounters,
+    trace: Option<TraceWriter>,
 }
 
 impl Infinigen {
@@ -70,6 +71,10 @@ impl Infinigen {
             moves: Vec::new(),
             counters: KvCounters::default(),
             fetched_before: kv::FetchCounters::default(),
+            trace: match &options.trace {
+                Some(path) => Some(TraceWriter::create(path, geometry.layers, geometry.kv_heads)?),
+                None => None,
+            },
             plan,
         })
     }
@@ -164,6 +169,16 @@ impl Policy for Infinigen {
             self.counters.selected += rows.len() as u64;
             self.counters.misses += missed as u64;
             self.counters.hits += (rows.len() - missed) as u64;
+            if let Some(trace) = &mut self.trace {
+                trace.write(&Record {
+                    position: step.position as u32,
+                    layer: step.layer as u16,
+                    head: head as u16,
+                    candidates: step.position as u32,
+                    selected: rows.clone(),
+                    missed: self.moves[self.moves.len() - missed..].iter().map(|m| m.from).collect(),
+                })?;
+            }
         }
         if self.moves.is_empty() { Ok(()) } else { self.store.begin_fetch(layer, &self.moves) }
     }
@@ -235,7 +250,7 @@ impl Policy for Infinigen {
         let length = step.position + step.rows;
         if step.phase == Phase::Decode && !self.prompt.ended() {
             self.counters.steps += 1;
-            return Ok(());
+            return self.trace.as_mut().map_or(Ok(()), TraceWriter::flush);
         }
         let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
         let recent = self.prompt.recent(step.position, step.rows);

@@ -1,0 +1,3 @@
+//! The bookkeeping of this room against naive models, under random operations.
+
+mod hot;
