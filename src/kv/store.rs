@@ -12,6 +12,19 @@ pub enum Place<'a> {
     Rows(&'a [u32]),
 }
 
+impl Place<'_> {
+    /// The row of the `i`-th token in the run of `head`.
+    pub(super) fn row(&self, i: usize, head: usize) -> usize {
+        match *self {
+            Place::From(first) => first + i,
+            Place::Rows(rows) => {
+                assert_eq!(i, 0, "victims take one token");
+                rows[head] as usize
+            }
+        }
+    }
+}
+
 /// What a store has moved since it was made. Differences over a step are what the step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FetchCounters {
