@@ -19,6 +19,8 @@ pub use options::{Eviction, FileOptions, KvTier};
 pub use pool::{Pool, PoolUsage};
 pub use sequence::SequenceKv;
 pub use store::{FetchCounters, Place, Store};
+#[cfg(unix)]
+pub use tier::FileStore;
 pub use tier::{RamStore, store};
 pub use victim::Victims;
 

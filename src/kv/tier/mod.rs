@@ -1,9 +1,11 @@
 //! The stores: one file a tier.
 //!
 //! - [`RamStore`]: memory, as on the device or quantized.
-//! - `FileStore`: a file, read ahead and written behind.
+//! - [`FileStore`]: a file, read ahead and written behind.
 //! - What may not enter: which entries are worth fetching (that is `policy`).
 
+#[cfg(unix)]
+mod file;
 mod ram;
 
 use std::sync::Arc;
@@ -12,6 +14,8 @@ use crate::Result;
 use crate::backend::{Backend, KvGeometry, Payload};
 
 use super::{KvTier, Pool, Store};
+#[cfg(unix)]
+pub use file::FileStore;
 pub use ram::RamStore;
 
 /// A store of `geometry.layers` layers in `tier`, for at most `capacity_rows` rows in each run where the tier's size is
@@ -26,9 +30,16 @@ pub fn store(
     tier: &KvTier,
     capacity_rows: usize,
 ) -> Result<Box<dyn Store>> {
-    let _ = (backend, capacity_rows);
     match tier {
         KvTier::Device | KvTier::Host => Ok(Box::new(RamStore::new(Arc::clone(pool), geometry, payload))),
-        KvTier::File(_) => todo!(),
+        #[cfg(unix)]
+        KvTier::File(options) => {
+            Ok(Box::new(FileStore::new(Arc::clone(backend), geometry, payload, options, capacity_rows)?))
+        }
+        #[cfg(not(unix))]
+        KvTier::File(_) => {
+            let _ = (backend, capacity_rows);
+            Err(crate::Error::unsupported("keys and values in a file are not supported on this system"))
+        }
     }
 }
