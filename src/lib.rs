@@ -5,8 +5,9 @@
 //!
 //! ```text
 //! ffi ──► engine ──► policy ──► kv ──► backend
-//!            │                            ▲
-//!            └────────► model ────────────┘
+//!            │          │                 ▲
+//!            ├────► speculate ───┬────────┤
+//!            └────────► model ◄──┘────────┘
 //! ```
 //!
 //! `docs/architecture.md` says what each room promises.
@@ -18,5 +19,6 @@ pub mod ffi;
 pub mod kv;
 pub mod model;
 pub mod policy;
+pub mod speculate;
 
 pub use error::{Error, ErrorCode, Result};
