@@ -5,8 +5,9 @@
 //!
 //! ```text
 //! ffi ──► engine ──► policy ──► kv ──► backend
-//!            │                            ▲
-//!            └────────► model ────────────┘
+//!            │          │                 ▲
+//!            ├────► speculate ───┬────────┤
+//!            └────────► model ◄──┘────────┘
 //! ```
 //!
 //! `docs/architecture.md` says what each room promises.

@@ -4,7 +4,7 @@
 //! list of [`Part`]s, each of which is consecutive rows of one sequence.
 
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, Norm, Segment, Shape, Stream};
+use crate::backend::{AttentionShape, Backend, Norm, Rows, Segment, Shape, Stream};
 use crate::model::config::Config;
 use crate::model::decoder::{Attention, Block, Decoder, Mlp, NormPlacement, Positions};
 use crate::policy::{Phase, Policy, Step};
@@ -73,6 +73,15 @@ impl Part<'_> {
     }
 }
 
+/// Looks on while a step runs: what calibration captures. An error ends the step.
+pub(super) trait Probe {
+    /// A layer's attention input, and its queries, keys and values as projected: not yet normalised, not yet rotated.
+    fn projected(&mut self, stream: &Stream, layer: usize, input: Rows<'_>, qkv: Rows<'_>) -> Result<()>;
+
+    /// The same queries, keys and values after the heads' norms, not yet rotated.
+    fn normalised(&mut self, stream: &Stream, layer: usize, qkv: Rows<'_>) -> Result<()>;
+}
+
 /// Runs steps of one model in one workspace.
 pub(super) struct Forward<'a> {
     pub(super) backend: &'a dyn Backend,
@@ -80,6 +89,7 @@ pub(super) struct Forward<'a> {
     pub(super) dimensions: &'a Dimensions,
     pub(super) attention_scale: f32,
     pub(super) workspace: &'a mut Workspace,
+    pub(super) probe: Option<&'a mut dyn Probe>,
 }
 
 impl Forward<'_> {
@@ -202,11 +212,17 @@ impl Forward<'_> {
             shape,
             w.qkv.get_mut(rows),
         )?;
+        if let Some(probe) = &mut self.probe {
+            probe.projected(&w.stream, layer, input.of(&w.hidden, &w.normed).get(rows), w.qkv.get(rows))?;
+        }
         if let Some(norm) = &attention.query_norm {
             backend.norm_heads(&w.stream, w.qkv.get_mut(rows).col_range(0, q_width), norm)?;
         }
         if let Some(norm) = &attention.key_norm {
             backend.norm_heads(&w.stream, w.qkv.get_mut(rows).col_range(q_width, kv_width), norm)?;
+        }
+        if let Some(probe) = &mut self.probe {
+            probe.normalised(&w.stream, layer, w.qkv.get(rows))?;
         }
         if let Positions::Rotary(rotary) = &self.decoder.positions {
             // Queries and keys lie side by side and rotate alike. The table already holds each row's own frequencies.

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | [`Model`] | weights, tokenizer, backend and KV pool of one checkpoint; shared by reference count, usable from many threads |
 //! | [`Session`] | one sequence; every call is a transaction: it succeeds, or the session is as it was |
+//! | `calibrate` | the run that speculation learns from, once a model |
 //! | `forward` | the step loop: embed, blocks, head; knows the backend as a trait and the KV as a policy |
 //! | [`sampling`] | logits to a token, without state |
 //! | [`generate`] | sample, stream the text, stop |
 //!
 //! What may not enter: pointers from C (`ffi`), file formats (`model`), arithmetic (`backend`).
 
+mod calibrate;
 mod control;
 mod estimate;
 mod forward;

@@ -17,6 +17,7 @@ use crate::model::load::{self, LoadOptions, Progress};
 use crate::model::tokenizer::Tokenizer;
 use crate::{Error, ErrorCode, Result};
 
+use super::calibrate::Calibration;
 use super::forward::{Dimensions, Forward};
 use super::workspace::Workspace;
 
@@ -70,6 +71,8 @@ pub struct ModelOptions {
     pub progress: Option<Progress>,
     /// Log sink.
     pub logger: Option<Logger>,
+    /// Text that speculation is calibrated on, of at least 2,048 tokens; `None` for the library's own.
+    pub calibration_text: Option<String>,
 }
 
 /// A model, shared by reference count: a clone is the same model, and a session holds one.
@@ -93,6 +96,7 @@ struct Inner {
     weight_bytes: u64,
     load_seconds: f64,
     logger: Option<Logger>,
+    calibration: Calibration,
     /// Held for the length of one step, or of one chunk of a prefill.
     workspace: Mutex<Workspace>,
 }
@@ -142,6 +146,7 @@ impl Model {
             pool: Arc::new(Pool::new(backend.clone(), options.kv_limit)),
             load_seconds: start.elapsed().as_secs_f64(),
             logger: options.logger,
+            calibration: Calibration::new(options.calibration_text, options.threads),
             config,
             defaults,
             decoder,
@@ -221,10 +226,6 @@ impl Model {
         &*self.inner.backend
     }
 
-    pub(super) fn shared_backend(&self) -> Arc<dyn Backend> {
-        self.inner.backend.clone()
-    }
-
     /// The pool that the sessions' KV comes from.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.inner.pool
@@ -264,7 +265,20 @@ impl Model {
             dimensions: &self.inner.dimensions,
             attention_scale: self.inner.config.attention_scale(),
             workspace: &mut workspace,
+            probe: None,
         })
+    }
+
+    pub(super) fn decoder(&self) -> &Decoder {
+        &self.inner.decoder
+    }
+
+    pub(super) fn shared_backend(&self) -> &Arc<dyn Backend> {
+        &self.inner.backend
+    }
+
+    pub(super) fn calibration(&self) -> &Calibration {
+        &self.inner.calibration
     }
 }
 

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
 use crate::kv::EXTENT_TOKENS;
-use crate::policy::{self, KvCounters, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
+use crate::policy::{self, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes};
+use crate::speculate::Speculation;
 use crate::{Error, ErrorCode, Result};
 
 use super::forward::Part;
@@ -69,6 +70,20 @@ impl SessionOptions {
     }
 }
 
+/// The offline products that a policy stands on, for one that does.
+fn speculation(model: &Model, options: &PolicyOptions) -> Result<Option<Arc<Speculation>>> {
+    if options.kind != PolicyKind::Infinigen {
+        return Ok(None);
+    }
+    let speculation = model.speculation(&Control::default())?;
+    if matches!(options.infinigen.predictor, Predictor::Own | Predictor::Renormalised) {
+        for (layer, block) in model.decoder().blocks.iter().enumerate().skip(1) {
+            speculation.own(layer, &block.attention)?;
+        }
+    }
+    Ok(Some(speculation))
+}
+
 /// Counts and times since the session began or since the last reset.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Statistics {
@@ -106,13 +121,13 @@ impl Session {
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
         let options = options.resolve(model)?;
         let setting = Setting {
-            backend: model.shared_backend(),
+            backend: model.shared_backend().clone(),
             pool: model.pool().clone(),
             geometry: options.geometry,
             heads: model.config().heads,
             scale: model.config().attention_scale(),
             capacity: options.capacity,
-            speculation: None,
+            speculation: speculation(model, &options.policy)?,
         };
         Ok(Session {
             policy: policy::create(&options.policy, setting)?,

@@ -255,6 +255,7 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
                 unsafe { callback(progress_data.pointer(), fraction) == 0 }
             })
         }),
+        calibration_text: None,
         logger: options.log.map(|callback| Logger {
             level,
             sink: Box::new(move |level, message| {

@@ -1,0 +1,27 @@
+//! The offline products of speculation: what is learnt about a model once, on one short text, and used ever after.
+//!
+//! | product | what it is | source |
+//! |---|---|---|
+//! | fitted query weight | the next layer's query weight, corrected so that it fits this layer's input | ALGORITHM.md §7.2 |
+//! | balanced basis | maps of queries and keys whose leading rows carry most of q·k, at any distance | §7.1 |
+//! | skew | the orthogonal basis of the paper: singular vectors of the queries | §2 |
+//!
+//! - [`fit`] turns what a calibration run has captured of a layer into its products; [`ridge`], [`moments`] and [`basis`]
+//!   are the arithmetic, on matrices of the host.
+//! - [`Speculation`] holds them in memory of a backend, the way sessions use them.
+//! - What may not enter: sessions, steps, who runs the model (that is `engine`), and what is selected (`policy`).
+
+mod basis;
+mod fit;
+mod moments;
+mod ridge;
+mod speculation;
+
+#[cfg(test)]
+mod tests;
+
+pub use fit::{Captured, Fitter, Layout};
+pub use speculation::{IndexMaps, LayerSpeculation, Speculation};
+
+/// The text that models are calibrated on unless the caller gives one.
+pub const CALIBRATION_TEXT: &str = include_str!("calibration.txt");
