@@ -6,8 +6,9 @@
 
 use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
 use kvahead::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Segment,
-    Shape, Stream, Vector, Visible,
+    Activation, AttentionShape, Backend, Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns, IndexRunsMut,
+    KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Rehearsal, Segment, Selected, Selection, Shape, Stream, Vector,
+    Visible,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -224,6 +225,115 @@ fn attention(bench: &mut Bench, dtype: DType) {
     }
 }
 
+/// Decode attention over what a policy names: the first rows, or a twentieth of all in ascending order.
+fn named_rows(bench: &mut Bench, dtype: DType) {
+    let shape = AttentionShape { heads: HEADS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, scale: 0.125, window: None };
+    let cols = HEADS * HEAD_DIM;
+    let geometry = KvGeometry { layers: LAYERS, kv_heads: KV_HEADS, head_dim: HEAD_DIM, extent_tokens: 256, dtype };
+    let depth = 7900;
+    for (kind, count) in [("first", 395), ("first", 7900), ("listed", 395), ("listed", 7900)] {
+        let name = format!("decode attention, {kind} {count} rows, {dtype}");
+        if !bench.wanted(&name) {
+            continue;
+        }
+        let extents: Vec<Buffer> = (0..geometry.extents(depth))
+            .map(|_| bench.random(dtype, geometry.extent_bytes() / dtype.bytes()))
+            .collect();
+        let q = bench.random(DType::F32, cols);
+        let mut out = bench.random(DType::F32, cols);
+        let counts = [count as u32; KV_HEADS];
+        let lists: Vec<Vec<u32>> =
+            (0..KV_HEADS).map(|_| (0..count).map(|i| (i * depth / count) as u32).collect()).collect();
+        let visible = if kind == "first" { Visible::First(&counts) } else { Visible::Listed(&lists) };
+        bench.bandwidth(&name, LAYERS * KV_HEADS * count * geometry.row_bytes(), || {
+            for layer in 0..LAYERS {
+                let runs = KvRuns::new(&extents, geometry, layer);
+                let segment = Segment { row: 0, rows: 1, position: depth - 1, runs, visible };
+                let out = out.rows_mut(DType::F32, 1, cols);
+                bench.cpu.attend(&bench.stream, q.rows(DType::F32, 1, cols), &shape, &[segment], out).unwrap();
+            }
+        });
+    }
+    let name = format!("attention mass, 32 rows at {depth}, {dtype}");
+    if bench.wanted(&name) {
+        let geometry = KvGeometry { layers: 1, ..geometry };
+        let extents: Vec<Buffer> = (0..geometry.extents(depth + 32))
+            .map(|_| bench.random(dtype, geometry.extent_bytes() / dtype.bytes()))
+            .collect();
+        let q = bench.random(DType::F32, 32 * cols);
+        let mut out = bench.random(DType::F32, KV_HEADS * (depth + 32));
+        bench.arithmetic(&name, 4.0 * (32 * depth * cols) as f64, || {
+            let runs = KvRuns::new(&extents, geometry, 0);
+            let segment = Segment { row: 0, rows: 32, position: depth, runs, visible: Visible::Causal };
+            let out = out.rows_mut(DType::F32, KV_HEADS, depth + 32);
+            bench.cpu.attention_mass(&bench.stream, q.rows(DType::F32, 32, cols), &shape, &segment, out).unwrap();
+        });
+    }
+}
+
+/// What speculation costs beside a layer: projections, and a rehearsal over as many layers' indices as a model has.
+fn speculation(bench: &mut Bench) {
+    const COLUMNS: usize = 32;
+    for rows in [1, 512] {
+        let name = format!("head maps, {rows} row(s)");
+        if bench.wanted(&name) {
+            let data = bench.random(DType::F32, KV_HEADS * COLUMNS * HEAD_DIM);
+            let maps = HeadMaps { kv_heads: KV_HEADS, inputs: HEAD_DIM, outputs: COLUMNS, data };
+            let x = bench.random(DType::F32, rows * HEADS * HEAD_DIM);
+            let mut out = bench.random(DType::F32, rows * HEADS * COLUMNS);
+            bench.arithmetic(&name, 2.0 * (rows * HEADS * HEAD_DIM * COLUMNS) as f64, || {
+                let out = out.rows_mut(DType::F32, rows, HEADS * COLUMNS);
+                let x = x.rows(DType::F32, rows, HEADS * HEAD_DIM);
+                bench.cpu.project_heads(&bench.stream, x, &maps, out).unwrap();
+            });
+        }
+    }
+    let tokens = 7900;
+    for bits in [IndexBits::Four, IndexBits::Eight, IndexBits::Full] {
+        let geometry = IndexGeometry { layers: LAYERS, kv_heads: KV_HEADS, columns: COLUMNS, extent_tokens: 256, bits };
+        let mut extents: Vec<Buffer> = (0..geometry.extents(tokens))
+            .map(|_| bench.cpu.allocate(geometry.extent_bytes(), Place::Device, "a bench").unwrap())
+            .collect();
+        let keys = bench.random(DType::F32, tokens * KV_HEADS * COLUMNS);
+        for layer in 0..LAYERS {
+            let mut runs = IndexRunsMut::new(&mut extents, geometry, layer);
+            let keys = keys.rows(DType::F32, tokens, KV_HEADS * COLUMNS);
+            bench.cpu.index_append(&bench.stream, keys, &mut runs, 0).unwrap();
+        }
+        let name = format!("index append, 512 rows, {bits:?}");
+        if bench.wanted(&name) {
+            bench.arithmetic(&name, (512 * KV_HEADS * COLUMNS) as f64, || {
+                let mut runs = IndexRunsMut::new(&mut extents, geometry, 0);
+                let keys = keys.rows(DType::F32, 512, KV_HEADS * COLUMNS);
+                bench.cpu.index_append(&bench.stream, keys, &mut runs, 0).unwrap();
+            });
+        }
+        for selection in [
+            Selection::Count { count: tokens / 50 },
+            Selection::Count { count: tokens / 5 },
+            Selection::Probability { below: 8.0, least: 16, most: tokens / 5 },
+            Selection::Paper { alpha: 4.0, most: tokens / 5 },
+        ] {
+            let name = format!("rehearse {tokens} {bits:?} {selection:?}");
+            if !bench.wanted(&name) {
+                continue;
+            }
+            let q = bench.random(DType::F32, HEADS * COLUMNS);
+            let mut selected = Selected::default();
+            let seconds = best(bench.threads, || {
+                for layer in 0..LAYERS {
+                    let runs = IndexRuns::new(&extents, geometry, layer);
+                    let (from, to) = (4, tokens - 64);
+                    let rehearsal = Rehearsal { row: 0, runs, rows: tokens, from, to, scale: 1.0, selection };
+                    let q = q.rows(DType::F32, 1, HEADS * COLUMNS);
+                    bench.cpu.rehearse(&bench.stream, q, &[rehearsal], &mut [&mut selected]).unwrap();
+                }
+            });
+            println!("{name:<80} {:>9.1} us a layer", seconds * 1e6 / LAYERS as f64);
+        }
+    }
+}
+
 fn small(bench: &mut Bench) {
     for rows in [1, 512] {
         let norm_name = format!("rms norm, {rows} row(s)");
@@ -269,7 +379,9 @@ fn main() {
             }
             prefill_products(&mut bench, dtype);
             attention(&mut bench, dtype);
+            named_rows(&mut bench, dtype);
         }
+        speculation(&mut bench);
         small(&mut bench);
     }
 }

@@ -125,3 +125,57 @@ fn ordered(x: f32) -> i32 {
 fn unordered(x: i32) -> f32 {
     f32::from_bits((x ^ ((x >> 31) as u32 >> 1) as i32) as u32)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::simd::Level;
+    use super::super::super::tests::Random;
+    use super::*;
+
+    /// By sorting: larger ranks first, then earlier rows.
+    fn reference(ranks: &[f32], from: usize, to: usize, count: usize) -> Vec<u32> {
+        let mut rows: Vec<u32> = (from as u32..to as u32).collect();
+        rows.sort_by(|&a, &b| ranks[b as usize].total_cmp(&ranks[a as usize]).then(a.cmp(&b)));
+        rows.truncate(count);
+        rows.sort_unstable();
+        rows
+    }
+
+    #[test]
+    fn the_best_rows_are_those_of_a_full_sort() {
+        let mut random = Random(61);
+        for level in Level::available().filter_map(Proven::new) {
+            for case in 0..400 {
+                let rows = 1 + random.below([3, 40, 300, 5000][case % 4]);
+                let from = random.below(rows);
+                let to = from + random.below(rows - from + 1);
+                let distinct = [1, 3, 50, usize::MAX][case / 4 % 4];
+                let ranks: Vec<f32> = (0..rows)
+                    .map(|_| match random.below(10) {
+                        0 => f32::NEG_INFINITY,
+                        _ if distinct == usize::MAX => random.normal() * 10.0 - 5.0,
+                        _ => random.below(distinct) as f32 - 1.0,
+                    })
+                    .collect();
+                let count = random.below([rows + 2, rows / 50 + 2][case / 16 % 2]);
+                // As a rehearsal hands them over: whole vectors from a multiple of 16 on, −∞ outside from..to.
+                let first = from / LANES * LANES;
+                let padded = (to.next_multiple_of(LANES) - first).max(LANES);
+                let mut own = vec![f32::NEG_INFINITY; padded];
+                (from..to).for_each(|row| own[row - first] = ranks[row]);
+                let mut largest: Vec<f32> =
+                    own.chunks_exact(LANES).map(|c| c.iter().copied().fold(f32::NEG_INFINITY, f32::max)).collect();
+                largest.resize(largest.len().next_multiple_of(LANES), f32::NEG_INFINITY);
+                let (mut values, mut numbers) = (vec![f32::NAN; padded], vec![9; padded]);
+                let work = Workspace { ranks: &own, largest: &largest, values: &mut values, rows: &mut numbers, first };
+                let mut got = vec![1, 2, 3];
+                best(level, work, from, to, count, &mut got);
+                assert_eq!(
+                    got,
+                    reference(&ranks, from, to, count),
+                    "{level:?} {case}: {from}..{to}, {count} of {rows}"
+                );
+            }
+        }
+    }
+}

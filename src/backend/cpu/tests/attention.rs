@@ -39,14 +39,20 @@ impl Sequence {
 
     /// Attention of one query head of the token at `position`.
     fn reference(&self, shape: &AttentionShape, q: &[f32], head: usize, position: usize) -> Vec<f64> {
+        let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        self.reference_over(shape, q, head, &(first..=position).collect::<Vec<_>>()).0
+    }
+
+    /// Attention of one query head over some rows, and the probability of each of them.
+    fn reference_over(&self, shape: &AttentionShape, q: &[f32], head: usize, rows: &[usize]) -> (Vec<f64>, Vec<f64>) {
         let d = shape.head_dim;
         let kv_head = head / (shape.heads / shape.kv_heads);
-        let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
         let row = |x: &'_ [f32], t: usize| -> Vec<f64> {
             x[(t * shape.kv_heads + kv_head) * d..][..d].iter().map(|&x| f64::from(x)).collect()
         };
-        let scores: Vec<f64> = (first..=position)
-            .map(|t| {
+        let scores: Vec<f64> = rows
+            .iter()
+            .map(|&t| {
                 let dot: f64 = q.iter().zip(row(&self.keys, t)).map(|(&q, k)| f64::from(q) * k).sum();
                 dot * f64::from(shape.scale)
             })
@@ -54,13 +60,14 @@ impl Sequence {
         let most = scores.iter().copied().fold(f64::MIN, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
         let total: f64 = weights.iter().sum();
+        let probabilities: Vec<f64> = weights.iter().map(|w| w / total).collect();
         let mut out = vec![0.0; d];
-        for (t, w) in (first..=position).zip(weights) {
+        for (&t, p) in rows.iter().zip(&probabilities) {
             for (o, v) in out.iter_mut().zip(row(&self.values, t)) {
-                *o += w / total * v;
+                *o += p * v;
             }
         }
-        out
+        (out, probabilities)
     }
 }
 
@@ -237,6 +244,154 @@ fn decode_agrees_with_prefill() {
             b.attend(&Stream(0), q, &shape, &steps, out.rows_mut(DType::F32, 200, 576)).unwrap();
             let apart: Vec<f64> = floats(&b, out.rows(DType::F32, 200, 576)).into_iter().map(f64::from).collect();
             assert_close(&format!("{level:?} {dtype}"), &together, &apart, 5e-5, 1.0);
+        }
+    }
+}
+
+/// What each KV head of a decode segment attends, by each of the rules.
+fn visible_rows(random: &mut Random, kv_heads: usize, tokens: usize) -> (Vec<u32>, Vec<Vec<u32>>) {
+    let counts = (0..kv_heads).map(|_| 1 + random.below(tokens) as u32).collect();
+    let lists = (0..kv_heads)
+        .map(|_| {
+            // A random part of the rows in random order.
+            let mut rows: Vec<u32> = (0..tokens as u32).collect();
+            (1..tokens).rev().for_each(|i| rows.swap(i, random.below(i + 1)));
+            rows.truncate(1 + random.below(tokens));
+            rows
+        })
+        .collect();
+    (counts, lists)
+}
+
+#[test]
+fn first_and_listed_rows_equal_the_reference_beside_causal_ones() {
+    let mut random = Random(67);
+    for dtype in STORED {
+        for (heads, kv_heads, head_dim, extent_tokens, tokens) in
+            [(9, 3, 64, 64, 700), (2, 1, 16, 4, 9), (3, 3, 6, 5, 33), (5, 1, 80, 100, 520), (6, 2, 128, 33, 300)]
+        {
+            let geometry = KvGeometry { layers: 3, kv_heads, head_dim, extent_tokens, dtype };
+            let scale = 2.0 / (head_dim as f32).sqrt();
+            // A window, so that it is seen to hold for causal segments only.
+            let shape = AttentionShape { heads, kv_heads, head_dim, scale, window: Some(tokens / 2) };
+            let cols = heads * head_dim;
+            let seed = random.next();
+            let mut alike: Option<(Level, Vec<f32>)> = None;
+            for (name, b) in backends() {
+                let mut random = Random(seed);
+                let sequence = Sequence::new(&b, &mut random, geometry, tokens);
+                let (counts, lists) = visible_rows(&mut random, kv_heads, tokens);
+                let visible = [Visible::Causal, Visible::First(&counts), Visible::Listed(&lists)];
+                let q = random.normals(3 * cols);
+                let data = buffer(&b, DType::F32, &q);
+                let run = |segments: &[Segment<'_>]| {
+                    let mut out = poisoned(&b, 3 * cols);
+                    let q = data.rows(DType::F32, 3, cols);
+                    b.attend(&Stream(0), q, &shape, segments, out.rows_mut(DType::F32, 3, cols)).unwrap();
+                    floats(&b, out.rows(DType::F32, 3, cols))
+                };
+                let segments: Vec<Segment<'_>> = (0..3)
+                    .map(|row| {
+                        // Of runs that are not in order of tokens, positions may lie past the capacity.
+                        let position = if row == 0 { tokens - 1 } else { 100 * tokens };
+                        Segment { row, rows: 1, position, runs: sequence.runs(), visible: visible[row] }
+                    })
+                    .collect();
+                let got = run(&segments);
+                let mut want = Vec::new();
+                for (row, visible) in visible.iter().enumerate() {
+                    for head in 0..heads {
+                        let g = head / (heads / kv_heads);
+                        let rows: Vec<usize> = match visible {
+                            Visible::Causal => (tokens - tokens / 2..tokens).collect(),
+                            Visible::First(counts) => (0..counts[g] as usize).collect(),
+                            Visible::Listed(lists) => lists[g].iter().map(|&row| row as usize).collect(),
+                        };
+                        let q = &q[row * cols + head * head_dim..][..head_dim];
+                        want.extend(sequence.reference_over(&shape, q, head, &rows).0);
+                    }
+                }
+                let case = format!("{name} {geometry:?} {heads} heads, seed {seed}");
+                assert_close(&case, &got, &want, 4e-6, 1.0);
+                for segment in &segments {
+                    let range = segment.row * cols..(segment.row + 1) * cols;
+                    assert_same(&case, &run(&[*segment])[range.clone()], &got[range]);
+                }
+                // The first rows in order, as a list and as a number, are the same arithmetic where extents hold whole
+                // blocks.
+                if extent_tokens % 16 == 0 {
+                    let ordered: Vec<Vec<u32>> = counts.iter().map(|&n| (0..n).collect()).collect();
+                    let listed = Segment { visible: Visible::Listed(&ordered), ..segments[1] };
+                    assert_same(&case, &run(&[listed])[cols..2 * cols], &got[cols..2 * cols]);
+                }
+                match &alike {
+                    Some((level, bits)) if *level == b.level() => assert_same(&case, &got, bits),
+                    _ => alike = Some((b.level(), got)),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn masses_are_the_sums_of_probabilities() {
+    let mut random = Random(71);
+    for dtype in STORED {
+        for (heads, kv_heads, head_dim, extent_tokens, window, rows, position) in [
+            (9, 3, 64, 64, None, 32, 500),
+            (2, 1, 16, 4, None, 1, 0),
+            (3, 3, 6, 5, Some(3), 20, 0),
+            (5, 1, 80, 100, Some(90), 130, 40),
+            (1, 1, 20, 7, None, 70, 0),
+        ] {
+            let geometry = KvGeometry { layers: 3, kv_heads, head_dim, extent_tokens, dtype };
+            let scale = 2.0 / (head_dim as f32).sqrt();
+            let shape = AttentionShape { heads, kv_heads, head_dim, scale, window };
+            let (cols, tokens, group) = (heads * head_dim, position + rows, heads / kv_heads);
+            let seed = random.next();
+            let mut alike: Option<(Level, Vec<f32>)> = None;
+            for (name, b) in backends() {
+                let mut random = Random(seed);
+                let sequence = Sequence::new(&b, &mut random, geometry, tokens);
+                let (counts, lists) = visible_rows(&mut random, kv_heads, tokens);
+                let q = random.normals((rows + 1) * cols);
+                let before = random.normals(kv_heads * (tokens + 3));
+                let data = buffer(&b, DType::F32, &q);
+                let mut all = Vec::new();
+                for visible in [Visible::Causal, Visible::First(&counts), Visible::Listed(&lists)] {
+                    let rows = if matches!(visible, Visible::Causal) { rows } else { 1 };
+                    let segment = Segment { row: 1, rows, position, runs: sequence.runs(), visible };
+                    let mut want: Vec<f64> = before.iter().map(|&x| f64::from(x)).collect();
+                    for j in 0..rows {
+                        for head in 0..heads {
+                            let g = head / group;
+                            let first = window.map_or(0, |w| (position + j + 1).saturating_sub(w));
+                            let (seen, column): (Vec<usize>, usize) = match visible {
+                                Visible::Causal => ((first..=position + j).collect(), first),
+                                Visible::First(counts) => ((0..counts[g] as usize).collect(), 0),
+                                Visible::Listed(lists) => (lists[g].iter().map(|&row| row as usize).collect(), 0),
+                            };
+                            let q = &q[(1 + j) * cols + head * head_dim..][..head_dim];
+                            let (_, p) = sequence.reference_over(&shape, q, head, &seen);
+                            for (i, p) in p.into_iter().enumerate() {
+                                want[g * (tokens + 3) + column + i] += p;
+                            }
+                        }
+                    }
+                    let mut out = buffer(&b, DType::F32, &before);
+                    let place = out.rows_mut(DType::F32, kv_heads, tokens + 3);
+                    let q = data.rows(DType::F32, data.bytes() / 4 / cols, cols);
+                    b.attention_mass(&Stream(0), q, &shape, &segment, place).unwrap();
+                    let got = floats(&b, out.rows(DType::F32, kv_heads, tokens + 3));
+                    let case = format!("{name} {geometry:?} {heads} heads, {rows} rows at {position}, seed {seed}");
+                    assert_close(&case, &got, &want, 1e-5, 1.0);
+                    all.extend(got);
+                }
+                match &alike {
+                    Some((level, bits)) if *level == b.level() => assert_same(&name, &all, bits),
+                    _ => alike = Some((b.level(), all)),
+                }
+            }
         }
     }
 }

@@ -4,6 +4,7 @@
 //! follow from the seed in it.
 
 mod attention;
+mod index;
 mod matrix;
 mod rowwise;
 
