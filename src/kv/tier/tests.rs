@@ -50,7 +50,8 @@ fn stored(payload: Payload, x: &[f32]) -> Vec<f32> {
         Payload::Exact => x.to_vec(),
         Payload::Int8 => {
             let scale = x.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
-            x.iter().map(|x| (x / scale).round_ties_even() * scale).collect()
+            // Codes are integers, so a small negative value comes back as +0.
+            x.iter().map(|x| ((x / scale).round_ties_even() + 0.0) * scale).collect()
         }
         Payload::Int4 => x
             .chunks(64)

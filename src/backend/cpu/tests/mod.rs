@@ -5,6 +5,7 @@
 
 mod attention;
 mod matrix;
+mod payload;
 mod rowwise;
 
 use super::{CpuBackend, CpuOptions, Level};

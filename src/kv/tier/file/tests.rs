@@ -267,3 +267,75 @@ fn counters_say_what_was_moved() {
     assert!(c.file_bytes > 0 && c.file_read_bytes >= c.file_bytes, "{c:?}");
     assert!(c.read_seconds > 0.0 && c.wait_seconds <= c.read_seconds, "{c:?}");
 }
+
+/// Prints what reads cost: `cargo test --release --lib -- --ignored --nocapture throughput`.
+#[test]
+#[ignore = "prints measurements"]
+fn throughput() {
+    use crate::backend::Place as Memory;
+    let geometry = KvGeometry { layers: 8, kv_heads: 4, head_dim: 64, extent_tokens: 256, dtype: DType::BF16 };
+    let rows = 16 << 10;
+    let backend = backend();
+    let target = KvGeometry { layers: 1, ..geometry };
+    let mut extents: Vec<_> = (0..target.extents(rows))
+        .map(|_| backend.allocate(target.extent_bytes(), Memory::Device, "a test").unwrap())
+        .collect();
+    let cols = geometry.kv_heads * geometry.head_dim;
+    let x = backend.allocate(512 * cols * 4, Memory::Device, "a test").unwrap();
+    for (name, buffered, ring) in [
+        ("io_uring, direct", false, true),
+        ("io_uring, buffered", true, true),
+        ("threads, direct", false, false),
+        ("threads, buffered", true, false),
+    ] {
+        let options = FileOptions { buffered, ..FileOptions::default() };
+        let engine = if ring { io::engine } else { threads };
+        let mut store =
+            FileStore::with_engine(Arc::clone(&backend), geometry, Payload::Exact, &options, rows, TUNING, engine)
+                .unwrap();
+        let start = Instant::now();
+        for at in (0..rows).step_by(512) {
+            for layer in 0..geometry.layers {
+                let x = || x.rows(DType::F32, 512, cols);
+                store.append(&*backend, &Stream(0), layer, x(), x(), Place::From(at)).unwrap();
+            }
+        }
+        let written = (geometry.layers * geometry.kv_heads * rows * geometry.row_bytes()) as f64;
+        println!(
+            "{name} (direct: {}): append {:.2} GB/s",
+            store.direct(),
+            written / start.elapsed().as_secs_f64() / 1e9
+        );
+        let mut random = Random(11);
+        let mut fetch = |store: &mut FileStore, layer: usize, moves: &[Move]| {
+            store.begin_fetch(layer, moves).unwrap();
+            let mut runs = KvRunsMut::new(&mut extents, target, 0);
+            store.finish_fetch(&*backend, &Stream(0), layer, &mut runs).unwrap();
+        };
+        for per_head in [15, 60] {
+            let before = store.counters();
+            let start = Instant::now();
+            let rounds = 400;
+            for i in 0..rounds {
+                let mut moves = Vec::new();
+                for head in 0..geometry.kv_heads as u32 {
+                    let mut rows: Vec<u32> = (0..per_head).map(|_| random.below(rows / 2) as u32).collect();
+                    rows.sort_unstable();
+                    moves.extend(rows.iter().zip(0..).map(|(&from, to)| Move { head, from, to }));
+                }
+                fetch(&mut store, i % geometry.layers, &moves);
+            }
+            let us = start.elapsed().as_secs_f64() * 1e6 / rounds as f64;
+            let read = (store.counters().file_read_bytes - before.file_read_bytes) / rounds as u64;
+            println!("  {per_head} random rows of 4 heads: {us:.0} us a fetch, {} KiB read", read >> 10);
+        }
+        let moves: Vec<Move> = (0..geometry.kv_heads as u32)
+            .flat_map(|head| (0..rows as u32).map(move |row| Move { head, from: row, to: row }))
+            .collect();
+        let start = Instant::now();
+        for layer in 0..geometry.layers {
+            fetch(&mut store, layer, &moves);
+        }
+        println!("  whole layers: {:.2} GB/s", written / start.elapsed().as_secs_f64() / 1e9);
+    }
+}
