@@ -69,6 +69,9 @@ fn stored(payload: Payload, x: &[f32]) -> Vec<f32> {
     }
 }
 
+/// A move, and the rows that may arrive by it.
+type Awaited = (Move, Vec<Vec<u8>>);
+
 /// A store, and what it must hold.
 pub(super) struct Checked {
     pub(super) backend: Arc<dyn Backend>,
@@ -80,7 +83,7 @@ pub(super) struct Checked {
     /// Rows as they are on the device.
     entries: HashMap<(usize, usize, usize), Vec<u8>>,
     /// Open fetches: the layer, and of every move what may arrive.
-    open: Vec<(usize, Vec<(Move, Vec<Vec<u8>>)>)>,
+    open: Vec<(usize, Vec<Awaited>)>,
 }
 
 /// Rows of the targets.

@@ -62,7 +62,7 @@ fn payloads_are_the_same_everywhere_and_close_to_exact() {
                 let rows = tokens * kv_heads;
                 let slots: Vec<Slot> =
                     (0..rows).map(|i| Slot { buffer: i % 2, offset: 3 + (rows - 1 - i) / 2 * (bytes + 1) }).collect();
-                let mut expected: Option<(Vec<Vec<u8>>, Vec<Vec<u8>>)> = None;
+                let mut expected: Option<[Vec<Vec<u8>>; 2]> = None;
                 for (name, b) in backends() {
                     let case = format!("{name} {payload:?} {dtype} {tokens}x{kv_heads}x{d}");
                     let (k, v) = (buffer(&b, DType::F32, &keys), buffer(&b, DType::F32, &values));
@@ -100,7 +100,7 @@ fn payloads_are_the_same_everywhere_and_close_to_exact() {
                             }
                         }
                     }
-                    let all = (contents(&b, &stored), contents(&b, &target));
+                    let all = [contents(&b, &stored), contents(&b, &target)];
                     match &expected {
                         None => expected = Some(all),
                         Some(expected) => assert!(*expected == all, "{case}: bytes differ from the first level's"),

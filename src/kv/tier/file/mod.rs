@@ -265,18 +265,10 @@ impl FileStore {
     /// A request is over. After a failed one pages need not be orderly any more, only accounted for.
     fn settle(&mut self, token: u64, good: bool) {
         match self.operations.remove(&token) {
-            None => {}
-            Some(Op::Write(blocks)) => {
-                // What failed to be written is still in its page; nothing is read from an unusable store.
-                if good {
-                    self.written(&blocks);
-                }
-            }
-            Some(Op::Load(block, page)) => {
-                if good {
-                    self.loaded(block, page);
-                }
-            }
+            Some(Op::Write(blocks)) if good => self.written(&blocks),
+            Some(Op::Load(block, page)) if good => self.loaded(block, page),
+            // What failed to be written is still in its page; nothing is read from an unusable store.
+            Some(Op::Write(_) | Op::Load(..)) | None => {}
             Some(Op::Read { fetch, piece, pages }) => {
                 self.reading(-1);
                 match self.fetches.iter_mut().find(|f| f.id == fetch) {
