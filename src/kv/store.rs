@@ -70,7 +70,8 @@ pub trait Store: Send {
 
     /// Starts to fetch entries of a layer: `from` is a row of the store, `to` one of the target of
     /// [`Store::finish_fetch`]. Moves are sorted by head, then by `from`. At most one fetch of each layer, and fetches of
-    /// two layers, are under way at a time.
+    /// two layers, are under way at a time. A row that is overwritten before the fetch is finished arrives as it was or
+    /// as it is then, never as a mixture.
     fn begin_fetch(&mut self, layer: usize, moves: &[Move]) -> Result<()>;
 
     /// Waits for the layer's fetch and lands its entries in `target`, widened to its type. Nothing happens where none
@@ -86,7 +87,8 @@ pub trait Store: Send {
     /// Drops fetches that were begun and never finished (a step that was given up).
     fn abandon_fetches(&mut self);
 
-    /// Gives back room past the first `rows` rows, where that is worth it.
+    /// Only the first `rows` rows of every run mean anything from now on; room past them may be given back. Fetches that
+    /// were begun are dropped.
     fn truncate(&mut self, rows: usize);
 
     /// Bytes held: in host memory (RAM on the CPU backend), in files.

@@ -7,6 +7,8 @@
 #[cfg(unix)]
 mod file;
 mod ram;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

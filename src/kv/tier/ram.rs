@@ -144,6 +144,7 @@ impl Store for RamStore {
     }
 
     fn truncate(&mut self, rows: usize) {
+        self.abandon_fetches();
         let keep = self.geometry.extents(rows).min(self.extents.len());
         let mut rest = self.extents.split_off(keep);
         self.pool.release(&mut rest);

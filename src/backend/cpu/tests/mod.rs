@@ -6,6 +6,7 @@
 mod attention;
 mod index;
 mod matrix;
+mod payload;
 mod rowwise;
 
 use super::{CpuBackend, CpuOptions, Level};

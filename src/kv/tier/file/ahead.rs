@@ -15,12 +15,6 @@ const GAP_DIRECT: usize = 16 << 10;
 /// The same for the page cache: what it copies in the time of another request (about 1 µs).
 const GAP_BUFFERED: usize = 4 << 10;
 
-/// Most bytes of one read: drives reach their full speed below it, with several under way.
-const PIECE: usize = 1 << 20;
-
-/// Memory of one fetch for blocks that are being read or have arrived. What it does not hold is read as they land.
-const AHEAD: usize = 8 << 20;
-
 /// A fetch that was begun.
 pub(super) struct Fetch {
     pub(super) id: u64,
@@ -88,7 +82,7 @@ impl FileStore {
         };
         let block_bytes = self.blocks.block_bytes();
         let gap = (if self.direct { GAP_DIRECT } else { GAP_BUFFERED }) / block_bytes;
-        let most = (PIECE / block_bytes).max(1);
+        let most = (self.tuning.piece / block_bytes).max(1);
         // What is known of the block of the last move.
         let mut current = None;
         for &m in moves {
@@ -145,7 +139,7 @@ impl FileStore {
 
     /// Submits reads of a fetch as far as its memory goes.
     pub(super) fn read_ahead(&mut self, at: usize) -> Result<()> {
-        let most = AHEAD / self.blocks.block_bytes();
+        let most = self.tuning.ahead / self.blocks.block_bytes();
         let (block_bytes, row_bytes) = (self.blocks.block_bytes(), self.blocks.row_bytes());
         let mut requests = Vec::new();
         let outcome = loop {
@@ -232,9 +226,6 @@ impl FileStore {
             let fetch = &self.fetches[at];
             if fetch.landed == fetch.pieces.len() {
                 break;
-            }
-            if fetch.submitted == fetch.landed {
-                self.read_ahead(at)?; // memory was short when the fetch began
             }
             let start = Instant::now();
             let reaped = self.poll(true);

@@ -14,9 +14,6 @@ use crate::backend::Slot;
 use crate::kv::Place;
 use crate::{Error, ErrorCode, Result};
 
-/// Memory for pages that wait, at least; more where every run's last block needs it.
-const WAITING: usize = 8 << 20;
-
 /// Most blocks of one write: 256 KiB, where drives reach their full speed.
 const TOGETHER: usize = 64;
 
@@ -64,7 +61,7 @@ impl Behind {
 impl FileStore {
     /// Pages that may wait before the caller does.
     fn most_waiting(&self) -> usize {
-        (WAITING / self.blocks.block_bytes()).max(4 * self.blocks.runs())
+        (self.tuning.waiting / self.blocks.block_bytes()).max(4 * self.blocks.runs())
     }
 
     /// Places for the rows of `tokens` tokens, in the order of the backend's slots. They count once `landed` is called.

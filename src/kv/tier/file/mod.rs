@@ -43,6 +43,19 @@ use pages::{Page, Pages};
 /// its own; a file that has shrunk is seen at once.
 const TRIES: u8 = 3;
 
+/// How much memory is spent on keeping a drive busy.
+#[derive(Clone, Copy, Debug)]
+struct Tuning {
+    /// Bytes of blocks that wait to be written, at least; more where every run's last block needs it.
+    waiting: usize,
+    /// Most bytes of one read: drives reach their full speed below it, with several under way.
+    piece: usize,
+    /// Bytes of one fetch for blocks that are being read or have arrived. What they do not hold is read as they land.
+    ahead: usize,
+}
+
+const TUNING: Tuning = Tuning { waiting: 8 << 20, piece: 1 << 20, ahead: 8 << 20 };
+
 /// A store in a preallocated file.
 pub struct FileStore {
     geometry: KvGeometry,
@@ -51,6 +64,7 @@ pub struct FileStore {
     path: PathBuf,
     file: Arc<File>,
     direct: bool,
+    tuning: Tuning,
     io: Box<dyn Io>,
     pages: Pages,
     behind: Behind,
@@ -93,7 +107,7 @@ impl FileStore {
         options: &FileOptions,
         capacity_rows: usize,
     ) -> Result<FileStore> {
-        FileStore::with_engine(backend, geometry, payload, options, capacity_rows, io::engine)
+        FileStore::with_engine(backend, geometry, payload, options, capacity_rows, TUNING, io::engine)
     }
 
     fn with_engine(
@@ -102,6 +116,7 @@ impl FileStore {
         payload: Payload,
         options: &FileOptions,
         capacity_rows: usize,
+        tuning: Tuning,
         engine: impl FnOnce(&Arc<File>) -> Result<Box<dyn Io>>,
     ) -> Result<FileStore> {
         let blocks = Blocks::new(&geometry, payload, capacity_rows, options.limit);
@@ -134,6 +149,7 @@ impl FileStore {
             path: opened.path,
             file,
             direct: opened.direct,
+            tuning,
             behind: Behind::default(),
             fetches: Vec::new(),
             operations: HashMap::new(),
@@ -249,18 +265,10 @@ impl FileStore {
     /// A request is over. After a failed one pages need not be orderly any more, only accounted for.
     fn settle(&mut self, token: u64, good: bool) {
         match self.operations.remove(&token) {
-            None => {}
-            Some(Op::Write(blocks)) => {
-                // What failed to be written is still in its page; nothing is read from an unusable store.
-                if good {
-                    self.written(&blocks);
-                }
-            }
-            Some(Op::Load(block, page)) => {
-                if good {
-                    self.loaded(block, page);
-                }
-            }
+            Some(Op::Write(blocks)) if good => self.written(&blocks),
+            Some(Op::Load(block, page)) if good => self.loaded(block, page),
+            // What failed to be written is still in its page; nothing is read from an unusable store.
+            Some(Op::Write(_) | Op::Load(..)) | None => {}
             Some(Op::Read { fetch, piece, pages }) => {
                 self.reading(-1);
                 match self.fetches.iter_mut().find(|f| f.id == fetch) {
@@ -324,7 +332,13 @@ impl Store for FileStore {
         self.poll(false)?;
         let fetch = self.plan_fetch(layer, moves)?;
         self.fetches.push(fetch);
-        self.read_ahead(self.fetches.len() - 1)
+        let begun = self.read_ahead(self.fetches.len() - 1);
+        if begun.is_err()
+            && let Some(fetch) = self.fetches.pop()
+        {
+            self.drop_fetch(fetch);
+        }
+        begun
     }
 
     fn finish_fetch(
@@ -353,6 +367,7 @@ impl Store for FileStore {
     }
 
     fn truncate(&mut self, rows: usize) {
+        self.abandon_fetches();
         self.forget_rows(rows);
     }
 
