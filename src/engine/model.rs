@@ -1,6 +1,6 @@
 //! A loaded model: weights on a backend, tokenizer, and the KV pool that its sessions share.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +15,7 @@ use crate::model::config::{Config, GenerationDefaults};
 use crate::model::decoder::Decoder;
 use crate::model::load::{self, LoadOptions, Progress};
 use crate::model::tokenizer::Tokenizer;
+use crate::speculate::cache::Folders;
 use crate::{Error, ErrorCode, Result};
 
 use super::calibrate::Calibration;
@@ -73,6 +74,9 @@ pub struct ModelOptions {
     pub logger: Option<Logger>,
     /// Text that speculation is calibrated on, of at least 2,048 tokens; `None` for the library's own.
     pub calibration_text: Option<String>,
+    /// Folder of the file that keeps what calibration has found; an empty path for no such file; `None` for the model's
+    /// own folder, or the user's cache folder where that cannot be written.
+    pub speculation_cache: Option<PathBuf>,
 }
 
 /// A model, shared by reference count: a clone is the same model, and a session holds one.
@@ -110,7 +114,7 @@ impl Model {
         let tokenizer = tokenizer(&*checkpoint)?;
         let defaults = checkpoint.generation_defaults();
         let load = |backend: &dyn Backend, options| load::decoder(&*checkpoint, backend, options);
-        Model::build(start, config, defaults, tokenizer, options, load)
+        Model::build(start, config, defaults, tokenizer, options, Some(path), load)
     }
 
     /// A model of a named shape with random weights, for benchmarks. It has no tokenizer.
@@ -118,7 +122,7 @@ impl Model {
         let start = Instant::now();
         let config = Config::shape(shape)?;
         let load = |backend: &dyn Backend, options| load::random_decoder(&config, seed, backend, options);
-        Model::build(start, config.clone(), GenerationDefaults::default(), None, options, load)
+        Model::build(start, config.clone(), GenerationDefaults::default(), None, options, None, load)
     }
 
     fn build(
@@ -127,6 +131,7 @@ impl Model {
         defaults: GenerationDefaults,
         tokenizer: Option<Tokenizer>,
         options: ModelOptions,
+        path: Option<&Path>,
         load: impl FnOnce(&dyn Backend, LoadOptions) -> Result<Decoder>,
     ) -> Result<Model> {
         let backend: Arc<dyn Backend> = match options.device {
@@ -141,12 +146,13 @@ impl Model {
         let dimensions = Dimensions::new(&config, &decoder);
         let workspace = Mutex::new(Workspace::new(&*backend, &dimensions)?);
         let (parameters, weight_bytes) = decoder.size();
+        let folders = Folders::new(options.speculation_cache.as_deref(), path);
         let inner = Inner {
             dtype: decoder.blocks.first().map_or(decoder.embedding.dtype, |block| block.attention.qkv.dtype),
             pool: Arc::new(Pool::new(backend.clone(), options.kv_limit)),
             load_seconds: start.elapsed().as_secs_f64(),
             logger: options.logger,
-            calibration: Calibration::new(options.calibration_text, options.threads),
+            calibration: Calibration::new(options.calibration_text, folders, options.threads),
             config,
             defaults,
             decoder,
@@ -267,6 +273,15 @@ impl Model {
             workspace: &mut workspace,
             probe: None,
         })
+    }
+
+    /// See [`crate::speculate::fold()`]. The model must not be shared.
+    #[cfg(test)]
+    pub(super) fn fold_skew(&mut self) -> Result<()> {
+        let speculation = self.calibrate(&mut |_| true)?;
+        let layout = super::calibrate::layout(self);
+        let inner = Arc::get_mut(&mut self.inner).expect("a model of one handle");
+        crate::speculate::fold(&*inner.backend, &mut inner.decoder, layout, &speculation)
     }
 
     pub(super) fn decoder(&self) -> &Decoder {

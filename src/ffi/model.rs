@@ -256,6 +256,7 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
             })
         }),
         calibration_text: None,
+        speculation_cache: None,
         logger: options.log.map(|callback| Logger {
             level,
             sink: Box::new(move |level, message| {

@@ -8,12 +8,16 @@
 //!
 //! - [`fit`] turns what a calibration run has captured of a layer into its products; [`ridge`], [`moments`] and [`basis`]
 //!   are the arithmetic, on matrices of the host.
+//! - [`fold()`] puts the skew into the weights of a model that does not rotate.
+//! - [`cache`] keeps the products on disk.
 //! - [`Speculation`] holds them in memory of a backend, the way sessions use them.
 //! - What may not enter: sessions, steps, who runs the model (that is `engine`), and what is selected (`policy`).
 
 mod basis;
+pub mod cache;
 mod fit;
-mod moments;
+mod fold;
+pub(crate) mod moments;
 mod ridge;
 mod speculation;
 
@@ -21,7 +25,9 @@ mod speculation;
 mod tests;
 
 pub use fit::{Captured, Fitter, Layout};
+pub use fold::fold;
 pub use speculation::{IndexMaps, LayerSpeculation, Speculation};
 
-/// The text that models are calibrated on unless the caller gives one.
+/// The text that models are calibrated on unless the caller gives one: the beginning of Jane Austen's *Mansfield Park*
+/// (1814, public domain), from the Debian package r-cran-janeaustenr 1.0.0-1.
 pub const CALIBRATION_TEXT: &str = include_str!("calibration.txt");

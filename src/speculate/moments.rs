@@ -35,7 +35,7 @@ pub(super) fn second_moment(
 }
 
 /// Rotates one head's row as the model does at `position`: the angle is a product in f32.
-pub(super) fn rotate(rotation: &Rotation, position: usize, row: &mut [f64]) {
+pub(crate) fn rotate(rotation: &Rotation, position: usize, row: &mut [f64]) {
     let half = rotation.frequencies.len();
     let factor = f64::from(rotation.factor);
     for (i, &frequency) in rotation.frequencies.iter().enumerate() {
