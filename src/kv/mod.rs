@@ -7,6 +7,7 @@
 
 mod extents;
 mod hot;
+mod kept;
 mod options;
 mod pool;
 mod sequence;
@@ -15,6 +16,7 @@ mod store;
 
 pub use extents::Extents;
 pub use hot::{Guard, HotCache};
+pub use kept::{Entries, Kept};
 pub use options::{Eviction, FileOptions, KvTier, Payload};
 pub use pool::{Pool, PoolUsage};
 pub use sequence::{SequenceIndex, SequenceKv};

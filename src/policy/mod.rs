@@ -10,9 +10,14 @@
 //!
 //! A new policy is one file here and one line in [`PolicyKind::create`]; docs/policies.md has a complete small one.
 
+mod dropping;
+mod fetched;
 mod full;
+mod h2o;
 mod infinigen;
 mod options;
+mod tally;
+mod window;
 
 pub use options::{Budget, IndexBasis, InfinigenMode, InfinigenOptions, KvCounters, PolicyOptions, Predictor, Rule};
 
@@ -22,7 +27,7 @@ use std::sync::Arc;
 use crate::backend::{
     AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Rehearsal, Rows, Selected, Stream, Visible,
 };
-use crate::kv::Pool;
+use crate::kv::{KvTier, Payload, Pool};
 use crate::speculate::Speculation;
 use crate::{Error, Result};
 
@@ -124,10 +129,17 @@ pub trait Policy: Send {
         Ok(())
     }
 
-    /// The step has failed: back to `length` tokens, as if it had never begun.
+    /// The step has failed: back to `length` tokens, as if it had never begun. Comes after a [`Policy::reserve`] that
+    /// succeeded; also after [`Policy::commit`], where another session of the batch could not commit.
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
-    /// Forgets every token from `length` on.
+    /// Whether every token from `length` on can be forgotten, which is asked before [`Policy::truncate`]. An error says
+    /// why not, and changes nothing.
+    fn can_truncate(&self, _length: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Forgets every token from `length` on. An error leaves a session that can only be freed.
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
     /// Whether a prompt that follows `position` tokens may run many rows at once; otherwise its tokens are decoded.
@@ -188,6 +200,8 @@ pub struct Setting {
     pub scale: f32,
     /// Most tokens that the session may hold.
     pub capacity: usize,
+    /// The shortest sliding window of the model's layers.
+    pub window: Option<usize>,
     /// The offline products, for the policy that speculates.
     pub speculation: Option<Arc<Speculation>>,
 }
@@ -212,10 +226,27 @@ impl PolicyKind {
 /// A new, empty policy.
 pub fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
     Ok(match options.kind {
-        PolicyKind::Full => Box::new(full::Full::new(setting)),
+        PolicyKind::Full if options.tier == KvTier::Device && options.payload == Payload::Exact => {
+            Box::new(full::Full::new(setting))
+        }
+        PolicyKind::Full => Box::new(fetched::Fetched::new(options, options.payload, setting)?),
+        PolicyKind::Int4 => Box::new(fetched::Fetched::new(options, Payload::Int4, setting)?),
+        PolicyKind::H2o => Box::new(h2o::H2o::new(options, setting)?),
+        PolicyKind::Window => Box::new(window::Window::new(options, setting)?),
         PolicyKind::Infinigen => Box::new(infinigen::Infinigen::new(options, setting)?),
-        _ => todo!(),
     })
+}
+
+/// Errors where a layer's sliding window would hide tokens of the session: rows in slots have no position to see it by.
+fn refuse_window(policy: &str, setting: &Setting) -> Result<()> {
+    match setting.window.filter(|&window| window < setting.capacity) {
+        Some(window) => Err(Error::unsupported(format!(
+            "policy {policy} does not go with the model's own sliding window of {window} tokens: use policy full, or a \
+             session capacity of at most {window} instead of {}",
+            setting.capacity
+        ))),
+        None => Ok(()),
+    }
 }
 
 impl FromStr for PolicyKind {

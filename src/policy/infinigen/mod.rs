@@ -46,6 +46,7 @@ pub(super) struct Infinigen {
 
 impl Infinigen {
     pub(super) fn new(options: &PolicyOptions, setting: Setting) -> Result<Infinigen> {
+        super::refuse_window("infinigen", &setting)?;
         let plan = Plan::new(options, &setting)?;
         let Setting { backend, pool, geometry, capacity, .. } = setting;
         let resident_layers = plan.resident_layers;
