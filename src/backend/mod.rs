@@ -9,12 +9,14 @@
 mod buffer;
 pub mod cpu;
 mod index;
+mod payload;
 mod runs;
 mod weights;
 
 use crate::Result;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
+pub use payload::{Landing, Payload, Slot};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
@@ -120,6 +122,30 @@ pub trait Backend: Send + Sync {
     /// Copies rows (a key and its value) between runs of one shape, in the order of `moves`: the gather. Rows of one
     /// head in ascending order of `from` are read fastest.
     fn copy_kv_rows(&self, stream: &Stream, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()>;
+
+    /// Stores keys and values (m rows of `kv_heads × head_dim` activations) as `payload` has it, that of token i and head h
+    /// in slot `i × kv_heads + h`, which overlaps no other. Every backend writes the same bytes for the same finite input.
+    #[allow(clippy::too_many_arguments, reason = "each is one thing")]
+    fn encode_kv(
+        &self,
+        stream: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        payload: Payload,
+        geometry: &KvGeometry,
+        slots: &[Slot],
+        targets: &mut [Buffer],
+    ) -> Result<()>;
+
+    /// Widens stored rows, wherever they lie in `sources`, into `to`. Two landings in one place leave either there.
+    fn decode_kv_rows(
+        &self,
+        stream: &Stream,
+        payload: Payload,
+        sources: &[Buffer],
+        landings: &[Landing],
+        to: &mut KvRunsMut<'_>,
+    ) -> Result<()>;
 
     /// Softmax attention of `q` (rows of `heads × head_dim`) over what each segment names, into `out` (same
     /// shape). Segments cover disjoint row ranges. A segment's result does not depend on the others beside it.

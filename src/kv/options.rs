@@ -30,18 +30,6 @@ pub struct FileOptions {
     pub checksum: bool,
 }
 
-/// How entries are stored away from the device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Payload {
-    /// As on the device.
-    #[default]
-    Exact,
-    /// 8 bits a value, symmetric, with a scale for each key and each value vector.
-    Int8,
-    /// 4 bits a value, asymmetric, in groups of 64 (FlexGen's compression).
-    Int4,
-}
-
 /// Which entry gives way when the pool is full (paper §4.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Eviction {

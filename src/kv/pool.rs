@@ -21,8 +21,8 @@ struct State {
     allocated: usize,
     /// Bytes that sequences hold.
     used: usize,
-    /// Extents waiting for a sequence, by size.
-    spare: HashMap<usize, Vec<Buffer>>,
+    /// Extents waiting for a sequence, by place and size.
+    spare: HashMap<(Place, usize), Vec<Buffer>>,
 }
 
 /// What a pool holds, in bytes.
@@ -55,6 +55,11 @@ impl Pool {
     ///
     /// Errors: `Capacity` when the limit would be passed, `OutOfMemory` when the machine has no more.
     pub fn acquire(&self, bytes: usize, count: usize) -> Result<Vec<Buffer>> {
+        self.acquire_in(Place::Device, bytes, count)
+    }
+
+    /// As [`Pool::acquire`], in `place`. The limit is one for all places.
+    pub fn acquire_in(&self, place: Place, bytes: usize, count: usize) -> Result<Vec<Buffer>> {
         let mut state = self.state.lock();
         let wanted = bytes.checked_mul(count).and_then(|n| n.checked_add(state.used));
         if self.limit != 0 && wanted.is_none_or(|n| n > self.limit) {
@@ -68,11 +73,11 @@ impl Pool {
         }
         let mut extents = Vec::with_capacity(count);
         while extents.len() < count {
-            let extent = match state.spare.get_mut(&bytes).and_then(Vec::pop) {
+            let extent = match state.spare.get_mut(&(place, bytes)).and_then(Vec::pop) {
                 Some(extent) => Ok(extent),
                 None => {
                     state.make_room(bytes, self.limit);
-                    self.backend.allocate(bytes, Place::Device, "KV cache").inspect(|_| state.allocated += bytes)
+                    self.backend.allocate(bytes, place, "KV cache").inspect(|_| state.allocated += bytes)
                 }
             };
             match extent {
@@ -104,7 +109,7 @@ impl State {
     fn put_back(&mut self, extents: &mut Vec<Buffer>) {
         for extent in extents.drain(..) {
             self.used -= extent.bytes();
-            self.spare.entry(extent.bytes()).or_default().push(extent);
+            self.spare.entry((extent.place(), extent.bytes())).or_default().push(extent);
         }
     }
 
@@ -117,7 +122,7 @@ impl State {
 
     /// Drops spare extents until at most `target` bytes are allocated, or none is spare.
     fn drop_spare(&mut self, target: usize) {
-        for (bytes, extents) in &mut self.spare {
+        for ((_, bytes), extents) in &mut self.spare {
             while self.allocated > target && extents.pop().is_some() {
                 self.allocated -= bytes;
             }

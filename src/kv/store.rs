@@ -12,6 +12,19 @@ pub enum Place<'a> {
     Rows(&'a [u32]),
 }
 
+impl Place<'_> {
+    /// The row of the `i`-th token in the run of `head`.
+    pub(super) fn row(&self, i: usize, head: usize) -> usize {
+        match *self {
+            Place::From(first) => first + i,
+            Place::Rows(rows) => {
+                assert_eq!(i, 0, "victims take one token");
+                rows[head] as usize
+            }
+        }
+    }
+}
+
 /// What a store has moved since it was made. Differences over a step are what the step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FetchCounters {
@@ -81,16 +94,4 @@ pub trait Store: Send {
 
     /// What has been moved.
     fn counters(&self) -> FetchCounters;
-}
-
-/// Placeholder.
-pub fn store(
-    _pool: &std::sync::Arc<super::Pool>,
-    _backend: &std::sync::Arc<dyn Backend>,
-    _geometry: crate::backend::KvGeometry,
-    _payload: super::Payload,
-    _tier: &super::KvTier,
-    _capacity: usize,
-) -> Result<Box<dyn Store>> {
-    todo!()
 }

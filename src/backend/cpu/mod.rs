@@ -18,6 +18,7 @@ mod log_probability;
 mod matvec;
 mod memory;
 mod norm;
+mod payload;
 mod pool;
 mod rotary;
 mod simd;
@@ -28,8 +29,9 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Linear, Move,
-    Norm, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Stream,
+    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut,
+    Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Slot,
+    Stream,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -81,6 +83,12 @@ impl CpuBackend {
 /// Asserts that a window holds activations.
 macro_rules! assert_activations {
     ($($x:ident),*) => { $(assert_eq!($x.dtype(), DType::F32, concat!(stringify!($x), " must be activations"));)* };
+}
+
+/// Asserts that rows of `bytes` bytes lie inside their buffers.
+fn assert_slots(mut slots: impl Iterator<Item = Slot>, bytes: usize, buffers: &[Buffer]) {
+    let inside = |s: Slot| s.offset.checked_add(bytes).is_some_and(|end| end <= buffers[s.buffer].bytes());
+    assert!(slots.all(inside), "a stored row past its buffer's end");
 }
 
 impl Backend for CpuBackend {
@@ -249,6 +257,41 @@ impl Backend for CpuBackend {
         let fits = |m: &Move| (m.from as usize) < from.capacity() && (m.to as usize) < to.capacity();
         assert!(moves.iter().all(|m| (m.head as usize) < a.kv_heads && fits(m)), "a row past the extents' end");
         store_kv::copy_rows(from, to, moves);
+        Ok(())
+    }
+
+    fn encode_kv(
+        &self,
+        _: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        payload: Payload,
+        geometry: &KvGeometry,
+        slots: &[Slot],
+        targets: &mut [Buffer],
+    ) -> Result<()> {
+        assert_activations!(keys, values);
+        assert_eq!((keys.rows(), keys.cols()), (values.rows(), values.cols()));
+        assert_eq!(keys.cols(), geometry.kv_heads * geometry.head_dim);
+        assert_eq!(slots.len(), keys.rows() * geometry.kv_heads);
+        assert_slots(slots.iter().copied(), payload.row_bytes(geometry), targets);
+        payload::encode(self, keys, values, payload, geometry, slots, targets);
+        Ok(())
+    }
+
+    fn decode_kv_rows(
+        &self,
+        _: &Stream,
+        payload: Payload,
+        sources: &[Buffer],
+        landings: &[Landing],
+        to: &mut KvRunsMut<'_>,
+    ) -> Result<()> {
+        let geometry = to.geometry();
+        assert_slots(landings.iter().map(|l| l.from), payload.row_bytes(geometry), sources);
+        let fits = |l: &Landing| (l.head as usize) < geometry.kv_heads && (l.to as usize) < to.capacity();
+        assert!(landings.iter().all(fits), "a row past the extents' end");
+        payload::decode(self, payload, sources, landings, to);
         Ok(())
     }
 

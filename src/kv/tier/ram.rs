@@ -1,0 +1,165 @@
+//! Entries in memory: where attention reads them in place, or quantized, to be fetched.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::backend::{Backend, Buffer, KvGeometry, KvRuns, KvRunsMut, Landing, Move, Payload, Rows, Slot, Stream};
+
+use super::super::{FetchCounters, Place, Pool, Store};
+
+/// A store in extents from the pool. Stored exactly, its runs are read in place; quantized, its rows have the same order
+/// with shorter rows: layer by layer, head by head, row by row.
+pub struct RamStore {
+    pool: Arc<Pool>,
+    geometry: KvGeometry,
+    payload: Payload,
+    extents: Vec<Buffer>,
+    /// Moves of the fetches under way.
+    fetches: Vec<(usize, Vec<Move>)>,
+    /// Where rows lie, kept for the next call.
+    slots: Vec<Slot>,
+    landings: Vec<Landing>,
+    counters: FetchCounters,
+}
+
+impl RamStore {
+    /// An empty store whose extents will come from `pool`. `geometry` has the store's number of layers and the device's
+    /// element type.
+    pub fn new(pool: Arc<Pool>, geometry: KvGeometry, payload: Payload) -> RamStore {
+        RamStore {
+            pool,
+            geometry,
+            payload,
+            extents: Vec::new(),
+            fetches: Vec::new(),
+            slots: Vec::new(),
+            landings: Vec::new(),
+            counters: FetchCounters::default(),
+        }
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.payload.row_bytes(&self.geometry)
+    }
+
+    fn extent_bytes(&self) -> usize {
+        self.geometry.layers * self.geometry.kv_heads * self.geometry.extent_tokens * self.row_bytes()
+    }
+
+    /// Where a stored row lies.
+    fn slot(&self, layer: usize, head: usize, row: usize) -> Slot {
+        let KvGeometry { kv_heads, extent_tokens, .. } = self.geometry;
+        let run = layer * kv_heads + head;
+        Slot { buffer: row / extent_tokens, offset: (run * extent_tokens + row % extent_tokens) * self.row_bytes() }
+    }
+
+    fn check_row(&self, row: usize) {
+        assert!(row < self.capacity(), "row {row} of a store with room for {}", self.capacity());
+    }
+}
+
+impl Store for RamStore {
+    fn reserve(&mut self, rows: usize) -> Result<()> {
+        let missing = self.geometry.extents(rows).saturating_sub(self.extents.len());
+        if missing > 0 {
+            let mut new = self.pool.acquire(self.extent_bytes(), missing)?;
+            self.extents.append(&mut new);
+        }
+        Ok(())
+    }
+
+    fn capacity(&self) -> usize {
+        self.extents.len() * self.geometry.extent_tokens
+    }
+
+    fn append(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        place: Place<'_>,
+    ) -> Result<()> {
+        if self.payload == Payload::Exact {
+            let mut runs = KvRunsMut::new(&mut self.extents, self.geometry, layer);
+            return match place {
+                Place::From(row) => backend.store_kv(stream, keys, values, &mut runs, row),
+                Place::Rows(rows) => backend.store_kv_rows(stream, keys, values, &mut runs, rows),
+            };
+        }
+        let mut slots = std::mem::take(&mut self.slots);
+        slots.clear();
+        for i in 0..keys.rows() {
+            for head in 0..self.geometry.kv_heads {
+                let row = place.row(i, head);
+                self.check_row(row);
+                slots.push(self.slot(layer, head, row));
+            }
+        }
+        self.slots = slots;
+        backend.encode_kv(stream, keys, values, self.payload, &self.geometry, &self.slots, &mut self.extents)
+    }
+
+    fn runs(&self, layer: usize) -> Option<KvRuns<'_>> {
+        (self.payload == Payload::Exact).then(|| KvRuns::new(&self.extents, self.geometry, layer))
+    }
+
+    fn begin_fetch(&mut self, layer: usize, moves: &[Move]) -> Result<()> {
+        assert!(self.fetches.iter().all(|(other, _)| *other != layer), "layer {layer} is being fetched already");
+        moves.iter().for_each(|m| self.check_row(m.from as usize));
+        self.fetches.push((layer, moves.to_vec()));
+        Ok(())
+    }
+
+    fn finish_fetch(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        target: &mut KvRunsMut<'_>,
+    ) -> Result<()> {
+        let Some(at) = self.fetches.iter().position(|(other, _)| *other == layer) else { return Ok(()) };
+        let (_, moves) = self.fetches.swap_remove(at);
+        if self.payload == Payload::Exact {
+            let runs = KvRuns::new(&self.extents, self.geometry, layer);
+            backend.copy_kv_rows(stream, &runs, target, &moves)?;
+        } else {
+            let mut landings = std::mem::take(&mut self.landings);
+            landings.clear();
+            landings.extend(moves.iter().map(|m| Landing {
+                from: self.slot(layer, m.head as usize, m.from as usize),
+                head: m.head,
+                to: m.to,
+            }));
+            self.landings = landings;
+            backend.decode_kv_rows(stream, self.payload, &self.extents, &self.landings, target)?;
+        }
+        self.counters.host_bytes += (moves.len() * self.row_bytes()) as u64;
+        Ok(())
+    }
+
+    fn abandon_fetches(&mut self) {
+        self.fetches.clear();
+    }
+
+    fn truncate(&mut self, rows: usize) {
+        let keep = self.geometry.extents(rows).min(self.extents.len());
+        let mut rest = self.extents.split_off(keep);
+        self.pool.release(&mut rest);
+    }
+
+    fn bytes(&self) -> (usize, usize) {
+        (self.extents.len() * self.extent_bytes(), 0)
+    }
+
+    fn counters(&self) -> FetchCounters {
+        self.counters
+    }
+}
+
+impl Drop for RamStore {
+    fn drop(&mut self) {
+        self.pool.release(&mut self.extents);
+    }
+}
