@@ -17,7 +17,7 @@ pub enum IndexBits {
 /// The shape of an index extent: as of [`super::KvGeometry`], with partial keys in the place of rows of K and V.
 ///
 /// How rows lie in a run is the backend's own: it may interleave the tokens of a block, so a run is read and written
-/// through the backend's operations only. The scales lie behind the columns.
+/// through the backend's operations only. Only its size is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IndexGeometry {
     /// Layers whose runs an extent holds.
@@ -47,7 +47,7 @@ impl IndexGeometry {
         }
     }
 
-    /// Bytes of one run: the columns of all rows, then a scale (f32) a row.
+    /// Bytes of one run: each row's columns and its scale, an f32.
     pub const fn run_bytes(&self) -> usize {
         self.extent_tokens * (self.row_bytes() + 4)
     }

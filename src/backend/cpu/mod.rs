@@ -14,12 +14,14 @@ mod activation;
 mod attention;
 mod embed;
 mod gemm;
+mod index;
 mod log_probability;
 mod matvec;
 mod memory;
 mod norm;
 mod payload;
 mod pool;
+mod project;
 mod rotary;
 mod simd;
 mod store_kv;
@@ -29,9 +31,9 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut,
-    Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Slot,
-    Stream,
+    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut, KvGeometry,
+    KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment,
+    Selected, Shape, Slot, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -89,6 +91,35 @@ macro_rules! assert_activations {
 fn assert_slots(mut slots: impl Iterator<Item = Slot>, bytes: usize, buffers: &[Buffer]) {
     let inside = |s: Slot| s.offset.checked_add(bytes).is_some_and(|end| end <= buffers[s.buffer].bytes());
     assert!(slots.all(inside), "a stored row past its buffer's end");
+}
+
+/// Asserts that a segment fits the layer's attention and its runs hold what it attends.
+fn assert_attention(attention: &AttentionShape, segment: &Segment<'_>, queries: usize) {
+    assert!(attention.kv_heads > 0 && attention.heads.is_multiple_of(attention.kv_heads) && attention.head_dim > 0);
+    assert!(attention.window != Some(0), "a window of no tokens");
+    let geometry = segment.runs.geometry();
+    assert_eq!((geometry.kv_heads, geometry.head_dim), (attention.kv_heads, attention.head_dim));
+    assert!(segment.row + segment.rows <= queries);
+    let capacity = segment.runs.capacity();
+    let kv_heads = attention.kv_heads;
+    match segment.visible {
+        Visible::Causal => assert!(segment.position + segment.rows <= capacity, "tokens past the extents' end"),
+        Visible::First(counts) => {
+            assert_eq!((segment.rows, counts.len()), (1, kv_heads), "one row, and a count for each KV head");
+            assert!(counts.iter().all(|&n| n > 0 && n as usize <= capacity), "no rows, or past the extents' end");
+        }
+        Visible::Listed(rows) => {
+            assert_eq!((segment.rows, rows.len()), (1, kv_heads), "one row, and a list for each KV head");
+            let fits = |rows: &Vec<u32>| !rows.is_empty() && rows.iter().all(|&row| (row as usize) < capacity);
+            assert!(rows.iter().all(fits), "no rows, or past the extents' end");
+        }
+    }
+}
+
+/// Asserts that an index can be laid out: whole blocks of tokens.
+fn assert_index(geometry: &IndexGeometry) {
+    assert!(geometry.kv_heads > 0 && geometry.columns > 0 && geometry.extent_tokens > 0);
+    assert!(geometry.extent_tokens.is_multiple_of(64), "{} tokens are not whole blocks", geometry.extent_tokens);
 }
 
 impl Backend for CpuBackend {
@@ -306,13 +337,8 @@ impl Backend for CpuBackend {
         assert_activations!(q, out);
         assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()));
         assert_eq!(q.cols(), attention.heads * attention.head_dim);
-        assert!(attention.kv_heads > 0 && attention.heads.is_multiple_of(attention.kv_heads) && attention.head_dim > 0);
-        assert!(attention.window != Some(0), "a window of no tokens");
         for (i, segment) in segments.iter().enumerate() {
-            let geometry = segment.runs.geometry();
-            assert_eq!((geometry.kv_heads, geometry.head_dim), (attention.kv_heads, attention.head_dim));
-            assert!(segment.row + segment.rows <= q.rows());
-            assert!(segment.position + segment.rows <= segment.runs.capacity(), "tokens past the extents' end");
+            assert_attention(attention, segment, q.rows());
             let apart =
                 |other: &Segment<'_>| other.row + other.rows <= segment.row || segment.row + segment.rows <= other.row;
             assert!(segments[..i].iter().all(apart), "segments overlap");
@@ -323,34 +349,72 @@ impl Backend for CpuBackend {
     fn attention_mass(
         &self,
         _: &Stream,
-        _q: Rows<'_>,
-        _attention: &AttentionShape,
-        _segment: &Segment<'_>,
-        _out: RowsMut<'_>,
+        q: Rows<'_>,
+        attention: &AttentionShape,
+        segment: &Segment<'_>,
+        out: RowsMut<'_>,
     ) -> Result<()> {
-        todo!()
+        assert_activations!(q, out);
+        assert_eq!((q.cols(), out.rows()), (attention.heads * attention.head_dim, attention.kv_heads));
+        assert_attention(attention, segment, q.rows());
+        let columns = match segment.visible {
+            Visible::Causal => segment.position + segment.rows,
+            Visible::First(counts) => counts.iter().map(|&n| n as usize).max().unwrap_or(0),
+            Visible::Listed(rows) => rows.iter().map(Vec::len).max().unwrap_or(0),
+        };
+        assert!(out.cols() >= columns, "{} columns cannot take the masses of {columns} tokens", out.cols());
+        attention::mass(self, q, attention, segment, out)
     }
 
-    fn project_heads(&self, _: &Stream, _x: Rows<'_>, _maps: &HeadMaps, _out: RowsMut<'_>) -> Result<()> {
-        todo!()
+    fn project_heads(&self, _: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(x, out);
+        assert!(maps.kv_heads > 0 && maps.inputs > 0 && maps.outputs > 0);
+        let heads = x.cols() / maps.inputs;
+        assert!(x.cols().is_multiple_of(maps.inputs) && heads.is_multiple_of(maps.kv_heads) && heads > 0);
+        assert_eq!((out.rows(), out.cols()), (x.rows(), heads * maps.outputs));
+        project::project_heads(self, x, maps, out);
+        Ok(())
     }
 
-    fn index_append(&self, _: &Stream, _keys: Rows<'_>, _runs: &mut IndexRunsMut<'_>, _row: usize) -> Result<()> {
-        todo!()
+    fn index_append(&self, _: &Stream, keys: Rows<'_>, runs: &mut IndexRunsMut<'_>, row: usize) -> Result<()> {
+        assert_activations!(keys);
+        assert_index(runs.geometry());
+        assert_eq!(keys.cols(), runs.geometry().kv_heads * runs.geometry().columns);
+        assert!(row + keys.rows() <= runs.capacity(), "rows past the extents' end");
+        index::append(self, keys, runs, row);
+        Ok(())
     }
 
-    fn index_store_rows(&self, _: &Stream, _keys: Rows<'_>, _runs: &mut IndexRunsMut<'_>, _rows: &[u32]) -> Result<()> {
-        todo!()
+    fn index_store_rows(&self, _: &Stream, keys: Rows<'_>, runs: &mut IndexRunsMut<'_>, rows: &[u32]) -> Result<()> {
+        assert_activations!(keys);
+        assert_index(runs.geometry());
+        assert_eq!((keys.rows(), keys.cols()), (1, runs.geometry().kv_heads * runs.geometry().columns));
+        assert_eq!(rows.len(), runs.geometry().kv_heads);
+        assert!(rows.iter().all(|&row| (row as usize) < runs.capacity()), "a row past the extents' end");
+        index::store_rows(keys, runs, rows);
+        Ok(())
     }
 
     fn rehearse(
         &self,
         _: &Stream,
-        _queries: Rows<'_>,
-        _rehearsals: &[Rehearsal<'_>],
-        _selected: &mut [&mut Selected],
+        queries: Rows<'_>,
+        rehearsals: &[Rehearsal<'_>],
+        selected: &mut [&mut Selected],
     ) -> Result<()> {
-        todo!()
+        assert_activations!(queries);
+        assert_eq!(rehearsals.len(), selected.len());
+        for rehearsal in rehearsals {
+            let geometry = rehearsal.runs.geometry();
+            assert_index(geometry);
+            let heads = queries.cols() / geometry.columns;
+            assert!(queries.cols().is_multiple_of(geometry.columns));
+            assert!(heads.is_multiple_of(geometry.kv_heads) && heads > 0);
+            assert!(rehearsal.row < queries.rows());
+            assert!(rehearsal.rows <= rehearsal.runs.capacity(), "rows past the extents' end");
+            assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
+        }
+        index::rehearse(self, queries, rehearsals, selected)
     }
 
     fn log_probability(&self, _: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

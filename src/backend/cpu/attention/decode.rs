@@ -10,7 +10,7 @@ use super::super::simd::{Element, Kernel, LANES, Simd, exp};
 use super::super::view::{Shared, row};
 use super::{LEAST, first_seen};
 use crate::Result;
-use crate::backend::{AttentionShape, Rows, RowsMut, Segment};
+use crate::backend::{AttentionShape, Rows, RowsMut, Segment, Visible};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -19,6 +19,9 @@ const CHUNK: usize = 256;
 
 /// How far ahead of the current row prefetches run.
 const AHEAD: usize = 8 << 10;
+
+/// The same for listed rows, in rows: far enough for memory's latency, near enough to stay in the first-level cache.
+const LISTED_AHEAD: usize = 32;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -40,13 +43,27 @@ impl Layout {
     }
 }
 
-/// The chunks of one segment, among those of all.
+/// The chunks of one segment, among those of all. Where KV heads attend different numbers of rows, a piece past the last
+/// chunk of its head does nothing, and nobody reads its partial result.
 struct Plan<'a> {
     segment: &'a Segment<'a>,
-    seen: Range<usize>,
+    /// First row that is attended.
+    first: usize,
+    /// Chunks of the head that has most.
     chunks: Range<usize>,
     /// Pieces of the segments before this one.
     before: usize,
+}
+
+impl Plan<'_> {
+    /// End of what KV head `head` attends: of its rows, or of its list.
+    fn end(&self, head: usize) -> usize {
+        match self.segment.visible {
+            Visible::Causal => self.segment.position + 1,
+            Visible::First(counts) => counts[head] as usize,
+            Visible::Listed(rows) => rows[head].len(),
+        }
+    }
 }
 
 /// Attention of segments of one row each.
@@ -63,13 +80,18 @@ pub(super) fn attend<E: Element>(
         padded: shape.head_dim.next_multiple_of(LANES),
     };
     let mut plans = Vec::with_capacity(segments.len());
-    let mut pieces = 0;
+    let (mut pieces, mut entries) = (0, 0);
     for segment in segments {
-        let seen = first_seen(shape, segment.position)..segment.position + 1;
-        let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
-        let before = pieces;
-        pieces += chunks.len() * shape.kv_heads;
-        plans.push(Plan { segment, seen, chunks, before });
+        let first = match segment.visible {
+            Visible::Causal => first_seen(shape, segment.position),
+            Visible::First(_) | Visible::Listed(_) => 0,
+        };
+        let mut plan = Plan { segment, first, chunks: first / CHUNK..0, before: pieces };
+        let longest = (0..shape.kv_heads).map(|head| plan.end(head)).max().unwrap_or(0);
+        plan.chunks.end = longest.div_ceil(CHUNK);
+        pieces += plan.chunks.len() * shape.kv_heads;
+        entries += (0..shape.kv_heads).map(|head| plan.end(head) - first).sum::<usize>();
+        plans.push(plan);
     }
 
     // Scaled and padded queries of all segments, then the partial results of all pieces.
@@ -98,8 +120,7 @@ pub(super) fn attend<E: Element>(
     let plan_of = |piece: usize| plans.partition_point(|p| p.before <= piece) - 1;
     let row_bytes = 2 * shape.head_dim * size_of::<E>();
     // Contexts this short are done before another thread has woken.
-    let tokens: usize = plans.iter().map(|p| p.seen.len()).sum();
-    let grain = if tokens * shape.kv_heads * row_bytes < 32 << 10 { pieces } else { 1 };
+    let grain = if entries * row_bytes < 32 << 10 { pieces } else { 1 };
     cpu.pool.split(pieces, grain, &|range| {
         for piece in range {
             let at = plan_of(piece);
@@ -107,11 +128,15 @@ pub(super) fn attend<E: Element>(
             // Neighbouring heads' runs lie side by side in an extent, so this order walks through memory.
             let (chunk, head) = ((piece - plan.before) / shape.kv_heads, (piece - plan.before) % shape.kv_heads);
             let chunk = plan.chunks.start + chunk;
+            let positions = plan.first.max(chunk * CHUNK)..plan.end(head).min((chunk + 1) * CHUNK);
+            if positions.is_empty() {
+                continue;
+            }
             cpu.level.run(Chunk::<E> {
                 layout,
                 segment: plan.segment,
                 head,
-                positions: plan.seen.start.max(chunk * CHUNK)..plan.seen.end.min((chunk + 1) * CHUNK),
+                positions,
                 queries: query_at(at, head * layout.group),
                 partial: partial_at(piece),
                 e: PhantomData,
@@ -136,12 +161,68 @@ pub(super) fn attend<E: Element>(
                 layout,
                 partials: partial_at(first),
                 stride: shape.kv_heads * layout.partial(),
-                count: plan.chunks.len(),
+                count: plan.end(head).div_ceil(CHUNK) - plan.chunks.start,
                 out,
             });
         }
     });
     Ok(())
+}
+
+/// Where the rows of K and V of a block lie.
+trait Place<E>: Copy {
+    /// The key of token `t`, with its value behind it.
+    fn key(self, t: usize) -> *const E;
+    /// The row to ask memory for when token `t` is read.
+    fn ahead(self, t: usize) -> *const u8;
+}
+
+/// Rows one behind the other.
+#[derive(Clone, Copy)]
+struct Run<E> {
+    first: *const E,
+    /// Elements from one row to the next.
+    stride: usize,
+}
+
+impl<E: Element> Place<E> for Run<E> {
+    #[inline(always)]
+    fn key(self, t: usize) -> *const E {
+        self.first.wrapping_add(t * self.stride)
+    }
+
+    #[inline(always)]
+    fn ahead(self, t: usize) -> *const u8 {
+        self.key(t).cast::<u8>().wrapping_add(AHEAD)
+    }
+}
+
+/// Rows from `at` on of a list.
+#[derive(Clone, Copy)]
+struct Listed<'a, E> {
+    keys: &'a [*const E],
+    at: usize,
+}
+
+impl<E: Element> Place<E> for Listed<'_, E> {
+    #[inline(always)]
+    fn key(self, t: usize) -> *const E {
+        self.keys[self.at + t]
+    }
+
+    #[inline(always)]
+    fn ahead(self, t: usize) -> *const u8 {
+        // Past the end the last row, which has been asked for: harmless.
+        self.keys[(self.at + t + LISTED_AHEAD).min(self.keys.len() - 1)].cast()
+    }
+}
+
+/// Asks for `bytes` bytes from `row` on.
+#[inline(always)]
+fn prefetch_row<S: Simd>(s: S, row: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(LINE) {
+        s.prefetch(row.wrapping_add(line));
+    }
 }
 
 /// One piece of work.
@@ -150,6 +231,7 @@ struct Chunk<'a, E> {
     segment: &'a Segment<'a>,
     /// KV head.
     head: usize,
+    /// Of its rows, or of its list; at most [`CHUNK`].
     positions: Range<usize>,
     /// `group` × `padded` floats.
     queries: *const f32,
@@ -209,31 +291,42 @@ impl<E: Element> Chunk<'_, E> {
         let mut sums = [s.zero(); H];
         let mut products = [[s.zero(); LANES]; H];
 
-        let mut position = self.positions.start;
-        while position < self.positions.end {
-            let (extent, token) = (position / geometry.extent_tokens, position % geometry.extent_tokens);
-            let here = (self.positions.end - position).min(geometry.extent_tokens - token);
-            // SAFETY: `token` < `extent_tokens` rows of K and V in the run.
-            let run = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
-            let mut t = 0;
-            while t < here {
-                // SAFETY: rows t.. of `here` in the run, at most sixteen.
-                unsafe {
-                    let rows = run.add(t * 2 * head_dim);
-                    self.block::<S, D, H>(
-                        s,
-                        rows,
-                        (here - t).min(LANES),
-                        queries,
-                        values,
-                        &mut products,
-                        &mut most,
-                        &mut sums,
-                    );
-                }
-                t += LANES;
+        if let Visible::Listed(lists) = self.segment.visible {
+            let list = &lists[self.head][self.positions.clone()];
+            let mut keys = [std::ptr::null::<E>(); CHUNK];
+            for (key, &row) in keys.iter_mut().zip(list) {
+                let (extent, token) = (row as usize / geometry.extent_tokens, row as usize % geometry.extent_tokens);
+                // SAFETY: `token` < `extent_tokens` rows of K and V in the run.
+                *key = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
             }
-            position += here;
+            for &key in &keys[..list.len().min(LISTED_AHEAD)] {
+                prefetch_row(s, key.cast(), 2 * head_dim * size_of::<E>());
+            }
+            for at in (0..list.len()).step_by(LANES) {
+                let rows = Listed { keys: &keys[..list.len()], at };
+                let count = (list.len() - at).min(LANES);
+                // SAFETY: `count` of the list's rows.
+                unsafe {
+                    self.block::<S, D, H, _>(s, rows, count, queries, values, &mut products, &mut most, &mut sums);
+                }
+            }
+        } else {
+            let mut position = self.positions.start;
+            while position < self.positions.end {
+                let (extent, token) = (position / geometry.extent_tokens, position % geometry.extent_tokens);
+                let here = (self.positions.end - position).min(geometry.extent_tokens - token);
+                // SAFETY: `token` < `extent_tokens` rows of K and V in the run.
+                let run = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
+                for t in (0..here).step_by(LANES) {
+                    let count = (here - t).min(LANES);
+                    // SAFETY: rows t.. of `here` in the run, at most sixteen.
+                    unsafe {
+                        let rows = Run { first: run.add(t * 2 * head_dim), stride: 2 * head_dim };
+                        self.block::<S, D, H, _>(s, rows, count, queries, values, &mut products, &mut most, &mut sums);
+                    }
+                }
+                position += here;
+            }
         }
 
         for h in 0..H {
@@ -249,13 +342,13 @@ impl<E: Element> Chunk<'_, E> {
     /// `count` ≤ 16 tokens for `H` heads.
     ///
     /// # Safety
-    /// `rows` holds `count` rows of K and V; `queries` and `values` `H` × `padded` floats.
+    /// `rows` names `count` rows of K and V; `queries` and `values` `H` × `padded` floats.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    unsafe fn block<S: Simd, const D: usize, const H: usize>(
+    unsafe fn block<S: Simd, const D: usize, const H: usize, P: Place<E>>(
         &self,
         s: S,
-        rows: *const E,
+        rows: P,
         count: usize,
         queries: *const f32,
         values: *mut f32,
@@ -270,11 +363,8 @@ impl<E: Element> Chunk<'_, E> {
         // Scores: sixteen sums of products a head, added up across lanes together. Where tokens are fewer, what an
         // earlier block left in `products` goes into lanes that are masked below.
         for t in 0..count {
-            let key = rows.wrapping_add(t * 2 * head_dim);
-            let ahead = key.cast::<u8>().wrapping_add(AHEAD);
-            for line in (0..2 * head_dim * size_of::<E>()).step_by(LINE) {
-                s.prefetch(ahead.wrapping_add(line));
-            }
+            let key = rows.key(t);
+            prefetch_row(s, rows.ahead(t), 2 * head_dim * size_of::<E>());
             let mut dots = [s.zero(); H];
             let mut i = 0;
             while i < whole {
@@ -330,14 +420,13 @@ impl<E: Element> Chunk<'_, E> {
         // SAFETY: the value row of token t begins head_dim behind its key; slices of N vectors stay below head_dim, in
         // `values` below padded.
         unsafe {
-            let rows = rows.add(head_dim);
             let mut i = 0;
             while whole - i >= 4 * LANES {
-                self.values::<S, D, H, 4>(s, rows, count, i, values, &weights);
+                self.values::<S, D, H, 4, P>(s, rows, count, i, values, &weights);
                 i += 4 * LANES;
             }
             while i < whole {
-                self.values::<S, D, H, 1>(s, rows, count, i, values, &weights);
+                self.values::<S, D, H, 1, P>(s, rows, count, i, values, &weights);
                 i += LANES;
             }
             if whole < head_dim {
@@ -345,7 +434,7 @@ impl<E: Element> Chunk<'_, E> {
                     let at = values.add(h * padded + whole);
                     let mut sum = s.load(at);
                     for t in 0..count {
-                        let v = E::load_first(s, rows.add(t * 2 * head_dim + whole), head_dim - whole);
+                        let v = E::load_first(s, rows.key(t).add(head_dim + whole), head_dim - whole);
                         sum = s.fma(s.splat(weights[h][t]), v, sum);
                     }
                     s.store(at, sum);
@@ -357,12 +446,12 @@ impl<E: Element> Chunk<'_, E> {
     /// Adds the weighted values of dimensions `i..i + 16 N`.
     ///
     /// # Safety
-    /// As for the slice of `rows` (here the first value row) and `values` that this names.
+    /// As for [`Chunk::block`], of whose values these are a slice.
     #[inline(always)]
-    unsafe fn values<S: Simd, const D: usize, const H: usize, const N: usize>(
+    unsafe fn values<S: Simd, const D: usize, const H: usize, const N: usize, P: Place<E>>(
         &self,
         s: S,
-        rows: *const E,
+        rows: P,
         count: usize,
         i: usize,
         values: *mut f32,
@@ -380,7 +469,7 @@ impl<E: Element> Chunk<'_, E> {
             for t in 0..count {
                 let mut v = [s.zero(); N];
                 for n in 0..N {
-                    v[n] = E::load(s, rows.add(t * 2 * head_dim + i + n * LANES));
+                    v[n] = E::load(s, rows.key(t).add(head_dim + i + n * LANES));
                 }
                 for h in 0..H {
                     let weight = s.splat(weights[h][t]);

@@ -1,13 +1,15 @@
-//! Causal softmax attention over the runs of KV that segments name.
+//! Softmax attention over the runs of KV that segments name.
 //!
 //! - [`decode`]: one new token a segment. Reading K and V is all the time there is, so each is read once for the whole
 //!   group of query heads that share it, and long contexts are cut into chunks for the threads.
 //! - [`prefill`]: many new tokens. Tiles of query rows meet blocks of KV in matrix products; the n × n scores never exist.
+//! - [`mass`](mod@mass): how much of it each token gets.
 //!
-//! Both keep, per query, the largest score m, the sum l of exp(score − m), and the values weighted by exp(score − m):
+//! All keep, per query, the largest score m, the sum l of exp(score − m), and the values weighted by exp(score − m):
 //! the online softmax of Milakov and Gimelshein (2018), as in FlashAttention.
 
 mod decode;
+mod mass;
 mod prefill;
 
 use super::CpuBackend;
@@ -44,4 +46,15 @@ pub(super) fn attend(
 /// First position that the token at `position` sees.
 fn first_seen(shape: &AttentionShape, position: usize) -> usize {
     shape.window.map_or(0, |window| (position + 1).saturating_sub(window))
+}
+
+/// See `Backend::attention_mass`.
+pub(super) fn mass(
+    cpu: &CpuBackend,
+    q: Rows<'_>,
+    shape: &AttentionShape,
+    segment: &Segment<'_>,
+    out: RowsMut<'_>,
+) -> Result<()> {
+    for_dtype!(segment.runs.geometry().dtype, E => mass::mass::<E>(cpu, q, shape, segment, &out))
 }
