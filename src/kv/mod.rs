@@ -29,7 +29,7 @@ pub use slots::SlotTable;
 pub use store::{FetchCounters, Place, Store};
 #[cfg(unix)]
 pub use tier::FileStore;
-pub use tier::{RamStore, store};
+pub use tier::{RamStore, store, store_bytes};
 pub use victim::Victims;
 
 /// Tokens of one run: long enough that a run is read at full memory speed (64 KiB at d = 64, bf16), short enough that a

@@ -13,7 +13,7 @@
 
 use crate::Result;
 use crate::backend::{KvGeometry, KvRuns, Move, Rows, Visible};
-use crate::kv::{self, Payload, SequenceKv, Store};
+use crate::kv::{self, KvTier, Payload, SequenceKv, Store};
 
 use super::tally::Tally;
 use super::{KvCounters, Policy, PolicyOptions, Setting, Step, TierBytes};
@@ -59,6 +59,15 @@ impl Fetched {
         self.staging.iter_mut().for_each(|staging| staging.truncate(length));
         self.length = length;
     }
+}
+
+/// What [`Policy::bytes`] will say, at most, of a session of `capacity` tokens when it is full.
+pub(super) fn estimate(options: &PolicyOptions, payload: Payload, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+    let (host, file) = kv::store_bytes(geometry, payload, &options.tier, capacity);
+    let in_place = payload == Payload::Exact && !matches!(options.tier, KvTier::File(_));
+    let layer = layer_of(geometry);
+    let staged = if in_place { 0 } else { 2 * layer.extents(capacity) * layer.extent_bytes() };
+    TierBytes { device: staged, pinned: host, file }
 }
 
 /// The shape of a staging area.

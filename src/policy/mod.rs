@@ -226,15 +226,33 @@ impl PolicyKind {
 /// A new, empty policy.
 pub fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
     Ok(match options.kind {
-        PolicyKind::Full if options.tier == KvTier::Device && options.payload == Payload::Exact => {
-            Box::new(full::Full::new(setting))
-        }
+        PolicyKind::Full if options.on_device() => Box::new(full::Full::new(setting)),
         PolicyKind::Full => Box::new(fetched::Fetched::new(options, options.payload, setting)?),
         PolicyKind::Int4 => Box::new(fetched::Fetched::new(options, Payload::Int4, setting)?),
         PolicyKind::H2o => Box::new(h2o::H2o::new(options, setting)?),
         PolicyKind::Window => Box::new(window::Window::new(options, setting)?),
         PolicyKind::Infinigen => Box::new(infinigen::Infinigen::new(options, setting)?),
     })
+}
+
+/// What [`Policy::bytes`] will say of a full session of `capacity` tokens. Of the file tier's memory it is the most that
+/// can be.
+pub fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+    match options.kind {
+        PolicyKind::Full if options.on_device() => full::estimate(geometry, capacity),
+        PolicyKind::Full => fetched::estimate(options, options.payload, geometry, capacity),
+        PolicyKind::Int4 => fetched::estimate(options, Payload::Int4, geometry, capacity),
+        PolicyKind::H2o => h2o::estimate(options, geometry, capacity),
+        PolicyKind::Window => window::estimate(options, geometry, capacity),
+        PolicyKind::Infinigen => infinigen::estimate(options, geometry, capacity),
+    }
+}
+
+impl PolicyOptions {
+    /// Whether all entries are on the device, as attention reads them.
+    fn on_device(&self) -> bool {
+        self.tier == KvTier::Device && self.payload == Payload::Exact
+    }
 }
 
 /// Errors where a layer's sliding window would hide tokens of the session: rows in slots have no position to see it by.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use super::blocks::Blocks;
 use super::pages::Page;
 use super::{FileStore, Op};
 use crate::backend::{Backend, KvRunsMut, Landing, Move, Stream};
@@ -60,6 +61,11 @@ impl Fetch {
     pub(super) fn arrive(&mut self, index: usize, pages: Vec<Page>) {
         self.arrived.push((index, pages));
     }
+}
+
+/// Bytes of pages that one fetch holds, at most; copies of rows that the file does not have yet come on top.
+pub(super) fn most_bytes(blocks: &Blocks) -> usize {
+    AHEAD.max(PIECE.max(blocks.block_bytes()))
 }
 
 impl FileStore {

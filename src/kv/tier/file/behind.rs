@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::blocks::Blocks;
 use super::pages::Page;
 use super::{FileStore, Op};
 use crate::backend::Slot;
@@ -61,10 +62,19 @@ impl Behind {
     }
 }
 
+fn most_waiting(blocks: &Blocks) -> usize {
+    (WAITING / blocks.block_bytes()).max(4 * blocks.runs())
+}
+
+/// Bytes of pages that wait, at most; those of one append come on top.
+pub(super) fn most_bytes(blocks: &Blocks) -> usize {
+    most_waiting(blocks).saturating_mul(blocks.block_bytes())
+}
+
 impl FileStore {
     /// Pages that may wait before the caller does.
     fn most_waiting(&self) -> usize {
-        (WAITING / self.blocks.block_bytes()).max(4 * self.blocks.runs())
+        most_waiting(&self.blocks)
     }
 
     /// Places for the rows of `tokens` tokens, in the order of the backend's slots. They count once `landed` is called.
