@@ -266,10 +266,6 @@ impl Model {
             workspace: &mut workspace,
         })
     }
-
-    pub(super) fn decoder(&self) -> &Decoder {
-        &self.inner.decoder
-    }
 }
 
 /// The checkpoint's tokenizer. A folder may lack one (a model without text); a GGUF file always says something.

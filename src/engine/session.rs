@@ -122,7 +122,7 @@ impl Session {
             heads: model.config().heads,
             scale: model.config().attention_scale(),
             capacity: options.capacity,
-            window: model.decoder().blocks.iter().filter_map(|block| block.attention.window).min(),
+            window: model.config().windows.iter().flatten().copied().min(),
             speculation: None,
         };
         Ok(Session {

@@ -149,7 +149,7 @@ impl Kept {
     /// Slots of each KV head of a full sequence that keeps `most` entries: those, and one that the next token takes before
     /// another is free.
     pub const fn slots_of(most: usize) -> usize {
-        most + 1
+        most.saturating_add(1)
     }
 
     /// Begins a step to `length` tokens, in which no KV head keeps more than `most`. On an error nothing has changed.
