@@ -420,11 +420,15 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32]) -> Result<()>
         session.check_tokens(std::slice::from_ref(token)).map_err(|e| e.within(format!("sessions[{i}]")))?;
         session.control.check()?;
     }
-    for i in 0..sessions.len() {
-        if let Err(error) = sessions[i].policy.reserve(sessions[i].tokens.len() + 1) {
-            // Those after it have not begun, and have nothing to undo.
-            return Err(sessions[..i].iter_mut().fold(error, |error, session| session.roll_back(error)));
-        }
+    let mut begun = 0;
+    let reserved = sessions.iter_mut().try_for_each(|session| {
+        session.policy.reserve(session.tokens.len() + 1)?;
+        begun += 1;
+        Ok(())
+    });
+    if let Err(error) = reserved {
+        // The others have not begun, and have nothing to undo.
+        return Err(sessions[..begun].iter_mut().fold(error, |error, session| session.roll_back(error)));
     }
     let vocabulary = model.dimensions().vocabulary;
     let mut logits = vec![0.0; sessions.len() * vocabulary];

@@ -8,7 +8,7 @@
 //!   [`Policy::commit`] or [`Policy::roll_back`] ends it.
 //! - What may not enter: arithmetic (that is `backend`), tokens, sampling.
 //!
-//! A new policy is one file here and one line in [`PolicyKind::create`]; docs/policies.md has a complete small one.
+//! A new policy is one file here and one line each in [`create`] and [`estimate`]; docs/policies.md has a complete small one.
 
 mod dropping;
 mod fetched;

@@ -177,7 +177,8 @@ fn a_step_that_fails_leaves_the_session_as_it_was() {
                 assert_eq!(failing.tokens().len(), at.0);
                 let now = failing.kv_counters();
                 assert_eq!((now.steps, now.attended), (counters.steps, counters.attended), "{policy:?}");
-                assert!(failing.kv_bytes().device <= bytes.device.max(1 << 20), "{policy:?}");
+                // (h2o keeps its scratch memory.)
+                assert!(policy.kind == PolicyKind::H2o || failing.kv_bytes().device == bytes.device, "{policy:?}");
                 failures += 1;
             }
         }
