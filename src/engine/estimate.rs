@@ -1,8 +1,7 @@
 //! What a number of sessions of a context length will cost, before anything is allocated.
 
 use crate::Result;
-use crate::backend::KvGeometry;
-use crate::policy::TierBytes;
+use crate::policy::{self, TierBytes};
 
 use super::Model;
 use super::session::SessionOptions;
@@ -22,15 +21,14 @@ impl Estimate {
     /// For `sessions` sessions of `options` on `model`, all of them full, decoded as one batch.
     pub fn new(model: &Model, options: &SessionOptions, sessions: usize) -> Result<Estimate> {
         let resolved = options.resolve(model)?;
-        let geometry: KvGeometry = resolved.geometry;
-        let each = geometry.extents(resolved.capacity) as u64 * geometry.extent_bytes() as u64;
+        let each = policy::estimate(&resolved.policy, &resolved.geometry, resolved.capacity);
         let rows = resolved.prefill_chunk.min(resolved.capacity).max(sessions);
         let scratch =
             model.forward(|forward| Ok(forward.workspace.bytes(rows, sessions.max(super::session::LOGIT_ROWS))))?;
-        let device = usize::try_from(each.saturating_mul(sessions as u64)).unwrap_or(usize::MAX);
+        let all = |bytes: usize| bytes.saturating_mul(sessions);
         Ok(Estimate {
             weights: model.weight_bytes(),
-            kv: TierBytes { device, ..TierBytes::default() },
+            kv: TierBytes { device: all(each.device), pinned: all(each.pinned), file: all(each.file) },
             scratch: scratch as u64,
         })
     }

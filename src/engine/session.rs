@@ -119,6 +119,16 @@ pub struct Session {
 impl Session {
     /// An empty session. KV memory is taken from the model's pool as the session grows.
     pub fn new(model: &Model, options: &SessionOptions) -> Result<Session> {
+        Session::with_policy(model, options, |setting| policy::create(&options.policy, setting))
+    }
+
+    /// As [`Session::new`], with a policy that the caller makes: one that has no name of its own, as a rule an
+    /// experiment. docs/policies.md has an example.
+    pub fn with_policy(
+        model: &Model,
+        options: &SessionOptions,
+        make: impl FnOnce(Setting) -> Result<Box<dyn Policy>>,
+    ) -> Result<Session> {
         let options = options.resolve(model)?;
         let setting = Setting {
             backend: model.shared_backend().clone(),
@@ -127,10 +137,11 @@ impl Session {
             heads: model.config().heads,
             scale: model.config().attention_scale(),
             capacity: options.capacity,
+            window: model.config().windows.iter().flatten().copied().min(),
             speculation: speculation(model, &options.policy)?,
         };
         Ok(Session {
-            policy: policy::create(&options.policy, setting)?,
+            policy: make(setting)?,
             model: model.clone(),
             options,
             tokens: Vec::new(),
@@ -194,6 +205,9 @@ impl Session {
     }
 
     /// Forgets every token from `length` on. The logits go too, unless nothing is forgotten.
+    ///
+    /// Errors: `Unsupported` where the policy has dropped entries that the shorter sequence would have; the session
+    /// is as it was.
     pub fn truncate(&mut self, length: usize) -> Result<()> {
         if length > self.tokens.len() {
             return Err(Error::invalid_argument(format!(
@@ -203,6 +217,8 @@ impl Session {
         }
         if length < self.tokens.len() {
             self.usable()?;
+            let refused = |error: Error| error.within(format!("cannot truncate to {length} tokens"));
+            self.policy.can_truncate(length).map_err(refused)?;
             let rows = self.tokens.len() - length;
             if let Err(error) = self.end(length, rows, |policy, step| policy.truncate(step, length)) {
                 self.broken = Some(error.clone());
@@ -419,6 +435,16 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32]) -> Result<()>
         session.check_tokens(std::slice::from_ref(token)).map_err(|e| e.within(format!("sessions[{i}]")))?;
         session.control.check()?;
     }
+    let mut begun = 0;
+    let reserved = sessions.iter_mut().try_for_each(|session| {
+        session.policy.reserve(session.tokens.len() + 1)?;
+        begun += 1;
+        Ok(())
+    });
+    if let Err(error) = reserved {
+        // The others have not begun, and have nothing to undo.
+        return Err(sessions[..begun].iter_mut().fold(error, |error, session| session.roll_back(error)));
+    }
     let vocabulary = model.dimensions().vocabulary;
     let mut logits = vec![0.0; sessions.len() * vocabulary];
     let result = run_batch(&model, sessions, tokens, &mut logits).and_then(|()| {
@@ -440,9 +466,6 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32]) -> Result<()>
 }
 
 fn run_batch(model: &Model, sessions: &mut [&mut Session], tokens: &[u32], logits: &mut [f32]) -> Result<()> {
-    for session in sessions.iter_mut() {
-        session.policy.reserve(session.tokens.len() + 1)?;
-    }
     let mut parts: Vec<Part<'_>> = sessions
         .iter_mut()
         .map(|session| Part {

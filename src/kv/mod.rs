@@ -9,6 +9,7 @@
 
 mod extents;
 mod hot;
+mod kept;
 mod options;
 mod pool;
 mod sequence;
@@ -22,6 +23,7 @@ mod victim;
 pub use crate::backend::Payload;
 pub use extents::Extents;
 pub use hot::{Guard, HotCache};
+pub use kept::{Entries, Kept};
 pub use options::{Eviction, FileOptions, KvTier};
 pub use pool::{Pool, PoolUsage};
 pub use sequence::{SequenceIndex, SequenceKv};
@@ -29,7 +31,7 @@ pub use slots::SlotTable;
 pub use store::{FetchCounters, Place, Store};
 #[cfg(unix)]
 pub use tier::FileStore;
-pub use tier::{RamStore, store};
+pub use tier::{RamStore, store, store_bytes};
 pub use victim::Victims;
 
 /// Tokens of one run: long enough that a run is read at full memory speed (64 KiB at d = 64, bf16), short enough that a

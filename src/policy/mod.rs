@@ -8,12 +8,17 @@
 //!   [`Policy::commit`] or [`Policy::roll_back`] ends it.
 //! - What may not enter: arithmetic (that is `backend`), tokens, sampling.
 //!
-//! A new policy is one file here and one line in [`PolicyKind::create`]; docs/policies.md has a complete small one.
+//! A new policy is one file here and one line each in [`create`] and [`estimate`]; docs/policies.md has a complete small one.
 
+mod dropping;
+mod fetched;
 mod full;
+mod h2o;
 mod infinigen;
 mod options;
+mod tally;
 mod trace;
+mod window;
 
 pub use options::{Budget, IndexBasis, InfinigenMode, InfinigenOptions, KvCounters, PolicyOptions, Predictor, Rule};
 
@@ -25,7 +30,7 @@ use std::sync::Arc;
 use crate::backend::{
     AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Rehearsal, Rows, Selected, Stream, Visible,
 };
-use crate::kv::Pool;
+use crate::kv::{KvTier, Payload, Pool};
 use crate::speculate::Speculation;
 use crate::{Error, Result};
 
@@ -127,10 +132,17 @@ pub trait Policy: Send {
         Ok(())
     }
 
-    /// The step has failed: back to `length` tokens, as if it had never begun.
+    /// The step has failed: back to `length` tokens, as if it had never begun. Comes after a [`Policy::reserve`] that
+    /// succeeded; also after [`Policy::commit`], where another session of the batch could not commit.
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
-    /// Forgets every token from `length` on.
+    /// Whether every token from `length` on can be forgotten, which is asked before [`Policy::truncate`]. An error says
+    /// why not, and changes nothing.
+    fn can_truncate(&self, _length: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Forgets every token from `length` on. An error leaves a session that can only be freed.
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
     /// Whether a prompt that follows `position` tokens may run many rows at once; otherwise its tokens are decoded.
@@ -191,6 +203,8 @@ pub struct Setting {
     pub scale: f32,
     /// Most tokens that the session may hold.
     pub capacity: usize,
+    /// The shortest sliding window of the model's layers.
+    pub window: Option<usize>,
     /// The offline products, for the policy that speculates.
     pub speculation: Option<Arc<Speculation>>,
 }
@@ -215,10 +229,45 @@ impl PolicyKind {
 /// A new, empty policy.
 pub fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
     Ok(match options.kind {
-        PolicyKind::Full => Box::new(full::Full::new(setting)),
+        PolicyKind::Full if options.on_device() => Box::new(full::Full::new(setting)),
+        PolicyKind::Full => Box::new(fetched::Fetched::new(options, options.payload, setting)?),
+        PolicyKind::Int4 => Box::new(fetched::Fetched::new(options, Payload::Int4, setting)?),
+        PolicyKind::H2o => Box::new(h2o::H2o::new(options, setting)?),
+        PolicyKind::Window => Box::new(window::Window::new(options, setting)?),
         PolicyKind::Infinigen => Box::new(infinigen::Infinigen::new(options, setting)?),
-        _ => todo!(),
     })
+}
+
+/// What [`Policy::bytes`] will say of a full session of `capacity` tokens. Of the file tier's memory it is the most that
+/// can be.
+pub fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+    match options.kind {
+        PolicyKind::Full if options.on_device() => full::estimate(geometry, capacity),
+        PolicyKind::Full => fetched::estimate(options, options.payload, geometry, capacity),
+        PolicyKind::Int4 => fetched::estimate(options, Payload::Int4, geometry, capacity),
+        PolicyKind::H2o => h2o::estimate(options, geometry, capacity),
+        PolicyKind::Window => window::estimate(options, geometry, capacity),
+        PolicyKind::Infinigen => infinigen::estimate(options, geometry, capacity),
+    }
+}
+
+impl PolicyOptions {
+    /// Whether all entries are on the device, as attention reads them.
+    fn on_device(&self) -> bool {
+        self.tier == KvTier::Device && self.payload == Payload::Exact
+    }
+}
+
+/// Errors where a layer's sliding window would hide tokens of the session: rows in slots have no position to see it by.
+fn refuse_window(policy: &str, setting: &Setting) -> Result<()> {
+    match setting.window.filter(|&window| window < setting.capacity) {
+        Some(window) => Err(Error::unsupported(format!(
+            "policy {policy} does not go with the model's own sliding window of {window} tokens: use policy full, or a \
+             session capacity of at most {window} instead of {}",
+            setting.capacity
+        ))),
+        None => Ok(()),
+    }
 }
 
 impl FromStr for PolicyKind {

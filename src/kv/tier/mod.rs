@@ -45,3 +45,14 @@ pub fn store(
         }
     }
 }
+
+/// What [`Store::bytes`] of such a store will be, at most, when it is full: in host memory, in files.
+pub fn store_bytes(geometry: &KvGeometry, payload: Payload, tier: &KvTier, capacity_rows: usize) -> (usize, usize) {
+    match tier {
+        KvTier::Device | KvTier::Host => (RamStore::bytes_of(geometry, payload, capacity_rows), 0),
+        #[cfg(unix)]
+        KvTier::File(options) => FileStore::bytes_of(geometry, payload, options, capacity_rows),
+        #[cfg(not(unix))]
+        KvTier::File(_) => (0, 0),
+    }
+}

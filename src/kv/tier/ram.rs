@@ -38,12 +38,17 @@ impl RamStore {
         }
     }
 
+    /// Bytes of a store of `rows` rows in every run.
+    pub fn bytes_of(geometry: &KvGeometry, payload: Payload, rows: usize) -> usize {
+        geometry.extents(rows).saturating_mul(extent_bytes(geometry, payload))
+    }
+
     fn row_bytes(&self) -> usize {
         self.payload.row_bytes(&self.geometry)
     }
 
     fn extent_bytes(&self) -> usize {
-        self.geometry.layers * self.geometry.kv_heads * self.geometry.extent_tokens * self.row_bytes()
+        extent_bytes(&self.geometry, self.payload)
     }
 
     /// Where a stored row lies.
@@ -56,6 +61,10 @@ impl RamStore {
     fn check_row(&self, row: usize) {
         assert!(row < self.capacity(), "row {row} of a store with room for {}", self.capacity());
     }
+}
+
+fn extent_bytes(geometry: &KvGeometry, payload: Payload) -> usize {
+    geometry.layers * geometry.kv_heads * geometry.extent_tokens * payload.row_bytes(geometry)
 }
 
 impl Store for RamStore {

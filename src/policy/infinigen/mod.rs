@@ -16,7 +16,8 @@ mod plan;
 mod prompt;
 
 use crate::backend::{
-    AttentionShape, Buffer, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rehearsal, Rows, Selected, Visible,
+    AttentionShape, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rehearsal, Rows, Selected,
+    Visible,
 };
 use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
@@ -47,18 +48,11 @@ pub(super) struct Infinigen {
 
 impl Infinigen {
     pub(super) fn new(options: &PolicyOptions, setting: Setting) -> Result<Infinigen> {
+        super::refuse_window("infinigen", &setting)?;
         let plan = Plan::new(options, &setting)?;
         let Setting { backend, pool, geometry, capacity, .. } = setting;
-        let resident_layers = plan.resident_layers;
-        let resident = KvGeometry { layers: resident_layers, ..geometry };
-        let stored = KvGeometry { layers: geometry.layers - resident_layers, ..geometry };
-        let index = IndexGeometry {
-            layers: stored.layers,
-            kv_heads: geometry.kv_heads,
-            columns: plan.columns,
-            extent_tokens: geometry.extent_tokens,
-            bits: plan.bits,
-        };
+        let (resident, stored) = split(&geometry, plan.resident_layers);
+        let index = index_geometry(&stored, plan.columns, plan.bits);
         Ok(Infinigen {
             resident: SequenceKv::new(pool.clone(), resident),
             store: kv::store(&pool, &backend, stored, options.payload, &options.tier, capacity)?,
@@ -347,6 +341,32 @@ impl Policy for Infinigen {
         self.counters = KvCounters::default();
         self.fetched_before = self.store.counters();
     }
+}
+
+/// Shapes of the layers that stay on the device, and of those in the store.
+fn split(geometry: &KvGeometry, resident_layers: usize) -> (KvGeometry, KvGeometry) {
+    let of = |layers: usize| KvGeometry { layers, ..*geometry };
+    (of(resident_layers), of(geometry.layers - resident_layers))
+}
+
+fn index_geometry(stored: &KvGeometry, columns: usize, bits: IndexBits) -> IndexGeometry {
+    let &KvGeometry { layers, kv_heads, extent_tokens, .. } = stored;
+    IndexGeometry { layers, kv_heads, columns, extent_tokens, bits }
+}
+
+/// What [`Policy::bytes`] will say, at most, of a session of `capacity` tokens when it is full.
+pub(super) fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+    if geometry.layers < 2 {
+        return TierBytes::default(); // no such session can be made
+    }
+    let own = &options.infinigen;
+    let (resident, stored) = split(geometry, plan::resident_layers(own, geometry.layers));
+    let index = index_geometry(&stored, plan::columns(own, geometry.head_dim), plan::bits(own));
+    let (host, file) = kv::store_bytes(&stored, options.payload, &options.tier, capacity);
+    let device = resident.extents(capacity) * resident.extent_bytes()
+        + index.extents(capacity) * index.extent_bytes()
+        + stored.extents(plan::slots(own, capacity)) * stored.extent_bytes();
+    TierBytes { device, pinned: host, file }
 }
 
 /// Models that this policy cannot serve.

@@ -37,27 +37,23 @@ impl Plan {
         if layers < 2 {
             return Err(unsupported("the model has one layer, and none before it to speculate from"));
         }
-        let resident_layers = own.resident_layers.clamp(1, layers - 1);
+        let resident_layers = resident_layers(&own, layers);
         let speculation = setting
             .speculation
             .clone()
             .ok_or_else(|| Error::invalid_argument("policy infinigen needs a calibrated model"))?;
-        let chosen = ((d as f32 * own.ratio).round() as usize).clamp(1, d);
-        let (basis, columns) = match own.basis {
-            IndexBasis::Balanced => (Basis::Balanced(speculation.balanced(chosen)?), chosen),
+        let chosen = chosen_columns(&own, d);
+        let basis = match own.basis {
+            IndexBasis::Balanced => Basis::Balanced(speculation.balanced(chosen)?),
             basis => {
                 let skewed = basis == IndexBasis::Skewed;
-                (Basis::Chosen(Columns::new(setting, &speculation, resident_layers, skewed, chosen)?), d)
+                Basis::Chosen(Columns::new(setting, &speculation, resident_layers, skewed, chosen)?)
             }
         };
         Ok(Plan {
             resident_layers,
-            columns,
-            bits: match own.index_bits {
-                4 => IndexBits::Four,
-                8 => IndexBits::Eight,
-                _ => IndexBits::Full,
-            },
+            columns: columns(&own, d),
+            bits: bits(&own),
             attend_cache: own.attend_cache,
             scale: setting.scale,
             speculation,
@@ -123,17 +119,49 @@ impl Plan {
 
     /// Most rows that a rehearsal for a sequence of `length` tokens selects.
     pub(super) fn most_selected(&self, length: usize) -> usize {
-        let share = match self.options.rule {
-            Rule::Share(share) => share,
-            Rule::Probability { most, .. } | Rule::Paper { most, .. } => most,
-        };
-        ((f64::from(share) * length as f64).round() as usize).max(1)
+        most_selected(&self.options, length)
     }
 
-    /// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what one
-    /// step attends.
+    /// Slots of each layer and KV head for a sequence of `length` tokens.
     pub(super) fn slots(&self, length: usize) -> usize {
-        let needed = self.options.sinks + self.options.window.max(1) + self.most_selected(length) + 1;
-        self.options.cache.tokens(length).max(self.options.cache_least).max(needed).min(length.max(1))
+        slots(&self.options, length)
     }
+}
+
+/// Layers attended in full from the device, of a model of `layers` layers: one at least, and not all.
+pub(super) fn resident_layers(options: &InfinigenOptions, layers: usize) -> usize {
+    options.resident_layers.clamp(1, layers - 1)
+}
+
+/// Columns that queries use.
+fn chosen_columns(options: &InfinigenOptions, head_dim: usize) -> usize {
+    ((head_dim as f32 * options.ratio).round() as usize).clamp(1, head_dim)
+}
+
+/// Columns that the index holds.
+pub(super) fn columns(options: &InfinigenOptions, head_dim: usize) -> usize {
+    if options.basis == IndexBasis::Balanced { chosen_columns(options, head_dim) } else { head_dim }
+}
+
+pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
+    match options.index_bits {
+        4 => IndexBits::Four,
+        8 => IndexBits::Eight,
+        _ => IndexBits::Full,
+    }
+}
+
+fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
+    let share = match options.rule {
+        Rule::Share(share) => share,
+        Rule::Probability { most, .. } | Rule::Paper { most, .. } => most,
+    };
+    ((f64::from(share) * length as f64).round() as usize).max(1)
+}
+
+/// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what one step
+/// attends.
+pub(super) fn slots(options: &InfinigenOptions, length: usize) -> usize {
+    let needed = options.sinks + options.window.max(1) + most_selected(options, length) + 1;
+    options.cache.tokens(length).max(options.cache_least).max(needed).min(length.max(1))
 }

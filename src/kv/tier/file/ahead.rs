@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use super::blocks::Blocks;
 use super::pages::Page;
-use super::{FileStore, Op};
+use super::{FileStore, Op, Tuning};
 use crate::backend::{Backend, KvRunsMut, Landing, Move, Stream};
 use crate::{Error, ErrorCode, Result};
 
@@ -54,6 +55,11 @@ impl Fetch {
     pub(super) fn arrive(&mut self, index: usize, pages: Vec<Page>) {
         self.arrived.push((index, pages));
     }
+}
+
+/// Bytes of pages that one fetch holds, at most; copies of rows that the file does not have yet come on top.
+pub(super) fn most_bytes(tuning: &Tuning, blocks: &Blocks) -> usize {
+    tuning.ahead.max(tuning.piece.max(blocks.block_bytes()))
 }
 
 impl FileStore {

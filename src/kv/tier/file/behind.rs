@@ -8,8 +8,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::blocks::Blocks;
 use super::pages::Page;
-use super::{FileStore, Op};
+use super::{FileStore, Op, Tuning};
 use crate::backend::Slot;
 use crate::kv::Place;
 use crate::{Error, ErrorCode, Result};
@@ -58,10 +59,19 @@ impl Behind {
     }
 }
 
+fn most_waiting(tuning: &Tuning, blocks: &Blocks) -> usize {
+    (tuning.waiting / blocks.block_bytes()).max(4 * blocks.runs())
+}
+
+/// Bytes of pages that wait, at most; those of one append come on top.
+pub(super) fn most_bytes(tuning: &Tuning, blocks: &Blocks) -> usize {
+    most_waiting(tuning, blocks).saturating_mul(blocks.block_bytes())
+}
+
 impl FileStore {
     /// Pages that may wait before the caller does.
     fn most_waiting(&self) -> usize {
-        (self.tuning.waiting / self.blocks.block_bytes()).max(4 * self.blocks.runs())
+        most_waiting(&self.tuning, &self.blocks)
     }
 
     /// Places for the rows of `tokens` tokens, in the order of the backend's slots. They count once `landed` is called.

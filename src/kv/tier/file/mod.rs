@@ -110,6 +110,22 @@ impl FileStore {
         FileStore::with_engine(backend, geometry, payload, options, capacity_rows, TUNING, io::engine)
     }
 
+    /// Bytes of such a store: of memory at most, and of the file.
+    pub fn bytes_of(
+        geometry: &KvGeometry,
+        payload: Payload,
+        options: &FileOptions,
+        capacity_rows: usize,
+    ) -> (usize, usize) {
+        let blocks = Blocks::new(geometry, payload, capacity_rows, options.limit);
+        let file = blocks.file_bytes().map_or(usize::MAX, |n| n as usize);
+        let of_layer = file / geometry.layers.max(1);
+        // Two fetches are under way at a time.
+        let pages =
+            behind::most_bytes(&TUNING, &blocks).min(file) + 2 * ahead::most_bytes(&TUNING, &blocks).min(of_layer);
+        (Pages::allocated_for(pages, blocks.block_bytes()), file)
+    }
+
     fn with_engine(
         backend: Arc<dyn Backend>,
         geometry: KvGeometry,

@@ -29,11 +29,22 @@ pub(super) struct Pages {
 // SAFETY: the addresses in `starts` are those of `chunks`, which may be sent.
 unsafe impl Send for Pages {}
 
+fn pages_of_chunk(page: usize) -> usize {
+    (CHUNK / page).max(2)
+}
+
 impl Pages {
     /// Pages of `bytes` bytes, a multiple of [`ALIGN`].
     pub(super) fn new(backend: Arc<dyn Backend>, bytes: usize) -> Pages {
-        let per_chunk = (CHUNK / bytes).max(2);
+        let per_chunk = pages_of_chunk(bytes);
         Pages { backend, bytes, per_chunk, chunks: Vec::new(), starts: Vec::new(), free: Vec::new() }
+    }
+
+    /// Bytes that are allocated for `bytes` bytes of pages of `page` bytes.
+    pub(super) fn allocated_for(bytes: usize, page: usize) -> usize {
+        // The first page of a chunk may fall to its alignment.
+        let chunk = pages_of_chunk(page);
+        bytes.div_ceil((chunk - 1) * page).saturating_mul(chunk * page)
     }
 
     /// A page with any contents. Errors: no memory.

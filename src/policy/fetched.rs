@@ -1,0 +1,163 @@
+//! `full` away from the device, and `int4`: every layer attends every token, from a store.
+//!
+//! - A store whose entries are memory that attention can read (exact ones in RAM, on the CPU) is read in place: nothing
+//!   is copied, and nothing counts as fetched.
+//! - Otherwise the whole of each layer is fetched into one of two staging areas, each as long as one layer of the
+//!   sequence: while a layer is computed, the next one is on its way (FlexGen's order). This is so for decode and for
+//!   prompts alike; every chunk of a prompt fetches what came before it once.
+//! - A step's own entries are put into the staging area directly. They are attended exactly in that step, whatever the
+//!   payload, and as they were stored in all later ones, as in FlexGen.
+//!
+//! Counters: in decode each entry of a past token that is fetched is a miss, each that is read in place a hit. Bytes are
+//! those of the store, prompts included.
+
+use crate::Result;
+use crate::backend::{KvGeometry, KvRuns, Move, Rows, Visible};
+use crate::kv::{self, KvTier, Payload, SequenceKv, Store};
+
+use super::tally::Tally;
+use super::{KvCounters, Policy, PolicyOptions, Setting, Step, TierBytes};
+
+pub(super) struct Fetched {
+    kv_heads: usize,
+    store: Box<dyn Store>,
+    /// Layer i in the area i mod 2.
+    staging: [SequenceKv; 2],
+    /// Every entry of a layer to where it lies in the store, for a sequence of `listed` tokens.
+    moves: Vec<Move>,
+    listed: usize,
+    /// Tokens held, those of a step under way not included.
+    length: usize,
+    tally: Tally,
+}
+
+impl Fetched {
+    /// `payload` overrules that of the options.
+    pub(super) fn new(options: &PolicyOptions, payload: Payload, setting: Setting) -> Result<Fetched> {
+        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let staging = || SequenceKv::new(pool.clone(), layer_of(&geometry));
+        Ok(Fetched {
+            kv_heads: geometry.kv_heads,
+            staging: [staging(), staging()],
+            store: kv::store(&pool, &backend, geometry, payload, &options.tier, capacity)?,
+            moves: Vec::new(),
+            listed: 0,
+            length: 0,
+            tally: Tally::default(),
+        })
+    }
+
+    /// Whether attention reads the store itself.
+    fn in_place(&self, layer: usize) -> bool {
+        self.store.runs(layer).is_some()
+    }
+
+    /// Back to `length` tokens.
+    fn shorten(&mut self, length: usize) {
+        self.store.abandon_fetches();
+        self.store.truncate(length);
+        self.staging.iter_mut().for_each(|staging| staging.truncate(length));
+        self.length = length;
+    }
+}
+
+/// What [`Policy::bytes`] will say, at most, of a session of `capacity` tokens when it is full.
+pub(super) fn estimate(options: &PolicyOptions, payload: Payload, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+    let (host, file) = kv::store_bytes(geometry, payload, &options.tier, capacity);
+    let in_place = payload == Payload::Exact && !matches!(options.tier, KvTier::File(_));
+    let layer = layer_of(geometry);
+    let staged = if in_place { 0 } else { 2 * layer.extents(capacity) * layer.extent_bytes() };
+    TierBytes { device: staged, pinned: host, file }
+}
+
+/// The shape of a staging area.
+fn layer_of(geometry: &KvGeometry) -> KvGeometry {
+    KvGeometry { layers: 1, ..*geometry }
+}
+
+impl Policy for Fetched {
+    fn reserve(&mut self, length: usize) -> Result<()> {
+        let staged = if self.in_place(0) { 0 } else { length };
+        let [first, second] = &mut self.staging;
+        let result =
+            first.reserve(staged).and_then(|()| second.reserve(staged)).and_then(|()| self.store.reserve(length));
+        if result.is_err() {
+            let held = self.length;
+            self.staging.iter_mut().for_each(|staging| staging.truncate(held));
+            return result;
+        }
+        self.tally.begin();
+        Ok(())
+    }
+
+    fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
+        if step.position == 0 || self.in_place(step.layer) {
+            return Ok(());
+        }
+        if self.listed != step.position {
+            let rows = 0..step.position as u32;
+            let of_head = |head: u32| rows.clone().map(move |row| Move { head, from: row, to: row });
+            self.moves.clear();
+            self.moves.extend((0..self.kv_heads as u32).flat_map(of_head));
+            self.listed = step.position;
+        }
+        self.store.begin_fetch(step.layer, &self.moves)
+    }
+
+    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
+        let place = kv::Place::From(step.position);
+        self.store.append(step.backend, step.stream, step.layer, keys, values, place)?;
+        if self.in_place(step.layer) {
+            return Ok(());
+        }
+        // Behind the rows that the fetch under way will write.
+        let staging = &mut self.staging[step.layer % 2].layer_mut(0);
+        step.backend.store_kv(step.stream, keys, values, staging, step.position)
+    }
+
+    fn land(&mut self, step: &Step<'_>) -> Result<()> {
+        self.tally.layer(step, self.kv_heads, step.position + 1);
+        let past = self.kv_heads * step.position;
+        if self.in_place(step.layer) {
+            self.tally.fetched(step, past, 0);
+            return Ok(());
+        }
+        self.tally.fetched(step, 0, past);
+        let staging = &mut self.staging[step.layer % 2].layer_mut(0);
+        self.store.finish_fetch(step.backend, step.stream, step.layer, staging)
+    }
+
+    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
+        let runs = self.store.runs(step.layer).unwrap_or_else(|| self.staging[step.layer % 2].layer(0));
+        (runs, Visible::Causal)
+    }
+
+    fn commit(&mut self, step: &Step<'_>) -> Result<()> {
+        self.length = step.position + step.rows;
+        Ok(())
+    }
+
+    fn roll_back(&mut self, _step: &Step<'_>, length: usize) -> Result<()> {
+        self.shorten(length);
+        self.tally.undo();
+        Ok(())
+    }
+
+    fn truncate(&mut self, _step: &Step<'_>, length: usize) -> Result<()> {
+        self.shorten(length);
+        Ok(())
+    }
+
+    fn bytes(&self) -> TierBytes {
+        let (host, file) = self.store.bytes();
+        TierBytes { device: self.staging.iter().map(SequenceKv::bytes).sum(), pinned: host, file }
+    }
+
+    fn counters(&self) -> KvCounters {
+        self.tally.with(self.store.counters())
+    }
+
+    fn reset_counters(&mut self) {
+        self.tally.reset(self.store.counters());
+    }
+}

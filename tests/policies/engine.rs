@@ -1,0 +1,356 @@
+//! Policies through the engine, on the golden checkpoints with keys and values in f32.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kvahead::backend::DType;
+use kvahead::engine::{Estimate, Model, Session, SessionOptions, decode_batch};
+use kvahead::kv::{FileOptions, KvTier, Payload};
+use kvahead::policy::{self, Budget, PolicyKind, PolicyOptions};
+use kvahead::{Error, ErrorCode};
+
+use crate::common::{Golden, data, load, relative_error};
+use crate::failing::Failing;
+
+fn model(name: &str) -> (Model, Golden) {
+    let folder = data().join("golden").join(name);
+    (load(&folder, Some(DType::F32)), Golden::read(&folder, ""))
+}
+
+fn of(kind: PolicyKind) -> PolicyOptions {
+    PolicyOptions { kind, ..PolicyOptions::default() }
+}
+
+fn file(buffered: bool) -> KvTier {
+    KvTier::File(FileOptions { buffered, checksum: true, ..FileOptions::default() })
+}
+
+fn budget(kind: PolicyKind, budget: Budget) -> PolicyOptions {
+    PolicyOptions { budget, ..of(kind) }
+}
+
+/// One of each way that a policy can be.
+fn every() -> Vec<PolicyOptions> {
+    let full = || of(PolicyKind::Full);
+    vec![
+        full(),
+        PolicyOptions { tier: KvTier::Host, ..full() },
+        PolicyOptions { tier: file(true), ..full() },
+        PolicyOptions { tier: file(false), payload: Payload::Int8, ..full() },
+        PolicyOptions { payload: Payload::Int8, ..full() },
+        of(PolicyKind::Int4),
+        PolicyOptions { tier: file(true), ..of(PolicyKind::Int4) },
+        budget(PolicyKind::Window, Budget::Tokens(9)),
+        budget(PolicyKind::Window, Budget::Share(0.4)),
+        budget(PolicyKind::H2o, Budget::Tokens(9)),
+        budget(PolicyKind::H2o, Budget::Share(0.4)),
+    ]
+}
+
+fn options(policy: &PolicyOptions) -> SessionOptions {
+    SessionOptions { policy: policy.clone(), kv_dtype: Some(DType::F32), ..SessionOptions::default() }
+}
+
+fn session(model: &Model, policy: &PolicyOptions) -> Session {
+    Session::new(model, &options(policy)).unwrap()
+}
+
+/// What a session is taken through: prompts of some tokens and decoded ones, and where each begins and ends.
+fn calls(tokens: usize) -> Vec<(usize, usize)> {
+    let (first, second) = (tokens / 2, tokens / 2 + 5);
+    let mut calls = vec![(0, first)];
+    calls.extend((first..second).map(|i| (i, i + 1)));
+    calls.push((second, second + 6));
+    calls.extend((second + 6..tokens).map(|i| (i, i + 1)));
+    calls
+}
+
+fn call(session: &mut Session, tokens: &[u32], (from, to): (usize, usize)) -> kvahead::Result<Vec<f32>> {
+    if to - from == 1 {
+        session.decode(tokens[from])?
+    } else {
+        session.prefill(&tokens[from..to])?
+    };
+    Ok(session.logits()?.to_vec())
+}
+
+/// Logits after each call.
+fn run(session: &mut Session, tokens: &[u32]) -> Vec<Vec<f32>> {
+    calls(tokens.len()).into_iter().map(|at| call(session, tokens, at).unwrap()).collect()
+}
+
+#[test]
+fn exact_entries_give_the_same_bits_wherever_they_are() {
+    for name in ["smollm2", "mistral-window", "opt-pre-norm", "llama-mqa-tied"] {
+        let (model, golden) = model(name);
+        for prefill_chunk in [0, 7] {
+            let with = |tier: KvTier| {
+                let policy = PolicyOptions { tier, ..of(PolicyKind::Full) };
+                let mut session = Session::new(&model, &SessionOptions { prefill_chunk, ..options(&policy) }).unwrap();
+                run(&mut session, &golden.tokens)
+            };
+            let expected = with(KvTier::Device);
+            for tier in [KvTier::Host, file(true), file(false)] {
+                assert!(with(tier.clone()) == expected, "{name}: {tier:?}, chunks of {prefill_chunk}");
+            }
+        }
+    }
+}
+
+#[test]
+fn quantized_entries_stay_near() {
+    let (model, golden) = model("smollm2");
+    let expected = run(&mut session(&model, &of(PolicyKind::Full)), &golden.tokens);
+    let mut errors = Vec::new();
+    for (policy, most) in [
+        (PolicyOptions { payload: Payload::Int8, ..of(PolicyKind::Full) }, 0.02),
+        (PolicyOptions { payload: Payload::Int4, ..of(PolicyKind::Full) }, 0.3),
+    ] {
+        let mut near = session(&model, &policy);
+        let logits = run(&mut near, &golden.tokens);
+        assert_eq!(logits[0], expected[0], "a prompt in one piece attends its own exact entries");
+        let error = logits.iter().zip(&expected).map(|(a, b)| relative_error(a, b)).fold(0.0, f32::max);
+        assert!(error > 0.0 && error < most, "{:?}: {error}", policy.payload);
+        errors.push(error);
+        for tier in [KvTier::Host, file(true)] {
+            let elsewhere = run(&mut session(&model, &PolicyOptions { tier, ..policy.clone() }), &golden.tokens);
+            assert!(elsewhere == logits, "{:?} differs in another tier", policy.payload);
+        }
+        let counters = near.kv_counters();
+        assert_eq!((counters.attended, counters.hits), (counters.held, 0));
+        assert!(counters.misses > 0 && counters.misses == counters.candidates && counters.host_bytes > 0);
+    }
+    assert!(errors[0] < errors[1], "{errors:?}");
+    let int4 = run(&mut session(&model, &of(PolicyKind::Int4)), &golden.tokens);
+    let same = PolicyOptions { payload: Payload::Int4, ..of(PolicyKind::Full) };
+    assert!(int4 == run(&mut session(&model, &same), &golden.tokens), "int4 is full with that payload");
+}
+
+#[test]
+fn a_budget_for_everything_is_full() {
+    for name in ["smollm2", "qwen3", "opt-post-norm"] {
+        let (model, golden) = model(name);
+        let mut full = session(&model, &of(PolicyKind::Full));
+        full.prefill(&golden.tokens[..20]).unwrap();
+        let expected: Vec<_> =
+            (20..golden.tokens.len()).map(|i| call(&mut full, &golden.tokens, (i, i + 1)).unwrap()).collect();
+        for kind in [PolicyKind::Window, PolicyKind::H2o] {
+            for all in [Budget::Tokens(golden.tokens.len()), Budget::Share(1.0)] {
+                let mut other = session(&model, &budget(kind, all));
+                other.prefill(&golden.tokens[..20]).unwrap();
+                for (i, expected) in (20..).zip(&expected) {
+                    let logits = call(&mut other, &golden.tokens, (i, i + 1)).unwrap();
+                    assert!(relative_error(&logits, expected) < 1e-5, "{name}: {}, token {i}", kind.name());
+                }
+            }
+            // And less is not.
+            let mut less = session(&model, &budget(kind, Budget::Share(0.3)));
+            less.prefill(&golden.tokens[..20]).unwrap();
+            assert!(relative_error(&call(&mut less, &golden.tokens, (20, 21)).unwrap(), &expected[0]) > 1e-4);
+        }
+    }
+}
+
+/// Every call is made to fail at every place where it can, and then done.
+#[test]
+fn a_step_that_fails_leaves_the_session_as_it_was() {
+    let (model, golden) = model("smollm2");
+    let tokens = &golden.tokens[..28];
+    for policy in every() {
+        let expected = run(&mut session(&model, &policy), tokens);
+        let left = Arc::new(AtomicUsize::new(0));
+        let mut failing = Session::with_policy(&model, &options(&policy), |setting| {
+            Ok(Box::new(Failing { inner: policy::create(&policy, setting)?, left: left.clone() }))
+        })
+        .unwrap();
+        let mut failures = 0;
+        for (at, expected) in calls(tokens.len()).into_iter().zip(&expected) {
+            for fail in 1.. {
+                let (counters, bytes) = (failing.kv_counters(), failing.kv_bytes());
+                left.store(fail, Ordering::Relaxed);
+                let result = call(&mut failing, tokens, at);
+                if left.swap(0, Ordering::Relaxed) > 0 {
+                    assert!(&result.unwrap() == expected, "{policy:?}: tokens {at:?} after failures");
+                    break;
+                }
+                assert_eq!(result.unwrap_err().code(), ErrorCode::Device);
+                assert_eq!(failing.tokens().len(), at.0);
+                let now = failing.kv_counters();
+                assert_eq!((now.steps, now.attended), (counters.steps, counters.attended), "{policy:?}");
+                // (h2o keeps its scratch memory.)
+                assert!(policy.kind == PolicyKind::H2o || failing.kv_bytes().device == bytes.device, "{policy:?}");
+                failures += 1;
+            }
+        }
+        assert!(failures > 100, "{failures}");
+    }
+}
+
+#[test]
+fn a_cancelled_batch_leaves_every_session_as_it_was() {
+    let (model, golden) = model("smollm2");
+    let policies = every();
+    let mut sessions: Vec<Session> = policies.iter().map(|policy| session(&model, policy)).collect();
+    let mut alone: Vec<Session> = policies.iter().map(|policy| session(&model, policy)).collect();
+    for (i, session) in sessions.iter_mut().chain(&mut alone).enumerate() {
+        session.prefill(&golden.tokens[..10 + i % policies.len()]).unwrap();
+    }
+    for (step, &token) in golden.tokens.iter().enumerate().take(24) {
+        if step % 3 == 0 {
+            sessions[step % policies.len()].control().cancel();
+            let mut batch: Vec<&mut Session> = sessions.iter_mut().collect();
+            let error = decode_batch(&mut batch, &vec![token; policies.len()]).unwrap_err();
+            assert_eq!(error.code(), ErrorCode::Cancelled);
+        }
+        let mut batch: Vec<&mut Session> = sessions.iter_mut().collect();
+        decode_batch(&mut batch, &vec![token; policies.len()]).unwrap();
+        for (i, alone) in alone.iter_mut().enumerate() {
+            alone.decode(token).unwrap();
+            assert_eq!(alone.logits().unwrap(), sessions[i].logits().unwrap(), "step {step}: {:?}", policies[i]);
+        }
+    }
+}
+
+/// A batch in which one session finds no room: those before it are undone, those after it have not begun.
+#[test]
+fn a_batch_without_room_leaves_every_session_as_it_was() {
+    let (model, golden) = model("smollm2");
+    let policies = every();
+    let mut alone: Vec<Session> = policies.iter().map(|policy| session(&model, policy)).collect();
+    let left = Arc::new(AtomicUsize::new(0));
+    let mut sessions: Vec<Session> = policies
+        .iter()
+        .enumerate()
+        .map(|(i, policy)| {
+            Session::with_policy(&model, &options(policy), |setting| {
+                let inner = policy::create(policy, setting)?;
+                Ok(if i == 4 { Box::new(Failing { inner, left: left.clone() }) } else { inner })
+            })
+            .unwrap()
+        })
+        .collect();
+    for session in sessions.iter_mut().chain(&mut alone) {
+        session.prefill(&golden.tokens[..12]).unwrap();
+    }
+    for &token in &golden.tokens[..12] {
+        left.store(1, Ordering::Relaxed);
+        let mut batch: Vec<&mut Session> = sessions.iter_mut().collect();
+        assert_eq!(decode_batch(&mut batch, &vec![token; policies.len()]).unwrap_err().code(), ErrorCode::Device);
+        decode_batch(&mut batch, &vec![token; policies.len()]).unwrap();
+        for (i, alone) in alone.iter_mut().enumerate() {
+            alone.decode(token).unwrap();
+            assert_eq!(alone.logits().unwrap(), sessions[i].logits().unwrap(), "{:?}", policies[i]);
+        }
+    }
+}
+
+#[test]
+fn truncation_is_exact_or_refused() {
+    let (model, golden) = model("smollm2");
+    let tokens = &golden.tokens[..32];
+    for policy in every() {
+        for length in [0, 3, 12, 15, 30, 31] {
+            let mut long = session(&model, &policy);
+            long.prefill(&tokens[..16]).unwrap();
+            tokens[16..].iter().for_each(|&token| long.decode(token).unwrap());
+            let fresh = || {
+                let mut fresh = session(&model, &policy);
+                let prompt = length.min(16);
+                if prompt > 0 {
+                    fresh.prefill(&tokens[..prompt]).unwrap();
+                }
+                tokens[prompt..length].iter().for_each(|&token| fresh.decode(token).unwrap());
+                fresh.decode(7).unwrap();
+                fresh.logits().unwrap().to_vec()
+            };
+            let drops = matches!(policy.kind, PolicyKind::Window | PolicyKind::H2o);
+            match long.truncate(length) {
+                Ok(()) => {
+                    long.decode(7).unwrap();
+                    assert!(long.logits().unwrap() == fresh(), "{policy:?}: back to {length}");
+                    assert!(length <= 4 || !drops || policy.kind == PolicyKind::Window, "{policy:?}: to {length}");
+                }
+                Err(error) => {
+                    assert!(drops && length > 0, "{policy:?}: back to {length}: {error}");
+                    assert_eq!(error.code(), ErrorCode::Unsupported);
+                    assert!(error.message().starts_with(&format!("cannot truncate to {length} tokens: policy ")));
+                    // As it was.
+                    let mut same = session(&model, &policy);
+                    same.prefill(&tokens[..16]).unwrap();
+                    tokens[16..].iter().for_each(|&token| same.decode(token).unwrap());
+                    assert_eq!(long.logits().unwrap(), same.logits().unwrap());
+                    same.decode(7).unwrap();
+                    long.decode(7).unwrap();
+                    assert_eq!(long.logits().unwrap(), same.logits().unwrap());
+                }
+            }
+        }
+    }
+    // A window that has dropped nothing yet goes back anywhere; one of a fixed size nowhere, once it has.
+    let mut wide = session(&model, &budget(PolicyKind::Window, Budget::Tokens(40)));
+    wide.prefill(tokens).unwrap();
+    wide.truncate(17).unwrap();
+    let mut narrow = session(&model, &budget(PolicyKind::Window, Budget::Tokens(10)));
+    narrow.prefill(tokens).unwrap();
+    narrow.truncate(31).unwrap_err();
+    narrow.truncate(4).unwrap();
+    assert_eq!(narrow.tokens().len(), 4);
+}
+
+#[test]
+fn what_is_dropped_is_given_back() {
+    let (model, _) = model("smollm2");
+    let tokens: Vec<u32> = (0..510).map(|i| i % 50).collect();
+    for kind in [PolicyKind::Window, PolicyKind::H2o] {
+        let mut kept = session(&model, &budget(kind, Budget::Tokens(20)));
+        kept.prefill(&tokens).unwrap();
+        let mut full = session(&model, &of(PolicyKind::Full));
+        full.prefill(&tokens).unwrap();
+        assert_eq!(2 * kept.kv_bytes().device, full.kv_bytes().device, "{}: one extent of two", kind.name());
+        kept.decode(1).unwrap();
+        let counters = kept.kv_counters();
+        let entries = 3 * 3;
+        assert_eq!((counters.steps, counters.attended, counters.held), (1, entries * 20, entries * 511));
+    }
+}
+
+#[test]
+fn a_model_with_a_window_of_its_own_is_refused() {
+    let (model, golden) = model("mistral-window");
+    for kind in [PolicyKind::Window, PolicyKind::H2o, PolicyKind::Infinigen] {
+        let error: Error = Session::new(&model, &options(&of(kind))).err().expect(kind.name());
+        assert_eq!(error.code(), ErrorCode::Unsupported, "{error}");
+        assert!(error.message().contains("sliding window of 32 tokens"), "{error}");
+    }
+    // A session that never comes so far is not.
+    let short = SessionOptions { capacity: 32, ..options(&budget(PolicyKind::H2o, Budget::Tokens(32))) };
+    let mut session = Session::new(&model, &short).unwrap();
+    session.prefill(&golden.tokens[..32]).unwrap();
+    assert!(relative_error(session.logits().unwrap(), &golden.logits[31]) < 1e-4);
+}
+
+#[test]
+fn estimates_are_what_a_full_session_holds() {
+    let (model, _) = model("smollm2");
+    for policy in every().into_iter().chain([budget(PolicyKind::H2o, Budget::Tokens(300))]) {
+        for capacity in [1, 200, 256, 512] {
+            let options = SessionOptions { capacity, ..options(&policy) };
+            let estimate = Estimate::new(&model, &options, 3).unwrap().kv;
+            let mut session = Session::new(&model, &options).unwrap();
+            let prompt: Vec<u32> = (0..capacity as u32 / 2).map(|i| i % 50).collect();
+            if !prompt.is_empty() {
+                session.prefill(&prompt).unwrap();
+            }
+            (prompt.len()..capacity).for_each(|i| session.decode(i as u32 % 50).unwrap());
+            let bytes = session.kv_bytes();
+            let near = |estimate: usize, bytes: usize| estimate.abs_diff(3 * bytes) * 20 <= 3 * bytes;
+            assert!(near(estimate.device, bytes.device), "{policy:?}, {capacity}: {estimate:?} for {bytes:?}");
+            assert!(near(estimate.file, bytes.file), "{policy:?}, {capacity}: {estimate:?} for {bytes:?}");
+            if matches!(policy.tier, KvTier::File(_)) {
+                assert!(bytes.file > 0 && estimate.pinned >= 3 * bytes.pinned, "{estimate:?} for {bytes:?}");
+            } else {
+                assert!(near(estimate.pinned, bytes.pinned), "{policy:?}, {capacity}: {estimate:?} for {bytes:?}");
+            }
+        }
+    }
+}

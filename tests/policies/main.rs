@@ -1,0 +1,8 @@
+//! Policies: against each other through the engine, against naive ones layer by layer, and one that is not the library's.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod engine;
+mod example;
+mod failing;
+mod oracle;
