@@ -6,6 +6,7 @@
 //!   the committed length mean nothing until the engine commits.
 //! - What may not enter: arithmetic (that is `backend`), tokens, sampling.
 
+mod check;
 mod full;
 mod options;
 
