@@ -225,6 +225,152 @@
 #define KVA_POLICY_FULL 0
 
 /**
+ * Every token, from entries of 4 bits a value (FlexGen's compression).
+ */
+#define KVA_POLICY_INT4 1
+
+/**
+ * Tokens that got much attention so far, and the recent ones; the rest is dropped for good (H2O).
+ */
+#define KVA_POLICY_H2O 2
+
+/**
+ * The first tokens and the recent ones (StreamingLLM).
+ */
+#define KVA_POLICY_WINDOW 3
+
+/**
+ * What speculation selects, one layer ahead (InfiniGen).
+ */
+#define KVA_POLICY_INFINIGEN 4
+
+/**
+ * In device memory (main memory, where the device is the processor). Nothing is ever fetched.
+ */
+#define KVA_KV_TIER_DEVICE 0
+
+/**
+ * In host memory: pinned for a GPU, plain main memory for the processor.
+ */
+#define KVA_KV_TIER_HOST 1
+
+/**
+ * In a preallocated file.
+ */
+#define KVA_KV_TIER_FILE 2
+
+/**
+ * As on the device.
+ */
+#define KVA_KV_PAYLOAD_EXACT 0
+
+/**
+ * 8 bits a value, symmetric, with a scale for each key and each value vector.
+ */
+#define KVA_KV_PAYLOAD_INT8 1
+
+/**
+ * 4 bits a value, asymmetric, in groups of 64.
+ */
+#define KVA_KV_PAYLOAD_INT4 2
+
+/**
+ * Leave the KV file where it is; otherwise it is unlinked as soon as it is open.
+ */
+#define KVA_KV_FILE_KEEP 1
+
+/**
+ * Go through the page cache instead of direct I/O.
+ */
+#define KVA_KV_FILE_BUFFERED 2
+
+/**
+ * Keep a checksum of every row, and compare it on every read.
+ */
+#define KVA_KV_FILE_CHECKSUM 4
+
+/**
+ * Nothing gives way: a step that finds no room is a `KVA_ERROR_CAPACITY` before it begins.
+ */
+#define KVA_EVICTION_OFF 0
+
+/**
+ * The oldest entry gives way.
+ */
+#define KVA_EVICTION_FIFO 1
+
+/**
+ * The entry that was selected longest ago.
+ */
+#define KVA_EVICTION_LRU 2
+
+/**
+ * The entry that was selected least often, by saturating counters that are all halved when one saturates.
+ */
+#define KVA_EVICTION_COUNTER 3
+
+/**
+ * What serves best, by measurement.
+ */
+#define KVA_INFINIGEN_DEFAULT 0
+
+/**
+ * The paper's own settings, and nothing else.
+ */
+#define KVA_INFINIGEN_PAPER 1
+
+/**
+ * Balanced over queries and keys, rotated to random positions; leading columns.
+ */
+#define KVA_INDEX_BALANCED 0
+
+/**
+ * The paper's skew; columns chosen from the prompt.
+ */
+#define KVA_INDEX_SKEWED 1
+
+/**
+ * The head's own columns, chosen from the prompt; all of them at a ratio of 1.
+ */
+#define KVA_INDEX_PLAIN 2
+
+/**
+ * The layer's query weight, corrected by ridge regression on the calibration text.
+ */
+#define KVA_PREDICTOR_FITTED 0
+
+/**
+ * The layer's query weight on the previous layer's normalised input (the paper).
+ */
+#define KVA_PREDICTOR_OWN 1
+
+/**
+ * The layer's query weight on the previous layer's input, normalised as this layer does.
+ */
+#define KVA_PREDICTOR_RENORMALISED 2
+
+/**
+ * The true query, which comes too late to prefetch by: how well a perfect predictor would do.
+ */
+#define KVA_PREDICTOR_EXACT 3
+
+/**
+ * A fixed share of the tokens: `select_share`.
+ */
+#define KVA_RULE_SHARE 0
+
+/**
+ * Every token whose speculated log-probability is above -`select_below`, at most `select_cap`.
+ */
+#define KVA_RULE_PROBABILITY 1
+
+/**
+ * As many tokens in each head as the heads have on average within `alpha` of their greatest speculated score, at most
+ * `select_cap`.
+ */
+#define KVA_RULE_PAPER 2
+
+/**
  * The model ended the text with a stop token, which is neither emitted nor kept.
  */
 #define KVA_FINISH_STOP_TOKEN 1
@@ -281,10 +427,10 @@ typedef struct kva_model kva_model;
 typedef struct kva_session kva_session;
 
 /**
- * Called while a model is loaded, with the fraction done, 0 to 1 and never falling. A result other than 0 cancels
- * the load.
+ * Called while a model is loaded or calibrated, with the fraction done, 0 to 1 and never falling. A result other than
+ * 0 cancels the call.
  *
- * Runs on the thread that loads, within the call.
+ * Runs on the thread of that call, within it.
  */
 typedef int32_t (*kva_progress_callback)(void *user_data, float fraction);
 
@@ -361,6 +507,20 @@ typedef struct {
    * of the model, its sessions and its detokenizers is freed. May be NULL.
    */
   kva_free_callback log_free_user_data;
+  /**
+   * Folder that what is learnt from the calibration text is kept in, so that it need not be learnt again; made where
+   * it is not there. NULL (the default): next to the model.
+   */
+  const char *speculation_cache_path;
+  /**
+   * Text that `KVA_POLICY_INFINIGEN` is calibrated on, in UTF-8: plain prose of at least 2,048 tokens. NULL (the
+   * default): a text of the library's own. Needed during the call only.
+   */
+  const char *calibration_text;
+  /**
+   * Its length in bytes.
+   */
+  size_t calibration_text_len;
 } kva_model_options;
 
 /**
@@ -443,6 +603,88 @@ typedef struct {
 } kva_model_info;
 
 /**
+ * Settings of `KVA_POLICY_INFINIGEN`. Fill it with `kva_infinigen_options_init`, then change fields.
+ *
+ * Shares are of the tokens that a session holds, and greater than 0 unless something else is said.
+ */
+typedef struct {
+  /**
+   * Set by `kva_infinigen_options_init`.
+   */
+  uint32_t struct_size;
+  /**
+   * The mode that the other fields were filled for, one of `KVA_INFINIGEN_...`; to change it, fill them anew.
+   */
+  int32_t mode;
+  /**
+   * Basis of the index, one of `KVA_INDEX_...`. Default: `KVA_INDEX_BALANCED`; paper: `KVA_INDEX_SKEWED`.
+   */
+  int32_t basis;
+  /**
+   * Bits of a number in the index: 4, 8, or 32 (floating point). Default: 4; paper: 32.
+   */
+  uint32_t index_bits;
+  /**
+   * Columns of the index as a share of the head dimension, at most 1. Default: 0.5; paper: 0.3.
+   */
+  float ratio;
+  /**
+   * What predicts a layer's queries from the layer before, one of `KVA_PREDICTOR_...`. Default:
+   * `KVA_PREDICTOR_FITTED`; paper: `KVA_PREDICTOR_OWN`.
+   */
+  int32_t predictor;
+  /**
+   * How tokens are selected, one of `KVA_RULE_...`. Default: `KVA_RULE_SHARE`; paper: `KVA_RULE_PAPER`.
+   */
+  int32_t rule;
+  /**
+   * `KVA_RULE_SHARE`: share of the tokens to select, at most 1. Default: 0.02.
+   */
+  float select_share;
+  /**
+   * `KVA_RULE_PROBABILITY`: how far below 1 a probability may lie, as a natural logarithm. Default: 7.
+   */
+  float select_below;
+  /**
+   * `KVA_RULE_PAPER`: how far below the greatest a score may lie. Default: 4.
+   */
+  float alpha;
+  /**
+   * The latter two: most to select, as a share of the tokens, at most 1. Default: 0.2.
+   */
+  float select_cap;
+  /**
+   * First tokens, always attended. Default: 4; paper: 0.
+   */
+  uint32_t sinks;
+  /**
+   * Last tokens, always attended. Default: 64; paper: 0.
+   */
+  uint32_t window;
+  /**
+   * First layers, attended in full from device memory; at least 1, unless the predictor is exact. Default: 2.
+   */
+  uint32_t resident_layers;
+  /**
+   * Entries that each layer and KV head keeps on the device (sinks, window and cache together), as a share of the
+   * tokens, 0 to 1; not looked at where `cache_tokens` is not 0. Default: 0.2; paper: 0.25.
+   */
+  float cache_share;
+  /**
+   * 1: attend everything that is on the device, selected or not; 0: only what was selected. Default: 1; paper: 0.
+   */
+  uint32_t attend_cache;
+  /**
+   * In place of `cache_share`, a number of tokens; 0 (the default) for the share.
+   */
+  uint64_t cache_tokens;
+  /**
+   * The cache holds at least this many tokens: a shorter sequence is attended in full. Default: 320; paper: 64.
+   */
+  uint64_t cache_least;
+} kva_infinigen_options;
+
+/**
  * How to create a session. Fill it with `kva_session_options_init`, then change fields.
  */
 typedef struct {
@@ -468,6 +710,60 @@ typedef struct {
    * the session grows.
    */
   uint64_t capacity;
+  /**
+   * Where the policy keeps the KV that it does not hold on the device, one of `KVA_KV_TIER_...`. Default:
+   * `KVA_KV_TIER_DEVICE`.
+   */
+  int32_t kv_tier;
+  /**
+   * How KV is stored there, one of `KVA_KV_PAYLOAD_...`. Default: `KVA_KV_PAYLOAD_EXACT`.
+   */
+  int32_t kv_payload;
+  /**
+   * `KVA_KV_TIER_FILE`: `KVA_KV_FILE_...` flags, combined with `|`. Default: 0.
+   */
+  uint32_t kv_file_flags;
+  /**
+   * `KVA_POLICY_INFINIGEN`: what happens when there is no more room for KV, one of `KVA_EVICTION_...`. Default:
+   * `KVA_EVICTION_OFF`.
+   */
+  int32_t eviction;
+  /**
+   * `KVA_POLICY_WINDOW` and `KVA_POLICY_H2O`: tokens to attend, sinks included, as a share of those that the session
+   * holds, above 0 and at most 1; not looked at where `budget_tokens` is not 0. Default: 0.2.
+   */
+  float budget_share;
+  /**
+   * `KVA_POLICY_WINDOW`: first tokens, always attended. Default: 4.
+   */
+  uint32_t sinks;
+  /**
+   * In place of `budget_share`, a number of tokens; 0 (the default) for the share.
+   */
+  uint64_t budget_tokens;
+  /**
+   * Most tokens that the session keeps KV of, in each layer and KV head; 0 (the default) for as many as there is room
+   * for. With eviction, it begins here.
+   */
+  uint64_t pool_tokens;
+  /**
+   * `KVA_KV_TIER_FILE`: most bytes of the file; 0 (the default) for what `capacity` needs.
+   */
+  uint64_t kv_file_limit_bytes;
+  /**
+   * `KVA_KV_TIER_FILE`: the file, made anew for the session; one that exists is an error. NULL (the default): a
+   * nameless file in the system's temporary folder.
+   */
+  const char *kv_file_path;
+  /**
+   * Settings of `KVA_POLICY_INFINIGEN`; NULL (the default) for the defaults of `KVA_INFINIGEN_DEFAULT`.
+   */
+  const kva_infinigen_options *infinigen;
+  /**
+   * A file to write what was speculated, selected, hit, missed and fetched to; NULL (the default) for none.
+   * docs/policies.md describes it.
+   */
+  const char *trace_path;
 } kva_session_options;
 
 /**
@@ -567,6 +863,59 @@ typedef struct {
    * Bytes of KV held in files.
    */
   uint64_t kv_file_bytes;
+  /**
+   * Decode steps. This and what follows is what the policy did in them; an entry is the key and value of one token
+   * of one KV head of one layer.
+   */
+  uint64_t kv_steps;
+  /**
+   * Entries of past tokens that the policy selected (or attended, if it does not select), over speculated layers.
+   */
+  uint64_t kv_selected;
+  /**
+   * Entries of past tokens that there were, over speculated layers.
+   */
+  uint64_t kv_candidates;
+  /**
+   * Entries that were attended, over all layers.
+   */
+  uint64_t kv_attended;
+  /**
+   * Entries that full attention would have attended, over all layers.
+   */
+  uint64_t kv_held;
+  /**
+   * Selected entries that were on the device already.
+   */
+  uint64_t kv_hits;
+  /**
+   * Selected entries that were not, and were fetched.
+   */
+  uint64_t kv_misses;
+  /**
+   * Bytes fetched from host memory.
+   */
+  uint64_t kv_host_fetched_bytes;
+  /**
+   * Bytes fetched from files, as the entries need them.
+   */
+  uint64_t kv_file_fetched_bytes;
+  /**
+   * Bytes really read from files: whole blocks, and the gaps between entries.
+   */
+  uint64_t kv_file_read_bytes;
+  /**
+   * Seconds that reads from files were in flight.
+   */
+  double kv_read_seconds;
+  /**
+   * Seconds that steps stood still for them.
+   */
+  double kv_wait_seconds;
+  /**
+   * Entries overwritten because there was no more room.
+   */
+  uint64_t kv_evicted;
 } kva_statistics;
 
 /**
@@ -834,6 +1183,24 @@ void kva_model_free(kva_model *model);
 kva_error *kva_model_get_info(const kva_model *model, kva_model_info *info);
 
 /**
+ * Learns from the calibration text what `KVA_POLICY_INFINIGEN` speculates with, or reads it from the cache. Without this
+ * call the model's first session with that policy does it, which may take minutes; a second call has nothing to do.
+ *
+ * `progress` may be NULL. A call while another thread calibrates the same model waits for that one.
+ *
+ * Ownership: `free_user_data` (may be NULL) is called with `user_data` exactly once, before this call returns.
+ * Threads: any, many at once.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a calibration text that is too short), `KVA_ERROR_UNSUPPORTED` (a model
+ * that cannot be calibrated), `KVA_ERROR_OUT_OF_MEMORY`, `KVA_ERROR_CANCELLED` (by `progress`). A cache that cannot be
+ * written is a line in the log.
+ * After an error: the model is as it was.
+ */
+kva_error *kva_model_calibrate(const kva_model *model,
+                               kva_progress_callback progress,
+                               void *user_data,
+                               kva_free_callback free_user_data);
+
+/**
  * Says what `sessions` sessions with these options would cost, all of them full and decoded in one batch.
  * Allocates nothing.
  *
@@ -967,6 +1334,16 @@ kva_error *kva_detokenizer_finish(kva_detokenizer *detokenizer, const char **tex
 void kva_detokenizer_free(kva_detokenizer *detokenizer);
 
 /**
+ * Fills `options` with the settings of a mode, one of `KVA_INFINIGEN_...`.
+ *
+ * Ownership: `options` is the caller's; the library keeps no reference. Threads: any.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` for NULL, for an unknown mode, or for a `struct_size` that is not
+ * `sizeof(kva_infinigen_options)` of some version.
+ * After an error: nothing was written.
+ */
+kva_error *kva_infinigen_options_init(kva_infinigen_options *options, size_t struct_size, int32_t mode);
+
+/**
  * Fills `options` with the defaults.
  *
  * Ownership: `options` is the caller's; the library keeps no reference. Threads: any.
@@ -981,8 +1358,9 @@ kva_error *kva_session_options_init(kva_session_options *options, size_t struct_
  *
  * Ownership: `*session` is the caller's, freed with `kva_session_free`; it keeps the model alive. Threads: any,
  * many at once.
- * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, an unknown enum value, a `capacity` above the model's context
- * length), `KVA_ERROR_OUT_OF_MEMORY`.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, an unknown enum value, a number out of its range, a `capacity` above the
+ * model's context length), `KVA_ERROR_UNSUPPORTED` (a policy, tier or payload that do not go together),
+ * `KVA_ERROR_OUT_OF_MEMORY`, `KVA_ERROR_IO` (the KV file or the trace).
  * After an error: `*session` is unchanged and nothing is held.
  */
 kva_error *kva_session_create(const kva_model *model, const kva_session_options *options, kva_session **session);
@@ -1077,6 +1455,18 @@ kva_error *kva_session_score(kva_session *session, const uint32_t *tokens, size_
  * written.
  */
 kva_error *kva_session_decode(kva_session *session, uint32_t token, float *logits, size_t logits_len);
+
+/**
+ * Writes the logits after the session's last token to `logits`; `logits_len` must be the model's `vocabulary_size`. They
+ * are those that the last prefill, score or decode computed.
+ *
+ * Ownership: all memory is the caller's; nothing is kept. Threads: any, one at a time.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, a wrong `logits_len`, or a session without logits: an empty one, or one
+ * that was truncated since), `KVA_ERROR_BUSY`. After an error: nothing was written.
+ */
+kva_error *kva_session_get_logits(const kva_session *session,
+                                  float *logits,
+                                  size_t logits_len);
 
 /**
  * Asks the call in progress on a session to stop; within one layer it returns `KVA_ERROR_CANCELLED`. If no call is

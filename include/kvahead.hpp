@@ -231,7 +231,72 @@ enum class Device : std::int32_t {
 
 /// What a layer attends.
 enum class Policy : std::int32_t {
-  full = KVA_POLICY_FULL,  ///< every token: exact
+  full = KVA_POLICY_FULL,            ///< every token: exact
+  int4 = KVA_POLICY_INT4,            ///< every token, from entries of 4 bits a value (FlexGen)
+  h2o = KVA_POLICY_H2O,              ///< what got much attention so far, and the recent tokens; the rest is dropped (H2O)
+  window = KVA_POLICY_WINDOW,        ///< the first tokens and the recent ones (StreamingLLM)
+  infinigen = KVA_POLICY_INFINIGEN,  ///< what speculation selects, one layer ahead (InfiniGen)
+};
+
+/// Where KV is kept that a policy does not hold on the device.
+enum class KvTier : std::int32_t {
+  device = KVA_KV_TIER_DEVICE,  ///< device memory (main memory, where the device is the processor)
+  host = KVA_KV_TIER_HOST,      ///< host memory, pinned for a GPU
+  file = KVA_KV_TIER_FILE,
+};
+
+/// How it is stored there.
+enum class KvPayload : std::int32_t {
+  exact = KVA_KV_PAYLOAD_EXACT,  ///< as on the device
+  int8 = KVA_KV_PAYLOAD_INT8,
+  int4 = KVA_KV_PAYLOAD_INT4,
+};
+
+/// How a KV file is used. Combine with `|`.
+enum class KvFile : std::uint32_t {
+  plain = 0,
+  keep = KVA_KV_FILE_KEEP,          ///< leave it in its place, instead of unlinking it as soon as it is open
+  buffered = KVA_KV_FILE_BUFFERED,  ///< through the page cache, instead of direct I/O
+  checksum = KVA_KV_FILE_CHECKSUM,  ///< keep a checksum of every row, and compare it on every read
+};
+[[nodiscard]] constexpr KvFile operator|(KvFile a, KvFile b) noexcept {
+  return static_cast<KvFile>(static_cast<std::uint32_t>(a) | static_cast<std::uint32_t>(b));
+}
+
+/// Which entry gives way when there is no more room for KV.
+enum class Eviction : std::int32_t {
+  off = KVA_EVICTION_OFF,          ///< none: `ErrorCode::capacity` before the step begins
+  fifo = KVA_EVICTION_FIFO,        ///< the oldest
+  lru = KVA_EVICTION_LRU,          ///< the one selected longest ago
+  counter = KVA_EVICTION_COUNTER,  ///< the one selected least often
+};
+
+/// Which defaults `InfinigenOptions` begins with.
+enum class InfinigenMode : std::int32_t {
+  standard = KVA_INFINIGEN_DEFAULT,  ///< what serves best, by measurement
+  paper = KVA_INFINIGEN_PAPER,       ///< the paper's own settings, and nothing else
+};
+
+/// The basis that the index is columns of.
+enum class IndexBasis : std::int32_t {
+  balanced = KVA_INDEX_BALANCED,  ///< balanced over queries and keys, rotated to random positions
+  skewed = KVA_INDEX_SKEWED,      ///< the paper's skew
+  plain = KVA_INDEX_PLAIN,        ///< the head's own columns
+};
+
+/// What predicts a layer's queries from the layer before.
+enum class Predictor : std::int32_t {
+  fitted = KVA_PREDICTOR_FITTED,              ///< its query weight, corrected by regression on the calibration text
+  own = KVA_PREDICTOR_OWN,                    ///< its query weight on the previous layer's normalised input (the paper)
+  renormalised = KVA_PREDICTOR_RENORMALISED,  ///< the same, normalised as this layer does
+  exact = KVA_PREDICTOR_EXACT,                ///< the true query: how well a perfect predictor would do
+};
+
+/// How tokens are picked by their speculated scores.
+enum class Rule : std::int32_t {
+  share = KVA_RULE_SHARE,              ///< a fixed share of the tokens
+  probability = KVA_RULE_PROBABILITY,  ///< every token whose log-probability is above a threshold
+  paper = KVA_RULE_PAPER,              ///< within alpha of the greatest score, equally many in each head
 };
 
 enum class LogLevel : std::int32_t {
@@ -366,7 +431,7 @@ Result<std::string> read_text(Call&& call) {
 
 // ----------------------------------------------------------------------------------------------------- model
 
-/// Fraction loaded, 0 to 1. Called on the loading thread.
+/// Fraction loaded or calibrated, 0 to 1. Called on the thread that does it.
 using ProgressCallback = std::function<Flow(float fraction)>;
 /// One line of text. Called from any thread, maybe several at once.
 using LogCallback = std::function<void(LogLevel level, std::string_view message)>;
@@ -379,6 +444,8 @@ struct ModelOptions {
   ProgressCallback progress;
   LogCallback log;
   LogLevel log_level = LogLevel::info;
+  std::string speculation_cache_path;  ///< folder for what is learnt from the calibration text; empty: next to the model
+  std::string calibration_text;        ///< plain prose of at least 2,048 tokens; empty: a text of the library's own
 
   /// The library's defaults.
   ModelOptions() {
@@ -392,11 +459,103 @@ struct ModelOptions {
   }
 };
 
+/// A number of tokens: a share of those that a session holds, or a fixed number.
+struct Budget {
+  float share = 0;
+  std::uint64_t tokens = 0;  ///< where it is not 0, in place of the share
+
+  [[nodiscard]] static constexpr Budget of_share(float share) noexcept { return {share, 0}; }
+  [[nodiscard]] static constexpr Budget of_tokens(std::uint64_t tokens) noexcept { return {0, tokens}; }
+};
+
+/// Settings of `Policy::infinigen`. Shares are of the tokens that a session holds.
+struct InfinigenOptions {
+  InfinigenMode mode = InfinigenMode::standard;
+  IndexBasis basis = IndexBasis::balanced;
+  float ratio = 0;                        ///< columns of the index as a share of the head dimension
+  std::uint32_t index_bits = 0;           ///< of a number in the index: 4, 8 or 32
+  Predictor predictor = Predictor::fitted;
+  Rule rule = Rule::share;
+  float select_share = 0;                 ///< `Rule::share`: share of the tokens to select
+  float select_below = 0;                 ///< `Rule::probability`: how far below 1, as a natural logarithm
+  float alpha = 0;                        ///< `Rule::paper`: how far below the greatest score
+  float select_cap = 0;                   ///< the latter two: most to select, as a share
+  std::uint32_t sinks = 0;                ///< first tokens, always attended
+  std::uint32_t window = 0;               ///< last tokens, always attended
+  std::uint32_t resident_layers = 0;      ///< first layers, attended in full from device memory
+  Budget cache;                           ///< entries that each layer and KV head keeps on the device
+  std::uint64_t cache_least = 0;          ///< fewest of them: a shorter sequence is attended in full
+  bool attend_cache = false;              ///< attend everything that is on the device, selected or not
+
+  /// The library's defaults for a mode.
+  explicit InfinigenOptions(InfinigenMode of = InfinigenMode::standard) : mode(of) {
+    if (const auto c = init(of)) {
+      basis = static_cast<IndexBasis>(c->basis);
+      ratio = c->ratio;
+      index_bits = c->index_bits;
+      predictor = static_cast<Predictor>(c->predictor);
+      rule = static_cast<Rule>(c->rule);
+      select_share = c->select_share;
+      select_below = c->select_below;
+      alpha = c->alpha;
+      select_cap = c->select_cap;
+      sinks = c->sinks;
+      window = c->window;
+      resident_layers = c->resident_layers;
+      cache = Budget{c->cache_share, c->cache_tokens};
+      cache_least = c->cache_least;
+      attend_cache = c->attend_cache != 0;
+    }
+  }
+
+  [[nodiscard]] Result<kva_infinigen_options> to_c() const {
+    auto c = init(mode);
+    if (c) {
+      c->basis = static_cast<std::int32_t>(basis);
+      c->ratio = ratio;
+      c->index_bits = index_bits;
+      c->predictor = static_cast<std::int32_t>(predictor);
+      c->rule = static_cast<std::int32_t>(rule);
+      c->select_share = select_share;
+      c->select_below = select_below;
+      c->alpha = alpha;
+      c->select_cap = select_cap;
+      c->sinks = sinks;
+      c->window = window;
+      c->resident_layers = resident_layers;
+      c->cache_share = cache.share;
+      c->cache_tokens = cache.tokens;
+      c->cache_least = cache_least;
+      c->attend_cache = attend_cache ? 1 : 0;
+    }
+    return c;
+  }
+
+ private:
+  static Result<kva_infinigen_options> init(InfinigenMode mode) {
+    kva_infinigen_options c{};
+    auto done = detail::check(kva_infinigen_options_init(&c, sizeof c, static_cast<std::int32_t>(mode)));
+    if (!done) return std::move(done).error();
+    return c;
+  }
+};
+
 struct SessionOptions {
   Policy policy = Policy::full;
   std::uint64_t capacity = 0;            ///< tokens; 0: the model's context length
   std::uint32_t prefill_chunk = 0;       ///< prompt tokens that run at once; 0: 512
   DType kv_dtype = DType::automatic;     ///< automatic: the type of the weights
+  KvTier kv_tier = KvTier::device;       ///< of the KV that the policy does not hold on the device
+  KvPayload kv_payload = KvPayload::exact;
+  std::string kv_file_path;              ///< `KvTier::file`: made anew; empty: a nameless file in the temporary folder
+  std::uint64_t kv_file_limit_bytes = 0; ///< 0: what `capacity` needs
+  KvFile kv_file_flags = KvFile::plain;
+  Budget budget;                         ///< `window`, `h2o`: tokens to attend, sinks included
+  std::uint32_t sinks = 0;               ///< `window`: first tokens, always attended
+  Eviction eviction = Eviction::off;     ///< `infinigen`
+  std::uint64_t pool_tokens = 0;         ///< most tokens to keep, each layer and KV head; 0: as many as there is room for
+  InfinigenOptions infinigen;
+  std::string trace_path;                ///< what was selected and fetched goes to this file; empty: nowhere
 
   /// The library's defaults.
   SessionOptions() {
@@ -405,16 +564,40 @@ struct SessionOptions {
       capacity = c->capacity;
       prefill_chunk = c->prefill_chunk;
       kv_dtype = static_cast<DType>(c->kv_dtype);
+      kv_tier = static_cast<KvTier>(c->kv_tier);
+      kv_payload = static_cast<KvPayload>(c->kv_payload);
+      budget = Budget{c->budget_share, c->budget_tokens};
+      sinks = c->sinks;
+      eviction = static_cast<Eviction>(c->eviction);
     }
   }
 
-  [[nodiscard]] Result<kva_session_options> to_c() const {
+  /// The C struct. It points into this object and at `storage`, which must both outlive its use.
+  [[nodiscard]] Result<kva_session_options> to_c(kva_infinigen_options& storage) const {
+    if (auto done = detail::check_no_nul(kv_file_path, "kv_file_path"); !done) return std::move(done).error();
+    if (auto done = detail::check_no_nul(trace_path, "trace_path"); !done) return std::move(done).error();
     auto c = detail::defaults(kva_session_options_init);
-    if (c) {
-      c->policy = static_cast<std::int32_t>(policy);
-      c->capacity = capacity;
-      c->prefill_chunk = prefill_chunk;
-      c->kv_dtype = static_cast<std::int32_t>(kv_dtype);
+    if (!c) return c;
+    c->policy = static_cast<std::int32_t>(policy);
+    c->capacity = capacity;
+    c->prefill_chunk = prefill_chunk;
+    c->kv_dtype = static_cast<std::int32_t>(kv_dtype);
+    c->kv_tier = static_cast<std::int32_t>(kv_tier);
+    c->kv_payload = static_cast<std::int32_t>(kv_payload);
+    c->kv_file_flags = static_cast<std::uint32_t>(kv_file_flags);
+    c->kv_file_limit_bytes = kv_file_limit_bytes;
+    c->kv_file_path = kv_file_path.empty() ? nullptr : kv_file_path.c_str();
+    c->budget_share = budget.share;
+    c->budget_tokens = budget.tokens;
+    c->sinks = sinks;
+    c->eviction = static_cast<std::int32_t>(eviction);
+    c->pool_tokens = pool_tokens;
+    c->trace_path = trace_path.empty() ? nullptr : trace_path.c_str();
+    if (policy == Policy::infinigen) {
+      auto settings = infinigen.to_c();
+      if (!settings) return std::move(settings).error();
+      storage = *settings;
+      c->infinigen = &storage;
     }
     return c;
   }
@@ -502,7 +685,8 @@ class Model {
 
   /// What `sessions` sessions with `options` would take when full.
   [[nodiscard]] Result<Estimate> estimate(const SessionOptions& options = {}, std::size_t sessions = 1) const {
-    const auto c_options = options.to_c();
+    kva_infinigen_options infinigen{};
+    const auto c_options = options.to_c(infinigen);
     if (!c_options) return c_options.error();
     kva_estimate c{};
     c.struct_size = sizeof c;
@@ -510,6 +694,15 @@ class Model {
       return std::move(done).error();
     }
     return Estimate{c.weight_bytes, c.kv_device_bytes, c.kv_pinned_bytes, c.kv_file_bytes, c.scratch_bytes};
+  }
+
+  /// Learns from the calibration text what `Policy::infinigen` speculates with, or reads it from the cache; otherwise the
+  /// first session with that policy does.
+  Result<void> calibrate(const ProgressCallback& progress = {}) const {
+    Progress state{progress, {}};
+    auto done = detail::check(kva_model_calibrate(get(), progress ? Progress::call : nullptr, &state, nullptr));
+    state.caught.rethrow();
+    return done;
   }
 
   [[nodiscard]] Result<std::vector<std::uint32_t>> tokenize(std::string_view text,
@@ -561,10 +754,17 @@ class Model {
   struct Progress {
     const ProgressCallback& callback;
     detail::Caught caught;
+
+    static std::int32_t call(void* data, float fraction) {
+      auto& self = *static_cast<Progress*>(data);
+      return self.caught.guard(std::int32_t{1}, [&] { return static_cast<std::int32_t>(self.callback(fraction)); });
+    }
   };
 
   template <class Call>
   static Result<Model> make(const ModelOptions& options, Call&& call) {
+    auto done = detail::check_no_nul(options.speculation_cache_path, "speculation_cache_path");
+    if (!done) return std::move(done).error();
     auto c = detail::defaults(kva_model_options_init);
     if (!c) return std::move(c).error();
     c->device = static_cast<std::int32_t>(options.device);
@@ -572,13 +772,15 @@ class Model {
     c->threads = options.threads;
     c->kv_limit_bytes = options.kv_limit_bytes;
     c->log_level = static_cast<std::int32_t>(options.log_level);
+    if (!options.speculation_cache_path.empty()) c->speculation_cache_path = options.speculation_cache_path.c_str();
+    if (!options.calibration_text.empty()) {
+      c->calibration_text = options.calibration_text.data();
+      c->calibration_text_len = options.calibration_text.size();
+    }
     // Progress is over when the call returns, so its state may live here; the log lives as long as the model.
     Progress progress{options.progress, {}};
     if (options.progress) {
-      c->progress = [](void* data, float fraction) -> std::int32_t {
-        auto& self = *static_cast<Progress*>(data);
-        return self.caught.guard(std::int32_t{1}, [&] { return static_cast<std::int32_t>(self.callback(fraction)); });
-      };
+      c->progress = Progress::call;
       c->progress_user_data = &progress;
     }
     if (options.log) {
@@ -591,7 +793,7 @@ class Model {
       c->log_free_user_data = [](void* data) { delete static_cast<LogCallback*>(data); };
     }
     kva_model* handle = nullptr;
-    auto done = detail::check(call(&*c, &handle));
+    done = detail::check(call(&*c, &handle));
     progress.caught.rethrow();
     if (!done) return std::move(done).error();
     return Model(handle);
@@ -712,6 +914,20 @@ struct Statistics {
   std::uint64_t kv_device_bytes = 0;
   std::uint64_t kv_pinned_bytes = 0;
   std::uint64_t kv_file_bytes = 0;
+  // What the policy did in decode. An entry is the key and value of one token of one KV head of one layer.
+  std::uint64_t kv_steps = 0;               ///< decode steps
+  std::uint64_t kv_selected = 0;            ///< past entries selected (or attended), over speculated layers
+  std::uint64_t kv_candidates = 0;          ///< past entries that there were, over speculated layers
+  std::uint64_t kv_attended = 0;            ///< entries attended, over all layers
+  std::uint64_t kv_held = 0;                ///< entries that full attention would have attended, over all layers
+  std::uint64_t kv_hits = 0;                ///< selected entries that were on the device already
+  std::uint64_t kv_misses = 0;              ///< selected entries that were fetched
+  std::uint64_t kv_host_fetched_bytes = 0;
+  std::uint64_t kv_file_fetched_bytes = 0;  ///< as the entries need them
+  std::uint64_t kv_file_read_bytes = 0;     ///< really read: whole blocks, gaps included
+  double kv_read_seconds = 0;               ///< reads from files were in flight
+  double kv_wait_seconds = 0;               ///< steps stood still for them
+  std::uint64_t kv_evicted = 0;             ///< entries overwritten because there was no more room
 };
 
 /// One sequence and its KV. Move-only; one thread at a time, except for `cancel`, `length` and `capacity`.
@@ -722,7 +938,8 @@ class Session {
   explicit Session(kva_session* handle) noexcept : handle_(handle) {}
 
   static Result<Session> create(const Model& model, const SessionOptions& options = {}) {
-    const auto c = options.to_c();
+    kva_infinigen_options infinigen{};
+    const auto c = options.to_c(infinigen);
     if (!c) return c.error();
     kva_session* handle = nullptr;
     if (auto done = detail::check(kva_session_create(model.get(), &*c, &handle)); !done) return std::move(done).error();
@@ -762,6 +979,11 @@ class Session {
   /// Appends one token; `logits` as in `prefill`.
   Result<void> decode(std::uint32_t token, Logits logits = {}) {
     return detail::check(kva_session_decode(get(), token, logits.data(), logits.size()));
+  }
+
+  /// Writes the logits after the last token, of the last prefill, score or decode, to room for the vocabulary.
+  Result<void> get_logits(Logits logits) const {
+    return detail::check(kva_session_get_logits(get(), logits.data(), logits.size()));
   }
 
   /// Picks the next token from the logits of the last prefill or decode; appends nothing.
@@ -826,8 +1048,30 @@ class Session {
     kva_statistics c{};
     c.struct_size = sizeof c;
     if (auto done = detail::check(kva_session_get_statistics(get(), &c)); !done) return std::move(done).error();
-    return Statistics{c.prefill_tokens, c.prefill_seconds, c.decode_tokens,   c.decode_seconds, c.sampled_tokens,
-                      c.sample_seconds, c.kv_device_bytes, c.kv_pinned_bytes, c.kv_file_bytes};
+    Statistics statistics;
+    statistics.prefill_tokens = c.prefill_tokens;
+    statistics.prefill_seconds = c.prefill_seconds;
+    statistics.decode_tokens = c.decode_tokens;
+    statistics.decode_seconds = c.decode_seconds;
+    statistics.sampled_tokens = c.sampled_tokens;
+    statistics.sample_seconds = c.sample_seconds;
+    statistics.kv_device_bytes = c.kv_device_bytes;
+    statistics.kv_pinned_bytes = c.kv_pinned_bytes;
+    statistics.kv_file_bytes = c.kv_file_bytes;
+    statistics.kv_steps = c.kv_steps;
+    statistics.kv_selected = c.kv_selected;
+    statistics.kv_candidates = c.kv_candidates;
+    statistics.kv_attended = c.kv_attended;
+    statistics.kv_held = c.kv_held;
+    statistics.kv_hits = c.kv_hits;
+    statistics.kv_misses = c.kv_misses;
+    statistics.kv_host_fetched_bytes = c.kv_host_fetched_bytes;
+    statistics.kv_file_fetched_bytes = c.kv_file_fetched_bytes;
+    statistics.kv_file_read_bytes = c.kv_file_read_bytes;
+    statistics.kv_read_seconds = c.kv_read_seconds;
+    statistics.kv_wait_seconds = c.kv_wait_seconds;
+    statistics.kv_evicted = c.kv_evicted;
+    return statistics;
   }
   Result<void> reset_statistics() { return detail::check(kva_session_reset_statistics(get())); }
 

@@ -24,6 +24,17 @@ func (a *arena) text(s string) *C.char {
 	return p
 }
 
+// optionalText is NULL for an empty s.
+func (a *arena) optionalText(what, s string) (*C.char, error) {
+	if s == "" {
+		return nil, nil
+	}
+	if err := checkText(what, s); err != nil {
+		return nil, err
+	}
+	return a.text(s), nil
+}
+
 // alloc returns zeroed C memory for n elements, nil for none.
 func alloc[T any](a *arena, n int) []T {
 	if n == 0 {

@@ -19,6 +19,9 @@ package kvahead
 //   options->log_user_data = (void *)handle;
 //   options->log_free_user_data = kvaGoFree;
 // }
+// static kva_error *kvaGoCalibrate(kva_model *model, uintptr_t handle) {
+//   return kva_model_calibrate(model, kvaGoProgress, (void *)handle, kvaGoFree);
+// }
 // static void kvaGoSetText(kva_generate_options *options, uintptr_t handle) {
 //   options->callback = (kva_text_callback)kvaGoText;
 //   options->user_data = (void *)handle;
@@ -74,6 +77,10 @@ type (
 
 func setProgress(options *C.kva_model_options, callback *progressCallback) {
 	C.kvaGoSetProgress(options, C.uintptr_t(cgo.NewHandle(callback)))
+}
+
+func calibrate(model *C.kva_model, callback *progressCallback) *C.kva_error {
+	return C.kvaGoCalibrate(model, C.uintptr_t(cgo.NewHandle(callback)))
 }
 
 func setLog(options *C.kva_model_options, callback logCallback) {

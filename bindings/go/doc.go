@@ -18,7 +18,8 @@
 //
 // # Options
 //
-// Options are structs whose zero value, like a nil pointer to them, means the library's defaults.
+// Options are structs whose zero value, like a nil pointer to them, means the library's defaults; [InfinigenOptions] alone
+// must come from [NewInfinigenOptions].
 //
 // # Errors
 //

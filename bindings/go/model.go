@@ -50,6 +50,15 @@ func newModel(what, name string, options *ModelOptions,
 		c.threads = C.uint32_t(options.Threads)
 		c.kv_limit_bytes = C.uint64_t(options.KVLimitBytes)
 		c.log_level = C.int32_t(options.LogLevel)
+		cache, err := a.optionalText("SpeculationCachePath", options.SpeculationCachePath)
+		if err != nil {
+			return nil, err
+		}
+		c.speculation_cache_path = cache
+		if options.CalibrationText != "" {
+			c.calibration_text = a.text(options.CalibrationText)
+			c.calibration_text_len = C.size_t(len(options.CalibrationText))
+		}
 		if options.Progress != nil {
 			progress.call = options.Progress
 			setProgress(c, &progress)
@@ -168,7 +177,9 @@ type Estimate struct {
 
 // Estimate says what that many full sessions with options would take.
 func (m *Model) Estimate(options *SessionOptions, sessions int) (estimate Estimate, err error) {
-	c, err := options.c()
+	var a arena
+	defer a.free()
+	c, err := a.session(options)
 	if err != nil {
 		return estimate, err
 	}
@@ -190,6 +201,20 @@ func (m *Model) Estimate(options *SessionOptions, sessions int) (estimate Estima
 		return nil
 	})
 	return estimate, err
+}
+
+// Calibrate learns from the calibration text what [Infinigen] speculates with, or reads it from the cache; otherwise the
+// first session with that policy does. Progress, which may be nil, is called with the fraction done; an error stops the
+// calibration, which returns it.
+func (m *Model) Calibrate(progress func(fraction float32) error) error {
+	callback := progressCallback{call: progress}
+	err := m.use(func(handle *C.kva_model) error {
+		if progress == nil {
+			return take(C.kva_model_calibrate(handle, nil, nil, nil))
+		}
+		return take(calibrate(handle, &callback))
+	})
+	return callback.finish(err)
 }
 
 // Tokenize turns text into tokens.

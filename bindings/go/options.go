@@ -37,14 +37,6 @@ const (
 	CPU        Device = C.KVA_DEVICE_CPU
 )
 
-// Policy is what a layer attends.
-type Policy int32
-
-// The policies.
-const (
-	Full Policy = C.KVA_POLICY_FULL // every token: exact
-)
-
 // LogLevel is how much a log line matters.
 type LogLevel int32
 
@@ -85,6 +77,11 @@ type ModelOptions struct {
 	// Log is called with each log line, from any goroutine or none, maybe several at once. It must not use the model.
 	Log      func(level LogLevel, message string)
 	LogLevel LogLevel // 0: LogInfo
+
+	// SpeculationCachePath is a folder for what is learnt from the calibration text; empty: next to the model.
+	SpeculationCachePath string
+	// CalibrationText is plain prose of at least 2,048 tokens; empty: a text of the library's own.
+	CalibrationText string
 }
 
 // SessionOptions say how to create a session.
@@ -93,18 +90,19 @@ type SessionOptions struct {
 	KVDType      DType  // type of keys and values; DTypeAuto: that of the weights
 	Capacity     uint64 // tokens; 0: the model's context length
 	PrefillChunk uint32 // tokens of a prompt that run at once; 0: the library's choice
-}
 
-func (o *SessionOptions) c() (*C.kva_session_options, error) {
-	c := new(C.kva_session_options)
-	if err := take(C.kva_session_options_init(c, C.sizeof_kva_session_options)); err != nil || o == nil {
-		return c, err
-	}
-	c.policy = C.int32_t(o.Policy)
-	c.kv_dtype = C.int32_t(o.KVDType)
-	c.capacity = C.uint64_t(o.Capacity)
-	c.prefill_chunk = C.uint32_t(o.PrefillChunk)
-	return c, nil
+	KVTier           KVTier // of the KV that the policy does not hold on the device
+	KVPayload        KVPayload
+	KVFilePath       string // FileTier: made anew for the session; empty: a nameless file in the temporary folder
+	KVFileLimitBytes uint64 // FileTier: 0: what Capacity needs
+	KVFileFlags      KVFileFlags
+
+	Budget     Budget   // Window, H2O: tokens to attend, sinks included; the zero value: the library's choice
+	Sinks      *uint32  // Window: first tokens, always attended; nil: the library's choice
+	Eviction   Eviction // Infinigen
+	PoolTokens uint64   // most tokens to keep, in each layer and KV head; 0: as many as there is room for
+	Infinigen  *InfinigenOptions
+	TracePath  string // what was selected and fetched goes to this file; empty: nowhere
 }
 
 // SamplingOptions say how to pick a token. The zero value picks the likeliest.

@@ -24,7 +24,9 @@ type Session struct {
 
 // NewSession creates an empty session. Options may be nil. KV memory is taken as the session grows.
 func (m *Model) NewSession(options *SessionOptions) (*Session, error) {
-	c, err := options.c()
+	var a arena
+	defer a.free()
+	c, err := a.session(options)
 	if err != nil {
 		return nil, err
 	}
@@ -239,6 +241,12 @@ func checkDistinct(sessions []*Session) error {
 	return nil
 }
 
+// Logits writes the logits after the last token, of the last prefill, score or decode. It must have a place for each token
+// of the vocabulary.
+func (s *Session) Logits(logits []float32) error {
+	return s.use(func() *C.kva_error { return C.kva_session_get_logits(s.handle, floatPointer(logits), count(logits)) })
+}
+
 // Sample picks the next token from the logits of the last prefill or decode. It appends nothing. Options may be nil.
 func (s *Session) Sample(options *SamplingOptions) (uint32, error) {
 	var a arena
@@ -263,6 +271,21 @@ type Statistics struct {
 	KVDeviceBytes  uint64
 	KVPinnedBytes  uint64
 	KVFileBytes    uint64
+
+	// What the policy did in decode. An entry is the key and value of one token of one KV head of one layer.
+	KVSteps            uint64 // decode steps
+	KVSelected         uint64 // past entries selected (or attended), over speculated layers
+	KVCandidates       uint64 // past entries that there were, over speculated layers
+	KVAttended         uint64 // entries attended, over all layers
+	KVHeld             uint64 // entries that full attention would have attended, over all layers
+	KVHits             uint64 // selected entries that were on the device already
+	KVMisses           uint64 // selected entries that were fetched
+	KVHostFetchedBytes uint64
+	KVFileFetchedBytes uint64  // as the entries need them
+	KVFileReadBytes    uint64  // really read: whole blocks, gaps included
+	KVReadSeconds      float64 // reads from files were in flight
+	KVWaitSeconds      float64 // steps stood still for them
+	KVEvicted          uint64  // entries overwritten because there was no more room
 }
 
 // Statistics says what the session has done.
@@ -281,6 +304,20 @@ func (s *Session) Statistics() (Statistics, error) {
 		KVDeviceBytes:  uint64(c.kv_device_bytes),
 		KVPinnedBytes:  uint64(c.kv_pinned_bytes),
 		KVFileBytes:    uint64(c.kv_file_bytes),
+
+		KVSteps:            uint64(c.kv_steps),
+		KVSelected:         uint64(c.kv_selected),
+		KVCandidates:       uint64(c.kv_candidates),
+		KVAttended:         uint64(c.kv_attended),
+		KVHeld:             uint64(c.kv_held),
+		KVHits:             uint64(c.kv_hits),
+		KVMisses:           uint64(c.kv_misses),
+		KVHostFetchedBytes: uint64(c.kv_host_fetched_bytes),
+		KVFileFetchedBytes: uint64(c.kv_file_fetched_bytes),
+		KVFileReadBytes:    uint64(c.kv_file_read_bytes),
+		KVReadSeconds:      float64(c.kv_read_seconds),
+		KVWaitSeconds:      float64(c.kv_wait_seconds),
+		KVEvicted:          uint64(c.kv_evicted),
 	}, nil
 }
 

@@ -55,6 +55,7 @@ impl SessionOptions {
         if dtype == DType::U32 {
             return Err(Error::invalid_argument("keys and values are f32, f16 or bf16, not u32"));
         }
+        self.policy.check()?;
         Ok(ResolvedOptions {
             policy: self.policy.clone(),
             capacity: if self.capacity == 0 { longest } else { self.capacity },

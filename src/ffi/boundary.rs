@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::ffi::{CStr, OsStr, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 use super::error::kva_error;
@@ -130,6 +130,19 @@ pub(super) unsafe fn path<'a>(pointer: *const c_char, name: &str) -> Result<&'a 
 pub(super) unsafe fn path<'a>(pointer: *const c_char, name: &str) -> Result<&'a Path> {
     // SAFETY: the caller's promise is the same.
     not_empty(OsStr::new(unsafe { string(pointer, name) }?), name)
+}
+
+/// A [`path`] that may be absent: NULL is none.
+///
+/// # Safety
+///
+/// As [`string`].
+pub(super) unsafe fn optional_path(pointer: *const c_char, name: &str) -> Result<Option<PathBuf>> {
+    if pointer.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller's promise, for the length of this call.
+    unsafe { path(pointer, name) }.map(|path| Some(path.to_owned()))
 }
 
 fn not_empty<'a>(path: &'a OsStr, name: &str) -> Result<&'a Path> {
@@ -270,6 +283,9 @@ mod tests {
             assert_eq!(string(ptr::null(), "role").unwrap_err().message(), "role is NULL");
             assert!(path(c"".as_ptr(), "path").is_err());
             assert_eq!(path(c"/tmp".as_ptr(), "path").unwrap(), Path::new("/tmp"));
+            assert_eq!(optional_path(ptr::null(), "trace").unwrap(), None);
+            assert_eq!(optional_path(c"/tmp".as_ptr(), "trace").unwrap(), Some("/tmp".into()));
+            assert_eq!(optional_path(c"".as_ptr(), "trace").unwrap_err().message(), "trace is empty");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, c_char, c_void};
 
-use super::boundary::{Out, guard, guard_void, handle, path, string};
+use super::boundary::{Out, guard, guard_void, handle, optional_path, path, string, text};
 use super::error::kva_error;
 use super::options::{self, Options, OutStruct, sized32};
 use super::session::{kva_session_options, session_options};
@@ -37,10 +37,10 @@ pub const KVA_LOG_DEBUG: i32 = 4;
 /// In place of a token where there is none.
 pub const KVA_TOKEN_NONE: u32 = 0xffff_ffff;
 
-/// Called while a model is loaded, with the fraction done, 0 to 1 and never falling. A result other than 0 cancels
-/// the load.
+/// Called while a model is loaded or calibrated, with the fraction done, 0 to 1 and never falling. A result other than
+/// 0 cancels the call.
 ///
-/// Runs on the thread that loads, within the call.
+/// Runs on the thread of that call, within it.
 pub type kva_progress_callback = Option<unsafe extern "C" fn(user_data: *mut c_void, fraction: f32) -> i32>;
 
 /// Called with each log line of a model and its sessions; `level` is one of `KVA_LOG_...`. `message` is UTF-8
@@ -91,9 +91,17 @@ pub struct kva_model_options {
     /// Called with `log_user_data` once: before the call that loads returns, if that fails; otherwise when the last
     /// of the model, its sessions and its detokenizers is freed. May be NULL.
     pub log_free_user_data: kva_free_callback,
+    /// Folder that what is learnt from the calibration text is kept in, so that it need not be learnt again; made where
+    /// it is not there. NULL (the default): next to the model.
+    pub speculation_cache_path: *const c_char,
+    /// Text that `KVA_POLICY_INFINIGEN` is calibrated on, in UTF-8: plain prose of at least 2,048 tokens. NULL (the
+    /// default): a text of the library's own. Needed during the call only.
+    pub calibration_text: *const c_char,
+    /// Its length in bytes.
+    pub calibration_text_len: usize,
 }
 
-sized32!(kva_model_options, last: log_free_user_data: kva_free_callback);
+sized32!(kva_model_options, versions: [log_free_user_data: kva_free_callback, calibration_text_len: usize]);
 
 impl Options for kva_model_options {
     fn defaults() -> Self {
@@ -111,6 +119,9 @@ impl Options for kva_model_options {
             log: None,
             log_user_data: std::ptr::null_mut(),
             log_free_user_data: None,
+            speculation_cache_path: std::ptr::null(),
+            calibration_text: std::ptr::null(),
+            calibration_text_len: 0,
         }
     }
 }
@@ -218,7 +229,8 @@ fn dtype_constant(dtype: DType) -> i32 {
 ///
 /// # Safety
 ///
-/// As [`options::read`], and the callbacks may be called as their types say.
+/// As [`options::read`], what the fields point to is as documented there, and the callbacks may be called as their types
+/// say.
 unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOptions> {
     // SAFETY: the caller's promise.
     let given = unsafe { options::read(pointer, "options") }?;
@@ -227,6 +239,15 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
     let log_data = UserData::new(options.log_user_data, options.log_free_user_data);
     given.unknown?;
     options::check_reserved(options.reserved, "options")?;
+    // SAFETY: the caller's promise.
+    let (cache, calibration) = unsafe {
+        (
+            optional_path(options.speculation_cache_path, "options.speculation_cache_path")?,
+            text(options.calibration_text, options.calibration_text_len, "options.calibration_text")?,
+        )
+    };
+    // MERGE(spec): they belong into `ModelOptions` below (`calibration_text: (!calibration.is_empty()).then(...)`).
+    let _ = (cache, calibration);
     let level = match options.log_level {
         0 | KVA_LOG_INFO => LogLevel::Info,
         KVA_LOG_ERROR => LogLevel::Error,
@@ -393,6 +414,43 @@ pub unsafe extern "C" fn kva_model_get_info(
         });
         Ok(())
     })
+}
+
+/// Learns from the calibration text what `KVA_POLICY_INFINIGEN` speculates with, or reads it from the cache. Without this
+/// call the model's first session with that policy does it, which may take minutes; a second call has nothing to do.
+///
+/// `progress` may be NULL. A call while another thread calibrates the same model waits for that one.
+///
+/// Ownership: `free_user_data` (may be NULL) is called with `user_data` exactly once, before this call returns.
+/// Threads: any, many at once.
+/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a calibration text that is too short), `KVA_ERROR_UNSUPPORTED` (a model
+/// that cannot be calibrated), `KVA_ERROR_OUT_OF_MEMORY`, `KVA_ERROR_CANCELLED` (by `progress`). A cache that cannot be
+/// written is a line in the log.
+/// After an error: the model is as it was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kva_model_calibrate(
+    model: Option<&kva_model>,
+    progress: kva_progress_callback,
+    user_data: *mut c_void,
+    free_user_data: kva_free_callback,
+) -> Option<Box<kva_error>> {
+    // In charge of the data before anything can fail.
+    let data = UserData::new(user_data, free_user_data);
+    guard(move || {
+        let model = &handle(model, "model")?.model;
+        let mut go_on = |fraction: f32| match progress {
+            // SAFETY: the function came with its data, which lives as long as this call; we are on its thread, as its
+            // type says.
+            Some(progress) => unsafe { progress(data.pointer(), fraction) == 0 },
+            None => true,
+        };
+        calibrate(model, &mut go_on)
+    })
+}
+
+fn calibrate(_model: &Model, _go_on: &mut dyn FnMut(f32) -> bool) -> Result<()> {
+    // MERGE(spec): this function is `model.calibrate(go_on).map(drop)`.
+    Err(Error::unsupported("this build of kvahead cannot calibrate a model"))
 }
 
 /// Says what `sessions` sessions with these options would cost, all of them full and decoded in one batch.

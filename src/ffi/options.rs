@@ -116,9 +116,19 @@ unsafe fn any_set(pointer: *const u8, length: usize) -> bool {
 ///
 /// `pointer` is NULL or points to `size` bytes that may be written to.
 pub(super) unsafe fn initialise<T: Options>(pointer: *mut T, size: usize, name: &str) -> Result<()> {
+    // SAFETY: the caller's promise is the same.
+    unsafe { initialise_with(pointer, size, T::defaults(), name) }
+}
+
+/// As [`initialise`], for options that have more than one set of defaults.
+///
+/// # Safety
+///
+/// As [`initialise`].
+pub(super) unsafe fn initialise_with<T: Options>(pointer: *mut T, size: usize, value: T, name: &str) -> Result<()> {
     check_pointer(pointer, name)?;
     // SAFETY: as `write_sized` asks: not NULL and aligned (just checked), writable (the caller).
-    unsafe { write_sized(pointer, size, T::defaults(), name) }
+    unsafe { write_sized(pointer, size, value, name) }
 }
 
 /// Errors where a field that must be zero is not.
@@ -173,19 +183,40 @@ unsafe fn write_sized<T: Sized32>(pointer: *mut T, size: usize, value: T, name: 
     Ok(())
 }
 
-/// Asserts at compile time what [`Sized32`] asks of a layout that the compiler can see: `$last` is the last field,
-/// and nothing comes after it.
+/// Versions ascend, the last is the whole struct, and each was a struct of its own once, without padding at its end.
+pub(super) const fn check_versions(versions: &[usize], size: usize, align: usize) {
+    let mut i = 0;
+    while i < versions.len() {
+        assert!(versions[i] % align == 0, "a version ended in padding: a field of the next one would have filled it");
+        assert!(i == 0 || versions[i - 1] < versions[i], "versions are listed oldest first");
+        i += 1;
+    }
+    assert!(versions[versions.len() - 1] == size, "the last version ends with the struct's last field");
+}
+
+/// Asserts at compile time what [`Sized32`] asks of a layout that the compiler can see.
+///
+/// `last` names the last field, and nothing comes after it. A struct that has grown lists the last field of each of its
+/// versions instead, oldest first: `versions: [capacity: u64, trace_path: *const c_char]`. Entries are only ever added.
 macro_rules! sized32 {
     ($type:ident, last: $last:ident: $last_type:ty) => {
+        $crate::ffi::options::sized32!($type, versions: [$last: $last_type]);
+    };
+    ($type:ident, versions: [$($last:ident: $last_type:ty),+]) => {
         const _: () = assert!(std::mem::offset_of!($type, struct_size) == 0);
-        const _: () = assert!(std::mem::offset_of!($type, $last) + size_of::<$last_type>() == size_of::<$type>());
 
         // SAFETY: `repr(C)` with integers, floats, raw pointers and optional function pointers only, as can be seen
-        // above; the first field and the absence of padding at the end are asserted above.
+        // above; the first field and the absence of padding at the end are asserted here and below.
         unsafe impl $crate::ffi::options::Sized32 for $type {
             const NAME: &'static str = stringify!($type);
-            const VERSIONS: &'static [usize] = &[size_of::<$type>()];
+            const VERSIONS: &'static [usize] = &[$(std::mem::offset_of!($type, $last) + size_of::<$last_type>()),+];
         }
+
+        const _: () = $crate::ffi::options::check_versions(
+            <$type as $crate::ffi::options::Sized32>::VERSIONS,
+            size_of::<$type>(),
+            align_of::<$type>(),
+        );
     };
 }
 pub(super) use sized32;

@@ -1,17 +1,18 @@
 //! Sessions: one sequence each, used by one call at a time.
 
+use std::ffi::c_char;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use super::boundary::{Out, OutSlice, guard, guard_void, handle, slice};
 use super::error::kva_error;
 use super::model::{KVA_DTYPE_AUTO, dtype, kva_model};
 use super::options::{self, Options, OutStruct, sized32};
+use super::policy::{
+    KVA_EVICTION_OFF, KVA_KV_PAYLOAD_EXACT, KVA_KV_TIER_DEVICE, KVA_POLICY_FULL, kva_infinigen_options, policy_options,
+};
 use crate::engine::{Control, Session, SessionOptions};
-use crate::policy::{PolicyKind, PolicyOptions};
+use crate::policy::{Budget, PolicyOptions};
 use crate::{Error, ErrorCode, Result};
-
-/// Every layer attends every token. Exact.
-pub const KVA_POLICY_FULL: i32 = 0;
 
 /// One sequence of tokens and its KV.
 ///
@@ -41,18 +42,62 @@ pub struct kva_session_options {
     /// Most tokens that the session may hold; 0 (the default) for the model's context length. KV memory is taken as
     /// the session grows.
     pub capacity: u64,
+    /// Where the policy keeps the KV that it does not hold on the device, one of `KVA_KV_TIER_...`. Default:
+    /// `KVA_KV_TIER_DEVICE`.
+    pub kv_tier: i32,
+    /// How KV is stored there, one of `KVA_KV_PAYLOAD_...`. Default: `KVA_KV_PAYLOAD_EXACT`.
+    pub kv_payload: i32,
+    /// `KVA_KV_TIER_FILE`: `KVA_KV_FILE_...` flags, combined with `|`. Default: 0.
+    pub kv_file_flags: u32,
+    /// `KVA_POLICY_INFINIGEN`: what happens when there is no more room for KV, one of `KVA_EVICTION_...`. Default:
+    /// `KVA_EVICTION_OFF`.
+    pub eviction: i32,
+    /// `KVA_POLICY_WINDOW` and `KVA_POLICY_H2O`: tokens to attend, sinks included, as a share of those that the session
+    /// holds, above 0 and at most 1; not looked at where `budget_tokens` is not 0. Default: 0.2.
+    pub budget_share: f32,
+    /// `KVA_POLICY_WINDOW`: first tokens, always attended. Default: 4.
+    pub sinks: u32,
+    /// In place of `budget_share`, a number of tokens; 0 (the default) for the share.
+    pub budget_tokens: u64,
+    /// Most tokens that the session keeps KV of, in each layer and KV head; 0 (the default) for as many as there is room
+    /// for. With eviction, it begins here.
+    pub pool_tokens: u64,
+    /// `KVA_KV_TIER_FILE`: most bytes of the file; 0 (the default) for what `capacity` needs.
+    pub kv_file_limit_bytes: u64,
+    /// `KVA_KV_TIER_FILE`: the file, made anew for the session; one that exists is an error. NULL (the default): a
+    /// nameless file in the system's temporary folder.
+    pub kv_file_path: *const c_char,
+    /// Settings of `KVA_POLICY_INFINIGEN`; NULL (the default) for the defaults of `KVA_INFINIGEN_DEFAULT`.
+    pub infinigen: *const kva_infinigen_options,
+    /// A file to write what was speculated, selected, hit, missed and fetched to; NULL (the default) for none.
+    /// docs/policies.md describes it.
+    pub trace_path: *const c_char,
 }
 
-sized32!(kva_session_options, last: capacity: u64);
+sized32!(kva_session_options, versions: [capacity: u64, trace_path: *const c_char]);
 
 impl Options for kva_session_options {
     fn defaults() -> Self {
+        let policy = PolicyOptions::default();
+        let Budget::Share(budget_share) = policy.budget else { unreachable!("the default is a share") };
         kva_session_options {
             struct_size: size_of::<Self>() as u32,
             policy: KVA_POLICY_FULL,
             kv_dtype: KVA_DTYPE_AUTO,
             prefill_chunk: 0,
             capacity: 0,
+            kv_tier: KVA_KV_TIER_DEVICE,
+            kv_payload: KVA_KV_PAYLOAD_EXACT,
+            kv_file_flags: 0,
+            eviction: KVA_EVICTION_OFF,
+            budget_share,
+            sinks: policy.sinks as u32,
+            budget_tokens: 0,
+            pool_tokens: 0,
+            kv_file_limit_bytes: 0,
+            kv_file_path: std::ptr::null(),
+            infinigen: std::ptr::null(),
+            trace_path: std::ptr::null(),
         }
     }
 }
@@ -84,28 +129,50 @@ pub struct kva_statistics {
     pub kv_pinned_bytes: u64,
     /// Bytes of KV held in files.
     pub kv_file_bytes: u64,
+    /// Decode steps. This and what follows is what the policy did in them; an entry is the key and value of one token
+    /// of one KV head of one layer.
+    pub kv_steps: u64,
+    /// Entries of past tokens that the policy selected (or attended, if it does not select), over speculated layers.
+    pub kv_selected: u64,
+    /// Entries of past tokens that there were, over speculated layers.
+    pub kv_candidates: u64,
+    /// Entries that were attended, over all layers.
+    pub kv_attended: u64,
+    /// Entries that full attention would have attended, over all layers.
+    pub kv_held: u64,
+    /// Selected entries that were on the device already.
+    pub kv_hits: u64,
+    /// Selected entries that were not, and were fetched.
+    pub kv_misses: u64,
+    /// Bytes fetched from host memory.
+    pub kv_host_fetched_bytes: u64,
+    /// Bytes fetched from files, as the entries need them.
+    pub kv_file_fetched_bytes: u64,
+    /// Bytes really read from files: whole blocks, and the gaps between entries.
+    pub kv_file_read_bytes: u64,
+    /// Seconds that reads from files were in flight.
+    pub kv_read_seconds: f64,
+    /// Seconds that steps stood still for them.
+    pub kv_wait_seconds: f64,
+    /// Entries overwritten because there was no more room.
+    pub kv_evicted: u64,
 }
 
-sized32!(kva_statistics, last: kv_file_bytes: u64);
+sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64]);
 
 /// Options as the engine takes them.
 ///
 /// # Safety
 ///
-/// As [`options::read`].
+/// As [`options::read`], and what the fields point to is as documented there.
 pub(super) unsafe fn session_options(pointer: *const kva_session_options) -> Result<SessionOptions> {
     // SAFETY: the caller's promise.
     let given = unsafe { options::read(pointer, "options") }?;
     given.unknown?;
     let options = given.value;
-    let kind = match options.policy {
-        KVA_POLICY_FULL => PolicyKind::Full,
-        policy => {
-            return Err(Error::invalid_argument(format!("options.policy is {policy}, which is no KVA_POLICY")));
-        }
-    };
     Ok(SessionOptions {
-        policy: PolicyOptions { kind, ..PolicyOptions::default() },
+        // SAFETY: the caller's promise.
+        policy: unsafe { policy_options(&options) }?,
         capacity: usize::try_from(options.capacity).unwrap_or(usize::MAX),
         prefill_chunk: options.prefill_chunk as usize,
         kv_dtype: dtype(options.kv_dtype, "options.kv_dtype")?,
@@ -165,8 +232,9 @@ pub unsafe extern "C" fn kva_session_options_init(
 ///
 /// Ownership: `*session` is the caller's, freed with `kva_session_free`; it keeps the model alive. Threads: any,
 /// many at once.
-/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, an unknown enum value, a `capacity` above the model's context
-/// length), `KVA_ERROR_OUT_OF_MEMORY`.
+/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, an unknown enum value, a number out of its range, a `capacity` above the
+/// model's context length), `KVA_ERROR_UNSUPPORTED` (a policy, tier or payload that do not go together),
+/// `KVA_ERROR_OUT_OF_MEMORY`, `KVA_ERROR_IO` (the KV file or the trace).
 /// After an error: `*session` is unchanged and nothing is held.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kva_session_create(
@@ -341,6 +409,31 @@ pub unsafe extern "C" fn kva_session_decode(
     })
 }
 
+/// Writes the logits after the session's last token to `logits`; `logits_len` must be the model's `vocabulary_size`. They
+/// are those that the last prefill, score or decode computed.
+///
+/// Ownership: all memory is the caller's; nothing is kept. Threads: any, one at a time.
+/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, a wrong `logits_len`, or a session without logits: an empty one, or one
+/// that was truncated since), `KVA_ERROR_BUSY`. After an error: nothing was written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kva_session_get_logits(
+    session: Option<&kva_session>,
+    logits: *mut f32,
+    logits_len: usize,
+) -> Option<Box<kva_error>> {
+    guard(|| {
+        let session = handle(session, "session")?.lock("session")?;
+        // SAFETY: the arguments are as documented.
+        let mut out = unsafe { OutSlice::new(logits, logits_len, "logits") }?;
+        if out.is_absent() {
+            return Err(Error::invalid_argument("logits is NULL"));
+        }
+        out.check_length(session.model().config().vocabulary, "logits", "the model's vocabulary_size")?;
+        out.write(0, session.logits()?);
+        Ok(())
+    })
+}
+
 /// Asks the call in progress on a session to stop; within one layer it returns `KVA_ERROR_CANCELLED`. If no call is
 /// in progress, the next prefill, score, decode or generate does. Either way that call consumes the request.
 ///
@@ -378,7 +471,7 @@ pub unsafe extern "C" fn kva_session_get_statistics(
         let session = handle(session, "session")?.lock("session")?;
         // SAFETY: the caller's promise: NULL, or a struct as long as it says.
         let out = unsafe { OutStruct::new(statistics, "statistics") }?;
-        let (statistics, kv) = (session.statistics(), session.kv_bytes());
+        let (statistics, kv, counters) = (session.statistics(), session.kv_bytes(), session.kv_counters());
         out.write(kva_statistics {
             struct_size: 0,
             reserved: 0,
@@ -391,6 +484,19 @@ pub unsafe extern "C" fn kva_session_get_statistics(
             kv_device_bytes: kv.device as u64,
             kv_pinned_bytes: kv.pinned as u64,
             kv_file_bytes: kv.file as u64,
+            kv_steps: counters.steps,
+            kv_selected: counters.selected,
+            kv_candidates: counters.candidates,
+            kv_attended: counters.attended,
+            kv_held: counters.held,
+            kv_hits: counters.hits,
+            kv_misses: counters.misses,
+            kv_host_fetched_bytes: counters.host_bytes,
+            kv_file_fetched_bytes: counters.file_bytes,
+            kv_file_read_bytes: counters.file_read_bytes,
+            kv_read_seconds: counters.read_seconds,
+            kv_wait_seconds: counters.wait_seconds,
+            kv_evicted: counters.evicted,
         });
         Ok(())
     })

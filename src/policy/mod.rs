@@ -10,6 +10,7 @@
 //!
 //! A new policy is one file here and one line each in [`create`] and [`estimate`]; docs/policies.md has a complete small one.
 
+mod check;
 mod dropping;
 mod fetched;
 mod full;

@@ -33,6 +33,22 @@ class BenchTest(CommonTests, ToolTest):
         self.assertIn("cpu", result["machine"])
         self.assertRegex(out, r"(?m)^ +40 +3 +full +[\d.]+ \([\d.]+ - [\d.]+\)")
 
+    def test_policies_are_compared_in_one_run(self):
+        out, result = self.bench("--context", "8,40", "--gen", 4, "--repeat", 3, "--compare", "policy=full;kv-dtype=f32,f16")
+        rows = result["rows"]
+        self.assertEqual([(row["context"], row["label"]) for row in rows],
+                         [(c, f"full, kv-dtype {t}") for c in (8, 40) for t in ("f32", "f16")])
+        for first, second in (rows[:2], rows[2:]):
+            self.assertEqual(first["decode_ratio_to_first"]["samples"], [1, 1, 1])
+            for ratio, a, b in zip(second["decode_ratio_to_first"]["samples"], first["decode_tokens_per_second"]["samples"],
+                                   second["decode_tokens_per_second"]["samples"]):
+                self.assertAlmostEqual(ratio, b / a)
+            self.assertEqual(first["kv_bytes"], 2 * second["kv_bytes"])
+            self.assertEqual(first["options"]["kv_dtype"], "f32")
+            self.assertEqual(first["bytes_fetched_per_step"], {"host": 0, "file": 0, "file_read": 0})
+            self.assertEqual(first["kv_bytes_by_tier"]["device"], first["kv_bytes"])
+        self.assertRegex(out, r"(?m)^ +40 +1 +full, kv-dtype f16 .*\) +[\d.]+ +[\d.]+ KiB")
+
     def test_prefill_once(self):
         _, result = self.bench("--context", 16, "--gen", 2, "--repeat", 3, "--no-prefill-repeat")
         self.assertEqual(len(result["rows"][0]["prefill_tokens_per_second"]["samples"]), 1)
@@ -84,6 +100,10 @@ class BenchTest(CommonTests, ToolTest):
         self.wrong("--shape", "llama-9", "--random-weights", 1, says="smollm2-135m", status=1)
         self.wrong("--model", MODEL, "--context", "1,,2", says="--context '1,,2': must be a whole number")
         self.wrong("--model", MODEL, "--batch", "0", says="--batch must be at least 1")
+        self.wrong("--model", MODEL, "--select", "0.1", says="--select needs --policy infinigen")
+        self.wrong("--model", MODEL, "--kv-tier", "file", "--kv-file", "x", "--kv-keep", says="--kv-keep has no use here")
+        self.wrong("--model", MODEL, "--compare", "policy=full", "--interactive", says="exclude each other")
+        self.wrong("--model", MODEL, "--compare", "policy=lru", says="--policy 'lru'")
         self.wrong("--model", MODEL, "--gen", "0", says="--gen must be at least 1")
         self.wrong("--model", MODEL, "--context", "8", "--json", "/nowhere/x.json", says="/nowhere/x.json: cannot create it", status=1)
 

@@ -49,7 +49,7 @@ class GenerateTest(CommonTests, ToolTest):
 
     def test_stats_say_why_it_ended_and_what_it_took(self):
         _, err = self.run_tool(*self.basic, "-n", 4, "--stats")
-        for word in ("ended    the token limit", "model    llama", "backend ", "KV ", "memory "):
+        for word in ("ended    the token limit", "model    llama", "backend ", "KV       full, ", "memory "):
             self.assertIn(word, err)
 
     def test_context_bounds_the_session(self):
@@ -77,6 +77,9 @@ class GenerateTest(CommonTests, ToolTest):
         self.wrong("--model", "/nowhere/model.gguf", "--prompt", "x", says="/nowhere/model.gguf", status=1)
         self.wrong("--model", __file__, "--prompt", "x", says=__file__, status=1)
         self.wrong(*self.basic, "--temperature", "warm", says="--temperature 'warm': must be a number")
+        self.wrong(*self.basic, "--policy", "window", "--select", "0.1", says="--select needs --policy infinigen")
+        self.wrong(*self.basic, "--policy", "window", "--budget", "2", says="budget is 2 tokens", status=1)
+        self.wrong(*self.basic, "--calibration", "/nowhere/text", says="/nowhere/text: cannot open it", status=1)
         self.wrong(*self.basic, "--top-p", "-1", says="top_p", status=1)
 
 

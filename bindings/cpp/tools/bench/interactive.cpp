@@ -30,7 +30,7 @@ Interactive::Interactive(const kva::Model& model, const Options& options)
   sessions_.emplace(0, new_session());
 }
 
-kva::Session Interactive::new_session() const { return kva::Session::create(model_, session_options(options_, 0)).value(); }
+kva::Session Interactive::new_session() const { return kva::Session::create(model_, options_.policies.front().flags.session(0)).value(); }
 
 std::vector<std::uint32_t> Interactive::new_tokens(std::uint64_t count) const {
   if (count == 0) throw std::runtime_error("tokens and depth must be at least 1");

@@ -37,7 +37,7 @@ int run(const Options& options) {
   }
 
   print_heading(model, options);
-  print_columns();
+  print_columns(options);
   std::uint64_t peak = machine::peak_memory_bytes();
   std::vector<Row> rows;
   try {
@@ -45,10 +45,13 @@ int run(const Options& options) {
       for (const std::uint64_t batch : options.batches) {
         {
           terminal::Progress progress("context " + std::to_string(context) + ", batch " + std::to_string(batch));
-          rows.push_back(measure(model, options, context, batch,
-                                 [&](double fraction, const std::string& doing) { progress.show(fraction, doing); }));
+          const auto more = measure(model, options, context, batch,
+                                    [&](double fraction, const std::string& doing) { progress.show(fraction, doing); });
+          rows.insert(rows.end(), more.begin(), more.end());
         }
-        print(rows.back(), options);
+        for (auto row = rows.end() - static_cast<std::ptrdiff_t>(options.policies.size()); row != rows.end(); ++row) {
+          print(model, *row, options);
+        }
         peak = std::max(peak, rows.back().peak_memory_bytes);
       }
     }

@@ -5,6 +5,7 @@
 
 #include "../common/interrupt.hpp"
 #include "../common/machine.hpp"
+#include "../common/traffic.hpp"
 #include "prompt.hpp"
 
 namespace bench {
@@ -21,6 +22,73 @@ void check_interrupt() {
   if (interrupt::requested()) throw Interrupted();
 }
 
+/// Called before each piece of work with what it is; throws after Ctrl-C.
+using Show = std::function<void(const std::string& doing)>;
+
+/// One policy's sequences.
+class Contestant {
+ public:
+  Contestant(const kva::Model& model, const Options& options, const grid::Point& point, std::uint64_t context, std::uint64_t batch)
+      : model_(&model),
+        options_(&options),
+        session_options_(point.flags.session(context + options.steps)),
+        context_(context),
+        batch_(batch),
+        vocabulary_(model.info().value().vocabulary_size),
+        logits_(static_cast<std::size_t>(batch) * vocabulary_) {}
+
+  /// Makes the sequences anew; returns the seconds of their prefills.
+  double prefill(const Show& show) {
+    sessions_.clear();  // gives its KV back before more is taken
+    double time = 0;
+    for (std::uint64_t i = 0; i < batch_; ++i) {
+      show("prefill");
+      sessions_.push_back(kva::Session::create(*model_, session_options_).value());
+      if (context_ == 0) continue;
+      const auto prompt = random_tokens(context_, vocabulary_, options_->seed + i);
+      const interrupt::Watch watch(sessions_.back());
+      time += seconds([&] { sessions_.back().prefill(prompt, {logits_.data(), vocabulary_}).value(); });
+    }
+    return time;
+  }
+
+  void cut_back() {
+    for (kva::Session& session : sessions_) session.truncate(context_).value();
+  }
+
+  /// Returns the seconds of all steps.
+  double decode(const Show& show) {
+    std::vector<kva::Session*> all;
+    for (kva::Session& session : sessions_) {
+      session.reset_statistics().value();
+      all.push_back(&session);
+    }
+    double time = 0;
+    for (std::uint64_t step = 0; step < options_->steps; ++step) {
+      show("decode");
+      const auto tokens = random_tokens(all.size(), vocabulary_, options_->seed + step);
+      time += seconds([&] { kva::decode_batch(all, tokens, logits_).value(); });
+    }
+    return time;
+  }
+
+  /// Adds the counters of the last decode; the KV is what is held now.
+  void count(kva::Statistics& total) const {
+    total.kv_device_bytes = total.kv_pinned_bytes = total.kv_file_bytes = 0;
+    for (const kva::Session& session : sessions_) total = traffic::sum(total, session.statistics().value());
+  }
+
+ private:
+  const kva::Model* model_;
+  const Options* options_;
+  kva::SessionOptions session_options_;
+  std::uint64_t context_;
+  std::uint64_t batch_;
+  std::uint32_t vocabulary_;
+  std::vector<float> logits_;
+  std::vector<kva::Session> sessions_;
+};
+
 }  // namespace
 
 double Spread::median() const {
@@ -33,69 +101,58 @@ double Spread::median() const {
 double Spread::min() const { return *std::min_element(samples.begin(), samples.end()); }
 double Spread::max() const { return *std::max_element(samples.begin(), samples.end()); }
 
-kva::SessionOptions session_options(const Options& options, std::uint64_t capacity) {
-  kva::SessionOptions session;
-  session.policy = options.policy;
-  session.kv_dtype = options.kv_dtype;
-  session.capacity = capacity;
-  return session;
+std::uint64_t Row::kv_bytes() const {
+  return statistics.kv_device_bytes + statistics.kv_pinned_bytes + statistics.kv_file_bytes;
 }
 
 void warm_up(const kva::Model& model, const Options& options) {
   const kva::ModelInfo info = model.info().value();
   const std::size_t tokens = static_cast<std::size_t>(std::min<std::uint64_t>(8, info.context_length - 1));
-  kva::Session session = kva::Session::create(model, session_options(options, 0)).value();
-  session.prefill(random_tokens(tokens, info.vocabulary_size, options.seed)).value();
-  session.decode(0).value();
+  const auto prompt = random_tokens(tokens, info.vocabulary_size, options.seed);
+  for (const grid::Point& point : options.policies) {
+    policy::Flags flags = point.flags;
+    flags.file.clear();  // nothing is to be left behind
+    flags.trace.clear();
+    kva::Session session = kva::Session::create(model, flags.session(0)).value();
+    session.prefill(prompt).value();
+    session.decode(0).value();
+  }
 }
 
-Row measure(const kva::Model& model, const Options& options, std::uint64_t context, std::uint64_t batch,
-            const RowProgress& progress) {
-  const std::uint32_t vocabulary = model.info().value().vocabulary_size;
-  std::vector<kva::Session> sessions;
-  std::vector<float> logits(static_cast<std::size_t>(batch) * vocabulary);
-  Row row;
-  row.context = context;
-  row.batch = batch;
+std::vector<Row> measure(const kva::Model& model, const Options& options, std::uint64_t context, std::uint64_t batch,
+                         const RowProgress& progress) {
   machine::reset_peak_memory();
-
+  std::vector<Contestant> contestants;
+  std::vector<Row> rows;
+  for (const grid::Point& point : options.policies) {
+    contestants.emplace_back(model, options, point, context, batch);
+    Row& row = rows.emplace_back();
+    row.policy = &point;
+    row.context = context;
+    row.batch = batch;
+  }
+  const double turns = static_cast<double>(options.repetitions * rows.size());
+  double turn = 0;
   for (std::uint64_t repetition = 0; repetition < options.repetitions; ++repetition) {
-    const double done = static_cast<double>(repetition) / static_cast<double>(options.repetitions);
-    if (repetition == 0 || !options.prefill_once) {
-      sessions.clear();  // gives its KV back before more is taken
-      double time = 0;
-      for (std::uint64_t i = 0; i < batch; ++i) {
+    for (std::size_t i = 0; i < rows.size(); ++i, ++turn) {
+      const auto show = [&](const std::string& doing) {
         check_interrupt();
-        progress(done, "prefill");
-        sessions.push_back(kva::Session::create(model, session_options(options, context + options.steps)).value());
-        if (context == 0) continue;
-        const auto prompt = random_tokens(context, vocabulary, options.seed + i);
-        const interrupt::Watch watch(sessions.back());
-        time += seconds([&] { sessions.back().prefill(prompt, {logits.data(), vocabulary}).value(); });
+        progress(turn / turns, rows.size() == 1 ? doing : rows[i].policy->label + ", " + doing);
+      };
+      if (repetition == 0 || !options.prefill_once) {
+        const double time = contestants[i].prefill(show);
+        if (context != 0) rows[i].prefill.samples.push_back(static_cast<double>(context * batch) / time);
+      } else {
+        contestants[i].cut_back();
       }
-      if (context != 0) row.prefill.samples.push_back(static_cast<double>(context * batch) / time);
-    } else {
-      for (kva::Session& session : sessions) session.truncate(context).value();
+      const double time = contestants[i].decode(show);
+      rows[i].decode.samples.push_back(static_cast<double>(options.steps * batch) / time);
+      rows[i].ratio.samples.push_back(rows[i].decode.samples.back() / rows[0].decode.samples.back());
+      contestants[i].count(rows[i].statistics);
     }
-
-    std::vector<kva::Session*> all;
-    for (kva::Session& session : sessions) all.push_back(&session);
-    double time = 0;
-    for (std::uint64_t step = 0; step < options.steps; ++step) {
-      check_interrupt();
-      progress(done, "decode");
-      const auto tokens = random_tokens(all.size(), vocabulary, options.seed + step);
-      time += seconds([&] { kva::decode_batch(all, tokens, logits).value(); });
-    }
-    row.decode.samples.push_back(static_cast<double>(options.steps * batch) / time);
   }
-
-  for (const kva::Session& session : sessions) {
-    const kva::Statistics statistics = session.statistics().value();
-    row.kv_bytes += statistics.kv_device_bytes + statistics.kv_pinned_bytes + statistics.kv_file_bytes;
-  }
-  row.peak_memory_bytes = machine::peak_memory_bytes();
-  return row;
+  for (Row& row : rows) row.peak_memory_bytes = machine::peak_memory_bytes();
+  return rows;
 }
 
 }  // namespace bench

@@ -21,13 +21,18 @@ struct Spread {
   [[nodiscard]] double max() const;
 };
 
+/// One policy at one context length and batch size.
 struct Row {
+  const grid::Point* policy = nullptr;
   std::uint64_t context = 0;
   std::uint64_t batch = 0;
   Spread prefill;  ///< tokens per second; empty for context 0
   Spread decode;   ///< tokens per second of the whole batch
-  std::uint64_t kv_bytes = 0;
-  std::uint64_t peak_memory_bytes = 0;
+  Spread ratio;    ///< of decode, to the first policy's in the same repetition
+  kva::Statistics statistics;  ///< counters: of all decode steps; KV: of the last repetition's end
+  std::uint64_t peak_memory_bytes = 0;  ///< of all policies that are measured together
+
+  [[nodiscard]] std::uint64_t kv_bytes() const;
 };
 
 /// Called with the fraction of the row that is done.
@@ -36,13 +41,10 @@ using RowProgress = std::function<void(double fraction, const std::string& doing
 /// Runs a few tokens, untimed: first use touches the weights and the scratch memory.
 void warm_up(const kva::Model& model, const Options& options);
 
-/// Throws `Interrupted` after Ctrl-C.
-[[nodiscard]] Row measure(const kva::Model& model, const Options& options, std::uint64_t context, std::uint64_t batch,
-                          const RowProgress& progress);
+/// A row for each policy; they take turns within a repetition. Throws `Interrupted` after Ctrl-C.
+[[nodiscard]] std::vector<Row> measure(const kva::Model& model, const Options& options, std::uint64_t context,
+                                       std::uint64_t batch, const RowProgress& progress);
 
 struct Interrupted {};
-
-/// Options for a session of the size that a measurement needs; 0: the model's context length.
-[[nodiscard]] kva::SessionOptions session_options(const Options& options, std::uint64_t capacity);
 
 }  // namespace bench

@@ -9,8 +9,8 @@ bool parse(int argc, char** argv, Options& options) {
                       "Measures prefill and decode. For each context length and batch size: a prefill of every sequence, "
                       "then decode steps of the whole batch, repeated. Prompts are random token ids.");
   options.model.declare(parser, true);
-  parser.choice("--policy", "what a layer attends (default full)", program::policies(), options.policy);
-  parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights (default auto)", program::dtypes(), options.kv_dtype);
+  std::vector<std::string> compare;
+  options.policy.declare(parser);
 
   parser.group("Measurement");
   parser.option("--context", "LIST", "tokens of each prompt, as 1,512,4096 (default 512); 0: decode from the empty context",
@@ -20,6 +20,10 @@ bool parse(int argc, char** argv, Options& options) {
   parser.option("--repeat", "R", "repetitions (default 3)", options.repetitions);
   parser.flag("--no-prefill-repeat", "prefill once; later repetitions cut the sequences back to their prompts",
               options.prefill_once);
+  parser.repeated("--compare", "SPEC",
+                  "measure several policies in turn, within each repetition: flags without their dashes, as "
+                  "'policy=infinigen;select=0.02'; may be given many times. Ratios are to the first",
+                  compare);
   parser.option("--seed", "N", "of the prompts (default 0)", options.seed);
   parser.option("--json", "FILE", "write the results to FILE as well", options.json);
   parser.flag("--interactive", "be told what to measure, a line of JSON at a time (see below)", options.interactive);
@@ -27,6 +31,9 @@ bool parse(int argc, char** argv, Options& options) {
   parser.epilog(
       "A decode step counts from the call to the return of its logits; sampling is not part of it. Rates are tokens of\n"
       "the whole batch per second: the median of the repetitions, with the least and the greatest.\n"
+      "\n"
+      "What a policy selected, found on the device, fetched and kept is over the decode steps of all repetitions; reads\n"
+      "are hidden as far as no step stood still for them.\n"
       "\n"
       "With --interactive each line of standard input is a request, and its answer is one line:\n"
       "  {\"op\": \"describe\"}                           machine, model, options\n"
@@ -38,9 +45,18 @@ bool parse(int argc, char** argv, Options& options) {
       "\n"
       "Examples:\n"
       "  kva-bench --model model.gguf --context 1,4096 --gen 64 --repeat 5 --json result.json\n"
+      "  kva-bench --model model.gguf --context 7900 --compare policy=full --compare 'policy=infinigen;select=0.02,0.05'\n"
       "  kva-bench --shape llama-2-7b --random-weights 1 --context 2048 --batch 1,4 --no-prefill-repeat\n");
   if (!parser.parse(argc, argv)) return false;
   options.model.check();
+  if (options.policy.file_keep) throw args::UsageError("--kv-keep has no use here: one session follows the other");
+  if (compare.empty()) {
+    options.policy.check();
+    options.policies.push_back({options.policy, {}, policy::name(options.policy.policy), {}});
+  } else {
+    if (options.interactive) throw args::UsageError("--compare and --interactive exclude each other");
+    options.policies = grid::expand(compare, options.policy);
+  }
 
   const auto zero = [](std::uint64_t value) { return value == 0; };
   if (options.steps == 0) throw args::UsageError("--gen must be at least 1");

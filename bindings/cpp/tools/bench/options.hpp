@@ -6,14 +6,16 @@
 #include <string>
 #include <vector>
 
+#include "../common/grid.hpp"
+#include "../common/policy.hpp"
 #include "../common/program.hpp"
 
 namespace bench {
 
 struct Options {
   program::ModelFlags model;
-  kva::Policy policy = kva::Policy::full;
-  kva::DType kv_dtype = kva::DType::automatic;
+  policy::Flags policy;
+  std::vector<grid::Point> policies;  ///< what is measured: those to compare, or `policy` alone
   std::vector<std::uint64_t> contexts = {512};
   std::vector<std::uint64_t> batches = {1};
   std::uint64_t steps = 32;

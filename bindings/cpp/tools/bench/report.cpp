@@ -1,9 +1,11 @@
 #include "report.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "../common/machine.hpp"
+#include "../common/traffic.hpp"
 
 namespace bench {
 namespace {
@@ -18,15 +20,48 @@ nlohmann::json to_json(const Spread& spread) {
   return {{"median", spread.median()}, {"min", spread.min()}, {"max", spread.max()}, {"samples", spread.samples}};
 }
 
-nlohmann::json to_json(const Row& row, const Options& options) {
-  return {{"context", row.context},
-          {"batch", row.batch},
-          {"policy", program::name(options.policy)},
-          {"steps", options.steps},
-          {"prefill_tokens_per_second", to_json(row.prefill)},
-          {"decode_tokens_per_second", to_json(row.decode)},
-          {"kv_bytes", row.kv_bytes},
-          {"peak_memory_bytes", row.peak_memory_bytes}};
+/// KV heads of all layers that speculate (or select otherwise).
+std::uint64_t selecting_heads(const kva::Model& model, const policy::Flags& flags) {
+  const kva::ModelInfo info = model.info().value();
+  std::uint32_t resident = 0;
+  if (flags.policy == kva::Policy::infinigen) resident = std::min(info.layers, flags.session(0).infinigen.resident_layers);
+  return std::uint64_t{info.layers - resident} * info.kv_heads;
+}
+
+/// Bytes fetched, or another count, for one step of the whole batch.
+double each_step(std::uint64_t count, const Row& row, const Options& options) {
+  return static_cast<double>(count) / static_cast<double>(options.steps * row.decode.samples.size());
+}
+
+nlohmann::json to_json(const kva::Model& model, const Row& row, const Options& options) {
+  const kva::Statistics& s = row.statistics;
+  const auto selected = traffic::selected_per_head(s, selecting_heads(model, row.policy->flags));
+  nlohmann::json result = {{"context", row.context},
+                           {"batch", row.batch},
+                           {"policy", policy::name(row.policy->flags.policy)},
+                           {"label", row.policy->label},
+                           {"options", row.policy->flags.json()},
+                           {"steps", options.steps},
+                           {"prefill_tokens_per_second", to_json(row.prefill)},
+                           {"decode_tokens_per_second", to_json(row.decode)},
+                           {"decode_ratio_to_first", to_json(row.ratio)},
+                           {"peak_memory_bytes", row.peak_memory_bytes},
+                           {"selected_per_step_and_head", selected ? nlohmann::json(*selected) : nlohmann::json()},
+                           {"bytes_fetched_per_step",
+                            {{"host", each_step(s.kv_host_fetched_bytes, row, options)},
+                             {"file", each_step(s.kv_file_fetched_bytes, row, options)},
+                             {"file_read", each_step(s.kv_file_read_bytes, row, options)}}}};
+  nlohmann::json moved = traffic::json(s);
+  moved["kv_bytes_by_tier"] = moved["kv_bytes"];
+  moved["kv_bytes"] = row.kv_bytes();
+  result.update(moved);
+  return result;
+}
+
+int label_width(const Options& options) {
+  std::size_t widest = 8;
+  for (const grid::Point& point : options.policies) widest = std::max(widest, point.label.size());
+  return static_cast<int>(widest);
 }
 
 }  // namespace
@@ -41,16 +76,32 @@ void print_heading(const kva::Model& model, const Options& options) {
               static_cast<unsigned long long>(options.steps), static_cast<unsigned long long>(options.repetitions));
 }
 
-void print_columns() {
-  std::printf("%8s %6s  %-8s  %-30s  %-30s  %10s  %11s\n", "context", "batch", "policy", "prefill tokens/s",
-              "decode tokens/s", "KV", "peak memory");
+void print_columns(const Options& options) {
+  std::printf("%8s %6s  %-*s  %-30s  %-30s  ", "context", "batch", label_width(options), "policy", "prefill tokens/s",
+              "decode tokens/s");
+  if (options.policies.size() > 1) std::printf("%6s  ", "ratio");
+  std::printf("%10s  %11s\n", "KV", "peak memory");
 }
 
-void print(const Row& row, const Options& options) {
-  std::printf("%8llu %6llu  %-8s  %-30s  %-30s  %10s  %11s\n", static_cast<unsigned long long>(row.context),
-              static_cast<unsigned long long>(row.batch), program::name(options.policy).c_str(), text(row.prefill).c_str(),
-              text(row.decode).c_str(), program::bytes(row.kv_bytes).c_str(),
-              program::bytes(row.peak_memory_bytes).c_str());
+void print(const kva::Model& model, const Row& row, const Options& options) {
+  const kva::Statistics& s = row.statistics;
+  std::printf("%8llu %6llu  %-*s  %-30s  %-30s  ", static_cast<unsigned long long>(row.context),
+              static_cast<unsigned long long>(row.batch), label_width(options), row.policy->label.c_str(),
+              text(row.prefill).c_str(), text(row.decode).c_str());
+  if (options.policies.size() > 1) std::printf("%6.2f  ", row.ratio.median());
+  std::printf("%10s  %11s\n", program::bytes(row.kv_bytes()).c_str(), program::bytes(row.peak_memory_bytes).c_str());
+  if (row.policy->flags.policy != kva::Policy::full || row.policy->flags.tier != kva::KvTier::device) {
+    std::string line = "KV: " + traffic::where(s);
+    if (const auto selected = traffic::selected_per_head(s, selecting_heads(model, row.policy->flags))) {
+      line += program::format("; a step selects %.1f tokens a head", *selected);
+    }
+    if (const auto hits = traffic::hit_rate(s)) line += ", " + traffic::percent(hits) + " of them on the device";
+    line += program::format("; it fetches %s from RAM, %s from file",
+                            program::bytes(static_cast<std::uint64_t>(each_step(s.kv_host_fetched_bytes, row, options))).c_str(),
+                            program::bytes(static_cast<std::uint64_t>(each_step(s.kv_file_read_bytes, row, options))).c_str());
+    if (const auto hidden = traffic::hidden(s)) line += ", " + traffic::percent(hidden) + " of read time hidden";
+    std::printf("%17s%s\n", "", line.c_str());
+  }
   std::fflush(stdout);
 }
 
@@ -77,8 +128,9 @@ nlohmann::json describe(const kva::Model& model, const Options& options) {
           {"model", source},
           {"options",
            {{"threads", options.model.threads},
-            {"policy", program::name(options.policy)},
-            {"kv_dtype", program::name(options.kv_dtype)},
+            {"policy", policy::name(options.policies.front().flags.policy)},
+            {"kv_dtype", program::name(options.policies.front().flags.kv_dtype)},
+            {"kv", options.policies.front().flags.json()},
             {"steps", options.steps},
             {"repetitions", options.repetitions},
             {"prefill_repeated", !options.prefill_once},
@@ -89,7 +141,7 @@ nlohmann::json to_json(const kva::Model& model, const Options& options, const st
                        std::uint64_t peak_memory_bytes) {
   nlohmann::json result = describe(model, options);
   result["rows"] = nlohmann::json::array();
-  for (const Row& row : rows) result["rows"].push_back(to_json(row, options));
+  for (const Row& row : rows) result["rows"].push_back(to_json(model, row, options));
   result["peak_memory_bytes"] = peak_memory_bytes;
   return result;
 }

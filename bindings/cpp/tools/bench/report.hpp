@@ -11,8 +11,9 @@ namespace bench {
 
 /// The line over a table: what was measured.
 void print_heading(const kva::Model& model, const Options& options);
-void print_columns();
-void print(const Row& row, const Options& options);
+void print_columns(const Options& options);
+/// A line, and under it what the policy did, where it left something out.
+void print(const kva::Model& model, const Row& row, const Options& options);
 
 /// {"version", "machine", "model", "options"}
 [[nodiscard]] nlohmann::json describe(const kva::Model& model, const Options& options);

@@ -46,18 +46,20 @@ std::string wrapped(const std::string& text, std::size_t indent) {
   return lines;
 }
 
-/// Insertions, deletions and replacements from one word to the other.
+/// Insertions, deletions, replacements and swaps of neighbours from one word to the other.
 std::size_t distance(std::string_view a, std::string_view b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
+  std::vector<std::size_t> before;  // the row before the last
+  std::vector<std::size_t> last(b.size() + 1);
+  std::iota(last.begin(), last.end(), std::size_t{0});
   for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = std::exchange(row[0], i);
+    std::vector<std::size_t> row(b.size() + 1, i);
     for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = std::exchange(row[j], std::min({replaced, row[j] + 1, row[j - 1] + 1}));
+      row[j] = std::min({last[j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1), last[j] + 1, row[j - 1] + 1});
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) row[j] = std::min(row[j], before[j - 2] + 1);
     }
+    before = std::exchange(last, std::move(row));
   }
-  return row.back();
+  return last.back();
 }
 
 }  // namespace
@@ -145,13 +147,25 @@ bool Parser::parse(int argc, char** argv) const {
     } else {
       throw UsageError(name + " needs a value: " + name + " " + flag.placeholder);
     }
-    try {
-      flag.set(value);
-    } catch (const UsageError& error) {
-      throw UsageError(name + " '" + std::string(value) + "': " + error.what());
-    }
+    set(flag, name, value);
   }
   return true;
+}
+
+void Parser::assign(const std::string& name, std::string_view value) const {
+  const Flag& flag = find(name);
+  if (flag.placeholder.empty() != value.empty()) {
+    throw UsageError(name + (value.empty() ? " needs a value: " + name + " " + flag.placeholder : " takes no value"));
+  }
+  set(flag, name, value);
+}
+
+void Parser::set(const Flag& flag, const std::string& name, std::string_view value) {
+  try {
+    flag.set(value);
+  } catch (const UsageError& error) {
+    throw UsageError(name + " '" + std::string(value) + "': " + error.what());
+  }
 }
 
 std::string Parser::help() const {

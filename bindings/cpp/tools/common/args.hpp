@@ -83,6 +83,11 @@ class Parser {
     });
   }
 
+  /// A flag with a value that `set` takes; it throws UsageError with what would be right.
+  void custom(std::string names, std::string placeholder, std::string help, std::function<void(std::string_view)> set) {
+    add(std::move(names), std::move(placeholder), std::move(help), std::move(set));
+  }
+
   /// A flag without a value.
   void flag(std::string names, std::string help, bool& target);
 
@@ -91,6 +96,9 @@ class Parser {
 
   /// Fills the targets. False where --help or --version was asked for and answered. Throws UsageError.
   [[nodiscard]] bool parse(int argc, char** argv) const;
+
+  /// Fills one target, as `--name value` does; `value` is empty for a flag without one. Throws UsageError.
+  void assign(const std::string& name, std::string_view value) const;
 
   [[nodiscard]] std::string help() const;
 
@@ -107,6 +115,7 @@ class Parser {
     std::vector<Flag> flags;
   };
 
+  static void set(const Flag& flag, const std::string& name, std::string_view value);
   void add(std::string names, std::string placeholder, std::string help, std::function<void(std::string_view)> set);
   [[nodiscard]] const Flag& find(std::string_view name) const;
 

@@ -5,22 +5,11 @@
 #include <cstdio>
 #include <exception>
 
+#include "files.hpp"
 #include "interrupt.hpp"
 #include "terminal.hpp"
 
 namespace program {
-namespace {
-
-template <class T>
-std::string word_for(T sought, const std::vector<std::pair<std::string, T>>& words) {
-  for (const auto& [word, value] : words) {
-    if (value == sought) return word;
-  }
-  return "unknown";
-}
-
-}  // namespace
-
 int run(const std::string& name, const std::function<int()>& body) {
   try {
     interrupt::install();
@@ -52,6 +41,8 @@ std::string format(const char* form, ...) {
   return text;
 }
 
+double rounded(float value) { return std::stod(format("%.7g", static_cast<double>(value))); }
+
 std::string bytes(std::uint64_t count) {
   static constexpr std::array<const char*, 5> units = {"B", "KiB", "MiB", "GiB", "TiB"};
   double value = static_cast<double>(count);
@@ -63,14 +54,11 @@ std::string bytes(std::uint64_t count) {
   return format(unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
 }
 
-std::vector<std::pair<std::string, kva::DType>> dtypes() {
+Words<kva::DType> dtypes() {
   return {{"auto", kva::DType::automatic}, {"f32", kva::DType::f32}, {"f16", kva::DType::f16}, {"bf16", kva::DType::bf16}};
 }
 
-std::vector<std::pair<std::string, kva::Policy>> policies() { return {{"full", kva::Policy::full}}; }
-
-std::string name(kva::DType dtype) { return word_for(dtype, dtypes()); }
-std::string name(kva::Policy policy) { return word_for(policy, policies()); }
+std::string name(kva::DType dtype) { return word(dtype, dtypes()); }
 
 void ModelFlags::declare(args::Parser& parser, bool shapes) {
   parser.group("Model");
@@ -84,6 +72,9 @@ void ModelFlags::declare(args::Parser& parser, bool shapes) {
   }
   parser.choice("--dtype", "type of the weights in memory; auto: as stored, quantized ones as bf16 (default auto)", dtypes(), dtype);
   parser.option("--threads", "N", "threads to compute with; 0: all processors (default 0)", threads);
+  parser.option("--speculation-cache", "FOLDER",
+                "keep what infinigen learns from the calibration text there (default: next to the model)", speculation_cache);
+  parser.option("--calibration", "FILE", "a text to calibrate infinigen on (default: one of the library's own)", calibration);
 }
 
 void ModelFlags::check() const {
@@ -99,6 +90,8 @@ kva::Model ModelFlags::load() const {
   kva::ModelOptions options;
   options.threads = threads;
   options.dtype = dtype;
+  options.speculation_cache_path = speculation_cache;
+  if (!calibration.empty()) options.calibration_text = files::read(calibration);
   options.progress = [&](float fraction) {
     progress.show(static_cast<double>(fraction));
     return interrupt::requested() ? kva::Flow::stop : kva::Flow::proceed;

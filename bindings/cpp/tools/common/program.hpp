@@ -21,14 +21,26 @@ int run(const std::string& name, const std::function<int()>& body);
 /// `printf`-style text.
 [[gnu::format(printf, 1, 2)]] std::string format(const char* form, ...);
 
+/// A `float` as a person wrote it: 0.2 and not 0.20000000298.
+double rounded(float value);
+
 /// "1.5 GiB"
 std::string bytes(std::uint64_t count);
 
-/// The words for dtypes and policies on a command line and in JSON, and back.
-std::vector<std::pair<std::string, kva::DType>> dtypes();
-std::vector<std::pair<std::string, kva::Policy>> policies();
+/// What a value of an enum is called on command lines and in JSON.
+template <class T>
+using Words = std::vector<std::pair<std::string, T>>;
+
+template <class T>
+std::string word(T sought, const Words<T>& words) {
+  for (const auto& [text, value] : words) {
+    if (value == sought) return text;
+  }
+  return "unknown";
+}
+
+Words<kva::DType> dtypes();
 std::string name(kva::DType dtype);
-std::string name(kva::Policy policy);
 
 /// Which model, and how to hold it.
 struct ModelFlags {
@@ -37,6 +49,8 @@ struct ModelFlags {
   std::optional<std::uint64_t> random_weights;
   std::uint32_t threads = 0;
   kva::DType dtype = kva::DType::automatic;
+  std::string speculation_cache;
+  std::string calibration;
 
   /// Declares --model, and --shape with --random-weights where `shapes`.
   void declare(args::Parser& parser, bool shapes);

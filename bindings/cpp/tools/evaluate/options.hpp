@@ -4,20 +4,32 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "../common/grid.hpp"
+#include "../common/policy.hpp"
 #include "../common/program.hpp"
+#include "heatmap.hpp"
 
 namespace evaluate {
 
 struct Options {
   program::ModelFlags model;
-  kva::Policy policy = kva::Policy::full;
-  kva::DType kv_dtype = kva::DType::automatic;
+  policy::Flags policy;
   std::string text;
   std::string token_ids;
   std::uint64_t prefill = 0;
   bool stepwise = false;
   std::string json;
+
+  std::vector<grid::Point> sweep;  ///< empty: one evaluation
+  std::string csv;
+  std::string svg;
+  std::string heatmap;
+  Columns heatmap_by = Columns::step;
+  std::string read_trace;  ///< only draw the heat map of this trace
+
+  [[nodiscard]] const std::string& input() const { return text.empty() ? token_ids : text; }
 };
 
 /// False where --help was asked for and answered.

@@ -15,13 +15,13 @@ double negative_log_likelihood(const std::vector<float>& logits, std::uint32_t t
   return greatest + std::log(sum) - static_cast<double>(logits.at(token));
 }
 
-/// Scores the first `count` tokens: count - 1 values.
-std::vector<double> score_first(kva::Session& session, const std::vector<std::uint32_t>& tokens, std::size_t count,
-                                const Done& done) {
+}  // namespace
+
+std::vector<double> score(kva::Session& session, const std::vector<std::uint32_t>& tokens, const Done& done) {
   std::vector<double> nll;
   nll.reserve(tokens.size());
-  for (std::size_t start = 0; start < count; start += chunk) {
-    const kva::Tokens part(tokens.data() + start, std::min(chunk, count - start));
+  for (std::size_t start = 0; start < tokens.size(); start += chunk) {
+    const kva::Tokens part(tokens.data() + start, std::min(chunk, tokens.size() - start));
     for (const float log_probability : session.score(part).value()) nll.push_back(-static_cast<double>(log_probability));
     done(start + part.size());
   }
@@ -29,23 +29,19 @@ std::vector<double> score_first(kva::Session& session, const std::vector<std::ui
   return nll;
 }
 
-}  // namespace
-
-std::vector<double> score(kva::Session& session, const std::vector<std::uint32_t>& tokens, const Done& done) {
-  return score_first(session, tokens, tokens.size(), done);
-}
-
 std::vector<double> score_stepwise(kva::Session& session, const std::vector<std::uint32_t>& tokens, std::size_t prefill,
                                    std::uint32_t vocabulary, const Done& done) {
   std::vector<float> logits(vocabulary);
   std::vector<double> nll;
+  nll.reserve(tokens.size());
   if (prefill > 0) {
-    nll = score_first(session, tokens, prefill, done);
-    // A score gives no logits out, so the last token goes in once more.
-    session.truncate(prefill - 1).value();
-    session.prefill({&tokens[prefill - 1], 1}, logits).value();
+    const std::vector<float> scores = session.score({tokens.data(), prefill}).value();
+    for (std::size_t i = 1; i < prefill; ++i) nll.push_back(-static_cast<double>(scores[i]));
+    session.get_logits(logits).value();
     nll.push_back(negative_log_likelihood(logits, tokens[prefill]));
+    done(prefill);
   }
+  session.reset_statistics().value();
   for (std::size_t i = prefill; i + 1 < tokens.size(); ++i) {
     session.decode(tokens[i], logits).value();
     nll.push_back(negative_log_likelihood(logits, tokens[i + 1]));

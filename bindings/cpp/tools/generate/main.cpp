@@ -26,9 +26,7 @@ int run(const Options& options) {
   const auto prompt = tokens(options, model);
   if (prompt.empty()) throw args::UsageError("the prompt is empty");
 
-  kva::SessionOptions session_options;
-  session_options.capacity = options.context;
-  kva::Session session = kva::Session::create(model, session_options).value();
+  kva::Session session = kva::Session::create(model, options.policy.session(options.context)).value();
   const interrupt::Watch watch(session);
 
   bool line_open = false;
@@ -44,7 +42,7 @@ int run(const Options& options) {
 
   const bool interrupted = !generated && generated.error().code() == kva::ErrorCode::cancelled && interrupt::requested();
   if (!generated && !interrupted) kva::unwrap(kva::Result<kva::Generated>(generated.error()));
-  report(model, session, interrupted ? "interrupted" : describe(generated->finish), options.statistics);
+  report(model, session, options.policy, interrupted ? "interrupted" : describe(generated->finish), options.statistics);
   return interrupted ? interrupt::exit_status() : 0;
 }
 

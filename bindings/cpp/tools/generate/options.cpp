@@ -9,6 +9,7 @@ bool parse(int argc, char** argv, Options& options) {
   options.model.declare(parser, false);
   parser.option("-c, --context", "N", "most tokens to hold, prompt included; 0: the model's context length (default 0)",
                 options.context);
+  options.policy.declare(parser);
 
   parser.group("Prompt");
   parser.option("-p, --prompt", "TEXT", "the prompt", options.prompt);
@@ -34,15 +35,17 @@ bool parse(int argc, char** argv, Options& options) {
   parser.option("--presence-penalty", "X", "lower tokens that were seen by X; 0: off (default 0)",
                 sampling.presence_penalty);
   parser.option("--seed", "N", "the same seed and prompt give the same text (default 0)", sampling.seed);
-  parser.flag("--stats", "print more than the speed: load time, weights, memory, why it ended", options.statistics);
+  parser.flag("--stats", "print more than the speed: load time, weights, memory, where the KV is, what was fetched, why it ended", options.statistics);
 
   parser.epilog(
       "Examples:\n"
       "  kva-generate --model model.gguf --prompt 'The capital of France is' -n 20\n"
       "  kva-generate --model model.gguf --chat --prompt 'Why is the sky blue?' --temperature 0.7 --seed 1\n"
+      "  kva-generate --model model.gguf --chat --prompt-file long.txt --policy infinigen --kv-tier file --cache 10% --stats\n"
       "  cat question.txt | kva-generate --model model.gguf --chat --prompt-file -\n");
   if (!parser.parse(argc, argv)) return false;
   options.model.check();
+  options.policy.check();
 
   if (options.prompt.has_value() == options.prompt_file.has_value()) {
     throw args::UsageError(options.prompt ? "--prompt and --prompt-file exclude each other"

@@ -6,12 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "../common/policy.hpp"
 #include "../common/program.hpp"
 
 namespace generate {
 
 struct Options {
   program::ModelFlags model;
+  policy::Flags policy;
   std::optional<std::string> prompt;
   std::optional<std::string> prompt_file;
   bool chat = false;

@@ -4,6 +4,7 @@
 
 #include "../common/machine.hpp"
 #include "../common/program.hpp"
+#include "../common/traffic.hpp"
 
 namespace generate {
 namespace {
@@ -30,7 +31,8 @@ std::string describe(kva::Finish finish) {
   return "unknown (" + std::to_string(static_cast<std::int32_t>(finish)) + ")";
 }
 
-void report(const kva::Model& model, const kva::Session& session, const std::string& ended, bool everything) {
+void report(const kva::Model& model, const kva::Session& session, const policy::Flags& flags, const std::string& ended,
+            bool everything) {
   const kva::Statistics statistics = session.statistics().value();
   std::fputs("\n", stderr);
   phase("prefill", statistics.prefill_tokens, statistics.prefill_seconds);
@@ -43,8 +45,21 @@ void report(const kva::Model& model, const kva::Session& session, const std::str
                static_cast<double>(info.parameters) / 1e6, program::bytes(info.weight_bytes).c_str(),
                program::name(info.dtype).c_str(), info.load_seconds);
   std::fprintf(stderr, "backend  %s\n", info.backend.c_str());
-  std::fprintf(stderr, "KV       %s device, %s pinned, %s file\n", program::bytes(statistics.kv_device_bytes).c_str(),
-               program::bytes(statistics.kv_pinned_bytes).c_str(), program::bytes(statistics.kv_file_bytes).c_str());
+  std::fprintf(stderr, "KV       %s, %s\n", policy::name(flags.policy).c_str(), traffic::where(statistics).c_str());
+  if (const auto attended = traffic::attended(statistics)) {
+    std::fprintf(stderr, "attended %s of the KV; selected %s of what could be left out\n", traffic::percent(attended).c_str(),
+                 traffic::percent(traffic::selected(statistics)).c_str());
+  }
+  if (flags.policy == kva::Policy::infinigen || flags.tier != kva::KvTier::device) {
+    std::fprintf(stderr, "fetched  %s; %s of what was selected was on the device already\n", traffic::fetched(statistics).c_str(),
+                 traffic::percent(traffic::hit_rate(statistics)).c_str());
+    if (const auto hidden = traffic::hidden(statistics)) {
+      std::fprintf(stderr, "reads    %.3f s, of which %s were hidden\n", statistics.kv_read_seconds, traffic::percent(hidden).c_str());
+    }
+  }
+  if (statistics.kv_evicted != 0) {
+    std::fprintf(stderr, "evicted  %llu entries\n", static_cast<unsigned long long>(statistics.kv_evicted));
+  }
   std::fprintf(stderr, "memory   %s at most\n", program::bytes(machine::peak_memory_bytes()).c_str());
 }
 
