@@ -318,7 +318,7 @@ fn what_is_dropped_is_given_back() {
 fn a_model_with_a_window_of_its_own_is_refused() {
     let (model, golden) = model("mistral-window");
     for kind in [PolicyKind::Window, PolicyKind::H2o, PolicyKind::Infinigen] {
-        let error: Error = Session::new(&model, &options(&of(kind))).err().expect(kind.name());
+        let error: Error = Session::new(&model, &options(&of(kind))).err().expect("refused");
         assert_eq!(error.code(), ErrorCode::Unsupported, "{error}");
         assert!(error.message().contains("sliding window of 32 tokens"), "{error}");
     }
