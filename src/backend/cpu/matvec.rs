@@ -87,40 +87,13 @@ impl<E: Element> Product<'_, E> {
     fn block<S: Simd, const M: usize, const N: usize>(&self, s: S, m: usize, n: usize) {
         let k = self.weight.inputs;
         debug_assert!(m + M <= self.x.rows() && n + N <= self.weight.outputs);
-        let w = self.weight.rows().base().cast::<E>();
-        let x = self.x.base().cast::<f32>();
         let mut sums = [[s.zero(); N]; M];
-        let mut depth = 0;
-        while depth < k {
-            let here = (k - depth).min(LANES);
-            if m == 0 {
-                // The block's N·k elements are one stretch, of which each step asks for as much as it reads. What lies
-                // past the weight's end is asked for in vain.
-                let ahead = w.wrapping_add(n * k + N * depth).cast::<u8>().wrapping_add(AHEAD);
-                for line in 0..(N * LANES * size_of::<E>()).div_ceil(LINE) {
-                    s.prefetch(ahead.wrapping_add(line * LINE));
-                }
-            }
-            let mut weights = [s.zero(); N];
-            for j in 0..N {
-                // SAFETY: output n + j is a row of the weight with `k` elements; `here` of them from `depth` on are
-                // read.
-                unsafe {
-                    let at = w.add((n + j) * k + depth);
-                    weights[j] = if here == LANES { E::load(s, at) } else { E::load_first(s, at, here) };
-                }
-            }
-            for i in 0..M {
-                // SAFETY: row m + i of `x` has `k` elements, of which `here` from `depth` on are read.
-                let v = unsafe {
-                    let at = x.add((m + i) * self.x.stride() + depth);
-                    if here == LANES { s.load(at) } else { s.load_first(at, here) }
-                };
-                for j in 0..N {
-                    sums[i][j] = s.fma(v, weights[j], sums[i][j]);
-                }
-            }
-            depth += LANES;
+        let whole = k / LANES * LANES;
+        for depth in (0..whole).step_by(LANES) {
+            self.step::<S, M, N>(s, m, n, depth, LANES, &mut sums);
+        }
+        if whole < k {
+            self.step::<S, M, N>(s, m, n, whole, k - whole, &mut sums);
         }
         for i in 0..M {
             // SAFETY: columns n..n + N of row m + i of `out`: each output belongs to one thread.
@@ -137,6 +110,49 @@ impl<E: Element> Product<'_, E> {
                     y += row(&bias.row(), 0)[n + j];
                 }
                 out[j] = y;
+            }
+        }
+    }
+
+    /// Adds the products of `here` elements from `depth` on to a block's sums.
+    #[inline(always)]
+    fn step<S: Simd, const M: usize, const N: usize>(
+        &self,
+        s: S,
+        m: usize,
+        n: usize,
+        depth: usize,
+        here: usize,
+        sums: &mut [[S::V; N]; M],
+    ) {
+        let k = self.weight.inputs;
+        let w = self.weight.rows().base().cast::<E>();
+        let x = self.x.base().cast::<f32>();
+        if m == 0 {
+            // The block's N·k elements are one stretch, of which each step asks for as much as it reads. What lies
+            // past the weight's end is asked for in vain.
+            let ahead = w.wrapping_add(n * k + N * depth).cast::<u8>().wrapping_add(AHEAD);
+            for line in 0..(N * LANES * size_of::<E>()).div_ceil(LINE) {
+                s.prefetch(ahead.wrapping_add(line * LINE));
+            }
+        }
+        let mut weights = [s.zero(); N];
+        for j in 0..N {
+            // SAFETY: output n + j is a row of the weight with `k` elements; `here` of them from `depth` on are
+            // read.
+            unsafe {
+                let at = w.add((n + j) * k + depth);
+                weights[j] = if here == LANES { E::load(s, at) } else { E::load_first(s, at, here) };
+            }
+        }
+        for i in 0..M {
+            // SAFETY: row m + i of `x` has `k` elements, of which `here` from `depth` on are read.
+            let v = unsafe {
+                let at = x.add((m + i) * self.x.stride() + depth);
+                if here == LANES { s.load(at) } else { s.load_first(at, here) }
+            };
+            for j in 0..N {
+                sums[i][j] = s.fma(v, weights[j], sums[i][j]);
             }
         }
     }
