@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::backend::{HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
-use crate::kv::Guard;
+use crate::kv::{Eviction, Guard};
 use crate::policy::{IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting};
 use crate::speculate::{IndexMaps, Speculation};
 use crate::{Error, Result};
@@ -32,6 +32,9 @@ enum Basis {
 
 impl Plan {
     pub(super) fn new(options: &PolicyOptions, setting: &Setting) -> Result<Plan> {
+        if options.eviction != Eviction::Off {
+            return Err(unsupported("eviction from a full pool is not built yet: leave it off"));
+        }
         let own = options.infinigen.clone();
         let (layers, d) = (setting.geometry.layers, setting.geometry.head_dim);
         if layers < 2 {
