@@ -187,7 +187,10 @@ unsafe fn write_sized<T: Sized32>(pointer: *mut T, size: usize, value: T, name: 
 pub(super) const fn check_versions(versions: &[usize], size: usize, align: usize) {
     let mut i = 0;
     while i < versions.len() {
-        assert!(versions[i] % align == 0, "a version ended in padding: a field of the next one would have filled it");
+        assert!(
+            versions[i].is_multiple_of(align),
+            "a version ended in padding: a field of the next one would have filled it"
+        );
         assert!(i == 0 || versions[i - 1] < versions[i], "versions are listed oldest first");
         i += 1;
     }

@@ -124,12 +124,21 @@ class LlamaCpp(Served):
         super().__init__(command)
 
 
+def policy_flags(policy):
+    """A policy as --kva-policy has it, "infinigen;select=0.02", as kva-bench's flags."""
+    flags = []
+    for setting in f"policy={policy}".split(";"):
+        key, equals, value = setting.partition("=")
+        flags += [f"--{key}", value] if equals else [f"--{key}"]
+    return flags
+
+
 class KvaBench(Served):
     ours = True
 
     def __init__(self, program, model_name, model, policy, extra, settings):
         self.name = f"kvahead {model_name}" + ("" if policy == "full" else f" {policy}")
-        command = [program, "--interactive", "--model", model, "--policy", policy, "--threads", settings.threads]
+        command = [program, "--interactive", "--model", model, *policy_flags(policy), "--threads", settings.threads]
         super().__init__([*command, *extra])
 
 
@@ -246,7 +255,8 @@ def arguments():
     models.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
     models.add_argument("--kva-bench", type=Path, metavar="PROGRAM")
     models.add_argument("--kva-model", type=named_path, action="append", default=[], metavar="NAME=GGUF")
-    models.add_argument("--kva-policy", nargs="+", default=["full"], help="policies of kva-bench to measure")
+    models.add_argument("--kva-policy", nargs="+", default=["full"],
+                        help="policies of kva-bench to measure, perhaps with settings: 'infinigen;select=0.02;kv-tier=ram'")
     models.add_argument(
         "--kva-arg", action="append", default=[], help="one more argument for kva-bench; write --kva-arg=--x"
     )

@@ -15,8 +15,8 @@ constexpr const char* epilog =
     "\n"
     "A sweep's SPEC lists flags without their dashes, each with the values that it takes in turn; every combination\n"
     "is evaluated. A JSON FILE lists such strings, or objects: [{\"policy\": \"window\", \"budget\": [0.05, 0.1]}].\n"
-    "In the plot the setting that varies last in a SPEC makes a curve's points; its x is the share of the KV that is\n"
-    "attended, over all layers, times the bits that a number takes over 16 (4.5 for int4).\n"
+    "In the plot the setting that varies last in a SPEC makes a curve's points. The relative size of the KV is the share\n"
+    "that is attended, over all layers, times the bits that a number takes over 16 (8 for int8, 4.5 for int4).\n"
     "\n"
     "Examples:\n"
     "  kva-evaluate --model model.gguf --text book.txt\n"
@@ -61,6 +61,9 @@ bool parse(int argc, char** argv, Options& options) {
   parser.repeated("--sweep", "SPEC|FILE.json", "evaluate a grid of policies (see below); may be given many times", sweeps);
   parser.option("--csv", "FILE", "with --sweep: write a line for each evaluation", options.csv);
   parser.option("--svg", "FILE", "with --sweep: draw perplexity against the relative size of the KV", options.svg);
+  parser.choice("--svg-x", "with --svg: the share of the KV that is attended, selected, or fetched in a step (default attended)",
+                program::Words<Across>{{"attended", Across::attended}, {"selected", Across::selected}, {"fetched", Across::fetched}},
+                options.svg_x);
 
   parser.group("What was fetched");
   parser.option("--heatmap", "FILE", "draw the share of entries that was fetched, by layer, as SVG", options.heatmap);

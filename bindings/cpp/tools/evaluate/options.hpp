@@ -13,6 +13,13 @@
 
 namespace evaluate {
 
+/// What the plot of a sweep has from left to right.
+enum class Across {
+  attended,  ///< relative size of the KV that was attended, over all layers
+  selected,  ///< share of the past that was selected, over speculated layers
+  fetched,   ///< share of the past that a step fetched
+};
+
 struct Options {
   program::ModelFlags model;
   policy::Flags policy;
@@ -25,6 +32,7 @@ struct Options {
   std::vector<grid::Point> sweep;  ///< empty: one evaluation
   std::string csv;
   std::string svg;
+  Across svg_x = Across::attended;
   std::string heatmap;
   Columns heatmap_by = Columns::step;
   std::string read_trace;  ///< only draw the heat map of this trace

@@ -75,11 +75,15 @@ void draw_axes(svg::Picture& picture, const Chart& chart, const Frame& frame) {
     picture.line(left, frame.down(value), right, frame.down(value), "#e4e4e4");
     picture.text(left - 8, frame.down(value) + 4.5, number(value), 13, svg::Anchor::end);
   }
-  for (const double percent : {0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0}) {
-    const double share = percent / 100;
-    if (share < frame.x.low * 0.999 || share > frame.x.high * 1.001) continue;
-    picture.line(frame.across(share), top, frame.across(share), bottom, "#e4e4e4");
-    picture.text(frame.across(share), bottom + 20, number(percent) + "%", 13, svg::Anchor::middle);
+  const bool narrow = frame.x.high < frame.x.low * 12;
+  for (const double power : {0.001, 0.01, 0.1, 1.0, 10.0, 100.0}) {
+    for (const double factor : {1.0, 1.5, 2.0, 3.0, 5.0, 7.0}) {
+      const bool coarse = factor != 1.5 && factor != 3.0 && factor != 7.0;
+      const double share = factor * power / 100;
+      if ((!narrow && !coarse) || share < frame.x.low * 0.999 || share > std::min(1.001, frame.x.high * 1.001)) continue;
+      picture.line(frame.across(share), top, frame.across(share), bottom, "#e4e4e4");
+      picture.text(frame.across(share), bottom + 20, number(factor * power) + "%", 13, svg::Anchor::middle);
+    }
   }
   picture.line(left, top, left, bottom, "#222");
   picture.line(left, bottom, right, bottom, "#222");

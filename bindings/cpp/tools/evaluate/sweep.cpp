@@ -67,13 +67,25 @@ std::string csv(const std::vector<Result>& results) {
   return text;
 }
 
-std::string plot(const std::vector<Result>& results, const std::string& title) {
-  Chart chart{title, "relative KV size (attended share, all layers; logarithmic)", "perplexity", {}};
+double across(const Result& result, Across what) {
+  const kva::Statistics& s = result.outcome.statistics;
+  // A policy that leaves nothing out counts nothing: all of it is attended, and stands at the right of every plot.
+  if (result.point->flags.policy == kva::Policy::full && what != Across::attended) return 1;
+  if (what == Across::selected) return traffic::selected(s).value_or(1);
+  if (what == Across::fetched) return traffic::missed(s).value_or(1);
+  return relative_size(result.outcome, result.point->flags);
+}
+
+std::string plot(const std::vector<Result>& results, const std::string& title, Across what) {
+  const char* const x_title = what == Across::selected  ? "share of the past selected (speculated layers; logarithmic)"
+                              : what == Across::fetched ? "share of the past fetched in a step (speculated layers; logarithmic)"
+                                                        : "relative KV size (attended share, all layers; logarithmic)";
+  Chart chart{title, x_title, "perplexity", {}};
   for (const Result& result : results) {
     const auto same = [&](const Curve& curve) { return curve.label == result.point->curve; };
     auto curve = std::find_if(chart.curves.begin(), chart.curves.end(), same);
     if (curve == chart.curves.end()) curve = chart.curves.insert(curve, Curve{result.point->curve, {}});
-    curve->points.emplace_back(relative_size(result.outcome, result.point->flags), result.outcome.perplexity());
+    curve->points.emplace_back(across(result, what), result.outcome.perplexity());
   }
   return draw(chart);
 }
@@ -113,7 +125,7 @@ nlohmann::json sweep(const Options& options, const kva::Model& model, const std:
     entry["label"] = point.label;
     all.push_back(std::move(entry));
     if (!options.csv.empty()) files::write(options.csv, csv(results));
-    if (!options.svg.empty()) files::write(options.svg, plot(results, last_part(options.input())));
+    if (!options.svg.empty()) files::write(options.svg, plot(results, last_part(options.input()), options.svg_x));
   }
   return all;
 }
