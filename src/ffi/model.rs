@@ -246,8 +246,6 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
             text(options.calibration_text, options.calibration_text_len, "options.calibration_text")?,
         )
     };
-    // MERGE(spec): they belong into `ModelOptions` below (`calibration_text: (!calibration.is_empty()).then(...)`).
-    let _ = (cache, calibration);
     let level = match options.log_level {
         0 | KVA_LOG_INFO => LogLevel::Info,
         KVA_LOG_ERROR => LogLevel::Error,
@@ -276,8 +274,8 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
                 unsafe { callback(progress_data.pointer(), fraction) == 0 }
             })
         }),
-        calibration_text: None,
-        speculation_cache: None,
+        calibration_text: (!calibration.is_empty()).then(|| calibration.to_owned()),
+        speculation_cache: cache,
         logger: options.log.map(|callback| Logger {
             level,
             sink: Box::new(move |level, message| {
@@ -444,13 +442,8 @@ pub unsafe extern "C" fn kva_model_calibrate(
             Some(progress) => unsafe { progress(data.pointer(), fraction) == 0 },
             None => true,
         };
-        calibrate(model, &mut go_on)
+        model.calibrate(&mut go_on).map(drop)
     })
-}
-
-fn calibrate(_model: &Model, _go_on: &mut dyn FnMut(f32) -> bool) -> Result<()> {
-    // MERGE(spec): this function is `model.calibrate(go_on).map(drop)`.
-    Err(Error::unsupported("this build of kvahead cannot calibrate a model"))
 }
 
 /// Says what `sessions` sessions with these options would cost, all of them full and decoded in one batch.
