@@ -8,6 +8,7 @@
 
 mod buffer;
 pub mod cpu;
+pub mod cuda;
 mod index;
 mod runs;
 mod weights;
