@@ -11,6 +11,7 @@
 //! What may not enter: pointers from C (`ffi`), file formats (`model`), arithmetic (`backend`).
 
 mod control;
+mod device;
 mod estimate;
 mod forward;
 pub mod generate;
@@ -20,6 +21,7 @@ mod session;
 mod workspace;
 
 pub use control::Control;
+pub use device::Device;
 pub use estimate::Estimate;
-pub use model::{Device, LogLevel, LogSink, Logger, Model, ModelOptions};
+pub use model::{LogLevel, LogSink, Logger, Model, ModelOptions};
 pub use session::{Session, SessionOptions, Statistics, decode_batch};

@@ -193,7 +193,9 @@ fn decode(
     let listed_bytes = |s: &Segment<'_>| match s.visible {
         Visible::Causal => 0,
         Visible::First(counts) => counts.len() * size_of::<Listed>(),
-        Visible::Listed(rows) => rows.iter().map(|rows| 4 * rows.len() + 16).sum::<usize>() + rows.len() * size_of::<Listed>(),
+        Visible::Listed(rows) => {
+            rows.iter().map(|rows| 4 * rows.len() + 16).sum::<usize>() + rows.len() * size_of::<Listed>()
+        }
     };
     let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
         + segments.iter().map(|s| listed_bytes(s)).sum::<usize>()

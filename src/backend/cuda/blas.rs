@@ -127,7 +127,8 @@ impl Blas {
             DType::U32 => unreachable!("weights are not u32"),
         };
         let (alpha, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
-        let int = |n: usize| c_int::try_from(n).map_err(|_| Error::unsupported(format!("a matrix of {n} rows or columns")));
+        let int =
+            |n: usize| c_int::try_from(n).map_err(|_| Error::unsupported(format!("a matrix of {n} rows or columns")));
         // cuBLAS counts by columns: our row-major matrices are its transposed ones, so it is asked for outᵀ = weight · xᵀ.
         // SAFETY: the windows hold what their shapes say, and live until the stream has passed this point; alpha and beta
         // are read during the call.

@@ -77,7 +77,8 @@ impl Block {
     pub(super) fn push_table(&mut self, bytes: &[u8]) -> u64 {
         for &(at, length) in &self.tables {
             // SAFETY: the range was written by `push` and lies inside the pinned allocation.
-            if length == bytes.len() && unsafe { std::slice::from_raw_parts(self.host.host().add(at), length) } == bytes {
+            if length == bytes.len() && unsafe { std::slice::from_raw_parts(self.host.host().add(at), length) } == bytes
+            {
                 return self.device.address + at as u64;
             }
         }

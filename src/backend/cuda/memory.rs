@@ -97,6 +97,7 @@ impl Raw {
 }
 
 fn refused(bytes: usize, kind: &str, purpose: &str) -> Error {
-    let free = result::mem_get_info().map_or_else(|_| String::new(), |(free, _)| format!("; {free} bytes of the device are free"));
+    let free = result::mem_get_info()
+        .map_or_else(|_| String::new(), |(free, _)| format!("; {free} bytes of the device are free"));
     Error::new(ErrorCode::OutOfMemory, format!("cannot allocate {bytes} bytes of {kind} memory for {purpose}{free}"))
 }

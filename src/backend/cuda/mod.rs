@@ -227,7 +227,13 @@ impl Backend for CudaBackend {
         rowwise::activate(&self.shared, &mut queue, x, activation, out)
     }
 
-    fn rotation_table(&self, stream: &Stream, rotation: &Rotation, positions: Rows<'_>, table: RowsMut<'_>) -> Result<()> {
+    fn rotation_table(
+        &self,
+        stream: &Stream,
+        rotation: &Rotation,
+        positions: Rows<'_>,
+        table: RowsMut<'_>,
+    ) -> Result<()> {
         assert_activations!(table);
         assert_eq!((positions.rows(), rotation.dims()), (table.rows(), table.cols()));
         assert_eq!(positions.dtype(), DType::U32);

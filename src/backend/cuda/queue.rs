@@ -69,9 +69,11 @@ impl Script {
     fn push<P: Plain>(&mut self, function: CUfunction, grid: [u32; 3], threads: u32, shared: u32, params: &P) {
         let from = self.words.len();
         self.launches.push(Launch { function, grid, threads, shared, params: from });
-        self.words.extend(bytes_of(std::slice::from_ref(params)).chunks_exact(8).map(|word| {
-            u64::from_ne_bytes(word.try_into().expect("chunks of eight"))
-        }));
+        self.words.extend(
+            bytes_of(std::slice::from_ref(params))
+                .chunks_exact(8)
+                .map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of eight"))),
+        );
         let shape = [function as usize as u64, u64::from(grid[0]) << 32 | u64::from(grid[1]), u64::from(grid[2])];
         for &word in shape.iter().chain(&self.words[from..]) {
             self.hash = (self.hash.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -263,7 +265,8 @@ impl Queue {
             Some(at) => at,
             None if self.seen.contains(&hash) => {
                 if self.graphs.len() >= MOST_GRAPHS {
-                    let (oldest, _) = self.graphs.iter().enumerate().min_by_key(|(_, g)| g.used).expect("there are some");
+                    let (oldest, _) =
+                        self.graphs.iter().enumerate().min_by_key(|(_, g)| g.used).expect("there are some");
                     let graph = self.graphs.swap_remove(oldest);
                     // SAFETY: made by `instantiate`, destroyed once; a running launch of it keeps what it needs.
                     let _ = unsafe { result::graph::exec_destroy(graph.exec) };
@@ -312,9 +315,8 @@ impl Queue {
             let mut node = std::ptr::null_mut();
             let dependencies = before.as_ref().map_or(std::ptr::null(), |node| node as *const _);
             // SAFETY: the driver copies the parameters during the call; the dependency, if any, is a node of this graph.
-            let added = unsafe {
-                sys::cuGraphAddKernelNode(&mut node, graph, dependencies, before.iter().len(), &node_params)
-            };
+            let added =
+                unsafe { sys::cuGraphAddKernelNode(&mut node, graph, dependencies, before.iter().len(), &node_params) };
             before = Some(node);
             check("build a graph", added.result())
         });

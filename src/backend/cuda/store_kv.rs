@@ -168,11 +168,8 @@ pub(super) fn copy_rows(
             })
             .collect();
         queue.reserve(8 * pairs.len(), 1)?;
-        let params = Copy {
-            moves: queue.block.push(bytes_of(&pairs)),
-            count: moves.len() as u32,
-            row_bytes: bytes as u32,
-        };
+        let params =
+            Copy { moves: queue.block.push(bytes_of(&pairs)), count: moves.len() as u32, row_bytes: bytes as u32 };
         let kernel = Kernel::new(Module::StoreKv, name);
         queue.push(shared, kernel, [moves.len().div_ceil(8), 1, 1], 256, &params)?;
     }

@@ -69,6 +69,10 @@ std::vector<std::pair<std::string, kva::DType>> dtypes() {
 
 std::vector<std::pair<std::string, kva::Policy>> policies() { return {{"full", kva::Policy::full}}; }
 
+std::vector<std::pair<std::string, kva::Device>> devices() {
+  return {{"auto", kva::Device::automatic}, {"cpu", kva::Device::cpu}, {"cuda", kva::Device::cuda}};
+}
+
 std::string name(kva::DType dtype) { return word_for(dtype, dtypes()); }
 std::string name(kva::Policy policy) { return word_for(policy, policies()); }
 
@@ -83,6 +87,7 @@ void ModelFlags::declare(args::Parser& parser, bool shapes) {
     parser.option("--random-weights", "SEED", "the weights of --shape", random_weights);
   }
   parser.choice("--dtype", "type of the weights in memory; auto: as stored, quantized ones as bf16 (default auto)", dtypes(), dtype);
+  parser.choice("--device", "where to compute; auto: cuda where it works, cpu otherwise (default auto)", devices(), device);
   parser.option("--threads", "N", "threads to compute with; 0: all processors (default 0)", threads);
 }
 
@@ -97,6 +102,7 @@ void ModelFlags::check() const {
 kva::Model ModelFlags::load() const {
   terminal::Progress progress(path.empty() ? "making " + shape : "loading " + path);
   kva::ModelOptions options;
+  options.device = device;
   options.threads = threads;
   options.dtype = dtype;
   options.progress = [&](float fraction) {

@@ -24,8 +24,9 @@ int run(const std::string& name, const std::function<int()>& body);
 /// "1.5 GiB"
 std::string bytes(std::uint64_t count);
 
-/// The words for dtypes and policies on a command line and in JSON, and back.
+/// The words for dtypes, devices and policies on a command line and in JSON, and back.
 std::vector<std::pair<std::string, kva::DType>> dtypes();
+std::vector<std::pair<std::string, kva::Device>> devices();
 std::vector<std::pair<std::string, kva::Policy>> policies();
 std::string name(kva::DType dtype);
 std::string name(kva::Policy policy);
@@ -36,6 +37,7 @@ struct ModelFlags {
   std::string shape;
   std::optional<std::uint64_t> random_weights;
   std::uint32_t threads = 0;
+  kva::Device device = kva::Device::automatic;
   kva::DType dtype = kva::DType::automatic;
 
   /// Declares --model, and --shape with --random-weights where `shapes`.
