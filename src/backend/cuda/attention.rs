@@ -66,9 +66,17 @@ plain! {
 /// Widest head that the kernels hold.
 const MOST_HEAD_DIM: usize = 256;
 
-/// Threads of a decode block, and its longest chunk (`attend_decode.cu`).
+/// Threads of a decode block, and its longest chunk (`attend_decode.cuh`).
 const DECODE_THREADS: usize = 128;
 const MOST_CHUNK: usize = 256;
+
+/// Kernels by query heads that a block takes: 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
+const DECODE_F32: [&str; 4] =
+    ["attend_decode_f32_2", "attend_decode_f32_4", "attend_decode_f32_8", "attend_decode_f32_scalar_2"];
+const DECODE_F16: [&str; 4] =
+    ["attend_decode_f16_2", "attend_decode_f16_4", "attend_decode_f16_8", "attend_decode_f16_scalar_2"];
+const DECODE_BF16: [&str; 4] =
+    ["attend_decode_bf16_2", "attend_decode_bf16_4", "attend_decode_bf16_8", "attend_decode_bf16_scalar_2"];
 
 /// Segments of one decode launch: a grid's third dimension.
 const MOST_SEGMENTS: usize = 65535;
@@ -159,26 +167,24 @@ fn decode(
 ) -> Result<()> {
     let geometry = *segments[0].runs.geometry();
     let group = shape.heads / shape.kv_heads;
-    let (tile, names) = match group {
-        0..=2 => (2, ["_2", "attend_decode_f32_2", "attend_decode_f16_2", "attend_decode_bf16_2"]),
-        3..=4 => (4, ["_4", "attend_decode_f32_4", "attend_decode_f16_4", "attend_decode_bf16_4"]),
-        _ => (8, ["_8", "attend_decode_f32_8", "attend_decode_f16_8", "attend_decode_bf16_8"]),
+    // Query heads that a block takes at a time, and the columns that a thread reads at a time.
+    let (tile, width) = match group {
+        _ if !in_vectors(&geometry) => (2, 1),
+        0..=2 => (2, 16 / geometry.dtype.bytes()),
+        3..=4 => (4, 16 / geometry.dtype.bytes()),
+        _ => (8, 16 / geometry.dtype.bytes()),
     };
-    let vectors = in_vectors(&geometry);
-    let (name, width) = match (vectors, geometry.dtype, tile) {
-        (true, DType::F32, _) => (names[1], 4),
-        (true, DType::F16, _) => (names[2], 8),
-        (true, DType::BF16, _) => (names[3], 8),
-        (false, DType::F32, 2) => ("attend_decode_scalar_f32_2", 1),
-        (false, DType::F32, 4) => ("attend_decode_scalar_f32_4", 1),
-        (false, DType::F32, _) => ("attend_decode_scalar_f32_8", 1),
-        (false, DType::F16, 2) => ("attend_decode_scalar_f16_2", 1),
-        (false, DType::F16, 4) => ("attend_decode_scalar_f16_4", 1),
-        (false, DType::F16, _) => ("attend_decode_scalar_f16_8", 1),
-        (false, DType::BF16, 2) => ("attend_decode_scalar_bf16_2", 1),
-        (false, DType::BF16, 4) => ("attend_decode_scalar_bf16_4", 1),
-        (false, DType::BF16, _) => ("attend_decode_scalar_bf16_8", 1),
-        (_, DType::U32, _) => unreachable!("keys and values are not u32"),
+    let (module, names) = match geometry.dtype {
+        DType::F32 => (Module::AttendDecodeF32, DECODE_F32),
+        DType::F16 => (Module::AttendDecodeF16, DECODE_F16),
+        DType::BF16 => (Module::AttendDecodeBf16, DECODE_BF16),
+        DType::U32 => unreachable!("keys and values are not u32"),
+    };
+    let name = match (width, tile) {
+        (1, _) => names[3],
+        (_, 2) => names[0],
+        (_, 4) => names[1],
+        _ => names[2],
     };
     let passes = group.div_ceil(tile);
     let lanes = (geometry.head_dim / width).next_power_of_two().min(32);
@@ -230,7 +236,7 @@ fn decode(
         scale: shape.scale,
     };
     let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + DECODE_THREADS * width);
-    let kernel = Kernel::new(Module::AttendDecode, name).with_shared(shared_bytes.next_multiple_of(16));
+    let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
     queue.push(shared, kernel, [most_chunks, shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
 }
 

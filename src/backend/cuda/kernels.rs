@@ -31,12 +31,15 @@ macro_rules! modules {
 
 modules! {
     Activate: "activate";
-    AttendDecode: "attend_decode";
+    AttendDecodeF32: "attend_decode_f32";
+    AttendDecodeF16: "attend_decode_f16";
+    AttendDecodeBf16: "attend_decode_bf16";
     AttendPrefill: "attend_prefill";
     Embed: "embed";
     Gemm: "gemm";
     LogProbability: "log_probability";
     Matvec: "matvec";
+    MatvecMma: "matvec_mma";
     Norm: "norm";
     Rotary: "rotary";
     StoreKv: "store_kv";
@@ -48,7 +51,7 @@ modules! {
 pub(super) struct Kernel {
     pub(super) module: Module,
     pub(super) name: &'static str,
-    /// Most bytes of dynamic shared memory that it is launched with; above 48 KiB the driver must be told.
+    /// Bytes of dynamic shared memory that it is launched with.
     pub(super) shared_bytes: usize,
 }
 
@@ -100,7 +103,7 @@ impl Kernels {
         // SAFETY: the module is loaded and stays so as long as its context.
         let function = check("find a kernel", unsafe { result::module::get_function(module, name) })
             .map_err(|error| error.within(kernel.name))?;
-        if kernel.shared_bytes > 48 << 10 {
+        if kernel.shared_bytes > 0 {
             // As much as the device has beside what the kernel declares itself, for a later launch may need more.
             let (own, most) = (Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, context.shared_bytes as i32);
             // SAFETY: `function` is valid.

@@ -78,6 +78,11 @@ const SCALAR: [[&str; 2]; 3] = [
     ["matvec_bf16_scalar_1x1", "matvec_bf16_scalar_4x1"],
 ];
 
+/// Kernels on tensor cores, by tiles of eight rows (`matvec_mma.cu`).
+const MMA_KERNELS: [&str; 4] = ["matvec_mma_8", "matvec_mma_16", "matvec_mma_24", "matvec_mma_32"];
+const MMA_OUTPUTS: usize = 16;
+const MMA_THREADS: usize = 256;
+
 fn type_index(dtype: DType) -> usize {
     match dtype {
         DType::F32 => 0,
@@ -102,7 +107,12 @@ pub(super) fn decode(
         && x.stride().is_multiple_of(4)
         && address(x.base()).is_multiple_of(16);
     let index = type_index(weight.dtype);
-    let (name, (m, r)) = if vectors {
+    static MMA: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    let mma = *MMA.get_or_init(|| std::env::var_os("KVAHEAD_NO_MMA").is_none());
+    let (kernel, outputs_a_block, m, threads) = if vectors && weight.dtype == DType::BF16 && mma {
+        let tile = rows.div_ceil(8).clamp(1, MMA_KERNELS.len()) - 1;
+        (Kernel::new(Module::MatvecMma, MMA_KERNELS[tile]), MMA_OUTPUTS, 8 * (tile + 1), MMA_THREADS)
+    } else if vectors {
         let tile = match rows {
             // Two outputs a warp once there are warps enough to fill the chip twice.
             0..=1 => usize::from(outputs >= 16384),
@@ -110,10 +120,12 @@ pub(super) fn decode(
             3..=4 => 3,
             _ => 4,
         };
-        (VECTOR[index][tile], TILES[tile])
+        let (m, r) = TILES[tile];
+        (Kernel::new(Module::Matvec, VECTOR[index][tile]), WARPS * r, m, 32 * WARPS)
     } else {
         let tile = usize::from(rows > 1);
-        (SCALAR[index][tile], SCALAR_TILES[tile])
+        let (m, r) = SCALAR_TILES[tile];
+        (Kernel::new(Module::Matvec, SCALAR[index][tile]), WARPS * r, m, 32 * WARPS)
     };
     let tiles = rows.div_ceil(m);
     let params = Matvec {
@@ -130,8 +142,8 @@ pub(super) fn decode(
         accumulate: accumulate.into(),
         unused: 0,
     };
-    let grid = [tiles * outputs.div_ceil(WARPS * r), 1, 1];
-    queue.push(shared, Kernel::new(Module::Matvec, name), grid, 32 * WARPS, &params)
+    let grid = [tiles * outputs.div_ceil(outputs_a_block), 1, 1];
+    queue.push(shared, kernel, grid, threads, &params)
 }
 
 /// `out = x · weightᵀ (+ out) + bias`, blocked for arithmetic.

@@ -5,6 +5,8 @@
 // heads (a group of more is taken in passes). It leaves, per query head, the largest score m, the sum l of exp(score − m)
 // and the values weighted by exp(score − m); the block that finishes last merges the chunks in order. Chunks depend on
 // the segment's own length only, and so do its bits.
+#pragma once
+
 #include "attend.cuh"
 
 struct Segment {
@@ -237,15 +239,10 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
     }
 }
 
-#define DECODE(NAME, T, V)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_2(Decode p) { decode<T, V, 2>(p); }                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_4(Decode p) { decode<T, V, 4>(p); }                  \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_8(Decode p) { decode<T, V, 8>(p); }
-
-// Rows whose halves 16 bytes divide, and others.
-DECODE(attend_decode_f32, float, 4)
-DECODE(attend_decode_f16, f16, 8)
-DECODE(attend_decode_bf16, bf16, 8)
-DECODE(attend_decode_scalar_f32, float, 1)
-DECODE(attend_decode_scalar_f16, f16, 1)
-DECODE(attend_decode_scalar_bf16, bf16, 1)
+// The kernels of a type of KV, each in a file of its own: one that is not used is not compiled. NAME_G for rows whose
+// halves 16 bytes divide, NAME_scalar_G for others.
+#define DECODE(NAME, T)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_2(Decode p) { decode<T, LANES<T>, 2>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_4(Decode p) { decode<T, LANES<T>, 4>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_8(Decode p) { decode<T, LANES<T>, 8>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_scalar_2(Decode p) { decode<T, 1, 2>(p); }
