@@ -52,6 +52,10 @@ fn cases() -> Vec<Case> {
             }
         }
         cases.push(Case { dtype, rows: 1, depth: 64, outputs: 20001, bias: true, accumulate: false });
+        // Large enough for tensor cores; one to four tiles of rows, and more.
+        for rows in [1, 3, 8, 9, 20, 32, 45] {
+            cases.push(Case { dtype, rows, depth: 1032, outputs: 4099, bias: rows == 9, accumulate: rows == 3 });
+        }
     }
     cases
 }

@@ -20,7 +20,7 @@ fn copies_go_there_and_back() {
         let window = data.rows(DType::F32, 3, 4).col_range(1, 2).row_range(1, 2);
         assert_eq!(cuda.floats(window), [5., 6., 9., 10.]);
         // Odd sizes and places.
-        let mut bytes = cuda.b.allocate(37, Place::Device, "a test").unwrap();
+        let mut bytes = cuda.b.allocate(38, Place::Device, "a test").unwrap();
         cuda.b.upload(&cuda.stream, &[1, 2, 3], &mut bytes, 1).unwrap();
         assert_eq!(cuda.bytes(&bytes)[..6], [0, 1, 2, 3, 0, 0]);
     });

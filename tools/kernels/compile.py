@@ -2,7 +2,10 @@
 """Compiles kernels/*.cu to kernels/ptx/*.ptx with NVRTC; needs no GPU and no CUDA toolkit.
 
     tools/kernels/compile.py            writes the PTX, to be committed
-    tools/kernels/compile.py --check    compiles again and compares: what CI runs
+    tools/kernels/compile.py --check    compiles again and says whether the committed PTX is of these sources: what CI runs
+
+NVRTC does not write the same bytes every time (register numbers differ), so PTX is not compared with PTX: its first line
+is a digest of the source, the headers, the options and the compiler's version, and that and the kernels' names must agree.
 
 The compiler comes from PyPI, in a version old enough that drivers of the last two years load its PTX (12.4 writes PTX 8.4,
 which driver 550 and later read), and is kept in .cache/kernels.
@@ -10,7 +13,9 @@ which driver 550 and later read), and is kept in .cache/kernels.
 
 import argparse
 import ctypes
+import hashlib
 import pathlib
+import re
 import subprocess
 import sys
 import venv
@@ -69,6 +74,24 @@ class Nvrtc:
         return self.text("nvrtcGetPTXSize", "nvrtcGetPTX", program)
 
 
+def stamp(source):
+    """The first line of the PTX of a source."""
+    digest = hashlib.sha256(repr([*PACKAGES, *OPTIONS]).encode())
+    for path in [source, *sorted(KERNELS.glob("*.cuh"))]:
+        digest.update(path.read_bytes())
+    return f"// sources: {digest.hexdigest()}\n"
+
+
+def entries(ptx):
+    """The names of the kernels in a PTX text."""
+    return sorted(re.findall(r"\.entry (\w+)", ptx))
+
+
+def is_current(committed, stamped, ptx):
+    """Whether the committed text is of the sources that `ptx` was compiled from."""
+    return committed.startswith(stamped) and entries(committed) == entries(ptx)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed PTX instead of writing it")
@@ -88,8 +111,8 @@ def main():
             continue
         target = KERNELS / "ptx" / f"{source.stem}.ptx"
         if not arguments.check:
-            target.write_text(ptx)
-        elif not target.exists() or target.read_text() != ptx:
+            target.write_text(stamp(source) + ptx)
+        elif not target.exists() or not is_current(target.read_text(), stamp(source), ptx):
             print(f"{target.relative_to(ROOT)} is not what {source.name} compiles to: run {sys.argv[0]}", file=sys.stderr)
             failed = True
     stale = {path.stem for path in (KERNELS / "ptx").glob("*.ptx")} - {source.stem for source in sources}
