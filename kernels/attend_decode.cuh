@@ -199,43 +199,51 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) *counter = 0;
+    // A warp a head finds the largest score of all chunks.
+    const u32 warp = threadIdx.x / WARP;
 #pragma unroll 1
-    for (u32 g = 0; g < heads; g++) {
+    for (u32 g = warp; g < heads; g += THREADS / WARP) {
         const float *from = partials + g * p.most_chunks * partial;
         float m = LEAST;
+        for (u32 j = threadIdx.x % WARP; j < chunks; j += WARP) m = fmaxf(m, __ldcg(from + j * partial));
+        m = warp_max(m);
+        if (threadIdx.x % WARP == 0) most[g] = m;
+        if (threadIdx.x % WARP == 0) total[g] = 0;
+    }
+    // Chunks in order, as many at a time as there is room for their factors; a thread has every 128th column of all heads.
+    constexpr u32 COLUMNS = 2 * G;
+    float y[COLUMNS] = {};
 #pragma unroll 1
-        for (u32 j = threadIdx.x; j < chunks; j += THREADS) m = fmaxf(m, __ldcg(from + j * partial));
-        m = block_max(m);
-        // Chunks in order, as many at a time as there is room for their factors; a thread two columns at most.
-        float l = 0, y[2] = {};
+    for (u32 j0 = 0; j0 < chunks; j0 += MOST_CHUNK) {
+        const u32 here = min(MOST_CHUNK, chunks - j0);
+        __syncthreads();
 #pragma unroll 1
-        for (u32 j0 = 0; j0 < chunks; j0 += MOST_CHUNK) {
-            const u32 here = min(MOST_CHUNK, chunks - j0);
-            __syncthreads();
-#pragma unroll 1
-            for (u32 j = threadIdx.x; j < here; j += THREADS) {
-                const float factor = expf(__ldcg(from + (j0 + j) * partial) - m);
-                weights[j] = factor;
-                weights[MOST_CHUNK + j] = factor * __ldcg(from + (j0 + j) * partial + 1);
+        for (u32 g = warp; g < heads; g += THREADS / WARP) {
+            const float *from = partials + (g * p.most_chunks + j0) * partial;
+            float l = 0;
+            for (u32 j = threadIdx.x % WARP; j < here; j += WARP) {
+                const float factor = expf(__ldcg(from + j * partial) - most[g]);
+                weights[g * MOST_CHUNK + j] = factor;
+                l = fmaf(factor, __ldcg(from + j * partial + 1), l);
             }
-            __syncthreads();
-            for (u32 j = 0; j < here; j++) l += weights[MOST_CHUNK + j];
+            l = warp_sum(l);
+            if (threadIdx.x % WARP == 0) total[g] += l;
+        }
+        __syncthreads();
 #pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const u32 column = threadIdx.x + i * THREADS;
-                if (column < d) {
-#pragma unroll 8
-                    for (u32 j = 0; j < here; j++) {
-                        y[i] = fmaf(weights[j], __ldcg(from + (j0 + j) * partial + 2 + column), y[i]);
-                    }
-                }
+        for (u32 i = 0; i < COLUMNS; i++) {
+            const u32 at = threadIdx.x + i * THREADS, g = at / d;
+            if (g < heads) {
+                const float *from = partials + (g * p.most_chunks + j0) * partial + 2 + at % d;
+#pragma unroll 4
+                for (u32 j = 0; j < here; j++) y[i] = fmaf(weights[g * MOST_CHUNK + j], __ldcg(from + j * partial), y[i]);
             }
         }
+    }
 #pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            const u32 column = threadIdx.x + i * THREADS;
-            if (column < d) p.out[segment.row * p.out_stride + (head0 + g) * d + column] = y[i] / l;
-        }
+    for (u32 i = 0; i < COLUMNS; i++) {
+        const u32 at = threadIdx.x + i * THREADS, g = at / d;
+        if (g < heads) p.out[segment.row * p.out_stride + head0 * d + at] = y[i] / total[g];
     }
 }
 
