@@ -320,8 +320,8 @@ impl Queue {
             before = Some(node);
             check("build a graph", added.result())
         });
-        // SAFETY: `graph` is complete.
         let exec = added.and_then(|()| {
+            // SAFETY: `graph` is complete.
             check("instantiate a graph", unsafe { result::graph::instantiate(graph, CUgraphInstantiate_flags(0)) })
         });
         // SAFETY: made above, destroyed once.
