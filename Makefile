@@ -2,12 +2,13 @@
 # make demo    sets everything up and answers a question about a long document with the real model
 # make test    sets everything up and runs every test
 # make check   formatting and lints
+# make kernels-check   compiles the CUDA kernels and compares them with the committed PTX; `make kernels` writes it
 
 CARGO ?= cargo
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 JOBS ?= $(shell nproc)
 
-.PHONY: all setup model library tools demo test check clean
+.PHONY: all setup model library tools demo test check kernels kernels-check clean
 
 all: tools
 
@@ -36,6 +37,12 @@ test: tools model
 check: setup
 	$(CARGO) fmt --check
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+
+kernels: setup
+	@tools/kernels/compile.py
+
+kernels-check: setup
+	@tools/kernels/compile.py --check
 
 clean:
 	$(CARGO) clean

@@ -169,7 +169,7 @@
 #define KVA_DTYPE_BF16 3
 
 /**
- * The best device that this build can use on this machine.
+ * The best device that this build can use on this machine: CUDA where it works, and the processor otherwise.
  */
 #define KVA_DEVICE_AUTO 0
 
@@ -177,6 +177,12 @@
  * The processor.
  */
 #define KVA_DEVICE_CPU 1
+
+/**
+ * The first CUDA device that the driver shows (`CUDA_VISIBLE_DEVICES` chooses it), of compute capability 8.0 or later.
+ * The driver is opened at run time; without one, loading fails with `KVA_ERROR_DEVICE`.
+ */
+#define KVA_DEVICE_CUDA 2
 
 /**
  * Something failed.

@@ -225,8 +225,9 @@ enum class DType : std::int32_t {
 };
 
 enum class Device : std::int32_t {
-  automatic = KVA_DEVICE_AUTO,
+  automatic = KVA_DEVICE_AUTO,  ///< CUDA where it works, and the processor otherwise
   cpu = KVA_DEVICE_CPU,
+  cuda = KVA_DEVICE_CUDA,  ///< the first CUDA device; an error of code device where there is none
 };
 
 /// What a layer attends.

@@ -33,8 +33,9 @@ type Device int32
 
 // The devices.
 const (
-	DeviceAuto Device = C.KVA_DEVICE_AUTO
+	DeviceAuto Device = C.KVA_DEVICE_AUTO // CUDA where it works, and the processor otherwise
 	CPU        Device = C.KVA_DEVICE_CPU
+	CUDA       Device = C.KVA_DEVICE_CUDA // the first CUDA device; ErrDevice where there is none
 )
 
 // LogLevel is how much a log line matters.

@@ -8,6 +8,7 @@
 
 mod buffer;
 pub mod cpu;
+pub mod cuda;
 mod index;
 mod payload;
 mod runs;
@@ -26,6 +27,16 @@ pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector
 pub trait Backend: Send + Sync {
     /// One line for people: device, instruction set, threads.
     fn description(&self) -> String;
+
+    /// Whether it has what tiers beside device memory need: host memory that it reads in place, and payloads.
+    fn has_tiers(&self) -> bool {
+        true
+    }
+
+    /// Whether it has what speculation needs: index, rehearsals, masses of attention.
+    fn has_speculation(&self) -> bool {
+        true
+    }
 
     /// Element type of activations (`f32` on the CPU).
     fn activation(&self) -> DType;

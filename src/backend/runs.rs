@@ -78,6 +78,16 @@ impl<'a> KvRuns<'a> {
         self.extents.len()
     }
 
+    /// Address of extent `extent`.
+    pub fn extent(&self, extent: usize) -> *const u8 {
+        self.extents[extent].address()
+    }
+
+    /// Bytes from an extent's start to the layer's first run.
+    pub fn layer_offset(&self) -> usize {
+        self.offset
+    }
+
     /// Address of the run of `head` in extent `extent`.
     pub fn run(&self, extent: usize, head: usize) -> *const u8 {
         assert!(head < self.geometry.kv_heads);

@@ -13,6 +13,7 @@
 
 mod calibrate;
 mod control;
+mod device;
 mod estimate;
 mod forward;
 pub mod generate;
@@ -23,6 +24,7 @@ mod session;
 mod workspace;
 
 pub use control::Control;
+pub use device::Device;
 pub use estimate::Estimate;
-pub use model::{Device, LogLevel, LogSink, Logger, Model, ModelOptions};
+pub use model::{LogLevel, LogSink, Logger, Model, ModelOptions};
 pub use session::{Session, SessionOptions, Statistics, decode_batch};

@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::{Backend, DType};
 use crate::kv::Pool;
 use crate::model::chat::ChatTemplate;
@@ -18,19 +17,10 @@ use crate::model::tokenizer::Tokenizer;
 use crate::speculate::cache::Folders;
 use crate::{Error, ErrorCode, Result};
 
+use super::Device;
 use super::calibrate::Calibration;
 use super::forward::{Dimensions, Forward};
 use super::workspace::Workspace;
-
-/// Where a model computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Device {
-    /// The best device that this build can use here.
-    #[default]
-    Auto,
-    /// The processor.
-    Cpu,
-}
 
 /// How much a log line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,11 +124,7 @@ impl Model {
         path: Option<&Path>,
         load: impl FnOnce(&dyn Backend, LoadOptions) -> Result<Decoder>,
     ) -> Result<Model> {
-        let backend: Arc<dyn Backend> = match options.device {
-            Device::Auto | Device::Cpu => {
-                Arc::new(CpuBackend::new(CpuOptions { threads: options.threads, level: None })?)
-            }
-        };
+        let backend = options.device.open(options.threads, options.logger.as_ref())?;
         let decoder = load(
             &*backend,
             LoadOptions { dtype: options.dtype, threads: options.threads, progress: options.progress },

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
-use crate::kv::EXTENT_TOKENS;
+use crate::kv::{EXTENT_TOKENS, KvTier, Payload};
 use crate::policy::{self, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes};
 use crate::speculate::Speculation;
 use crate::{Error, ErrorCode, Result};
@@ -71,6 +71,25 @@ impl SessionOptions {
     }
 }
 
+/// Errors where the model's backend lacks what a policy needs, before anything is made.
+fn check_backend(model: &Model, options: &PolicyOptions) -> Result<()> {
+    let backend = model.backend();
+    let refused = |what: String| {
+        Err(Error::unsupported(format!(
+            "{what} is not there on {} yet; load the model with device=cpu",
+            backend.description()
+        )))
+    };
+    if matches!(options.kind, PolicyKind::Infinigen | PolicyKind::H2o) && !backend.has_speculation() {
+        return refused(format!("policy {}", options.kind.name()));
+    }
+    let away = options.tier != KvTier::Device || options.payload != Payload::Exact || options.kind == PolicyKind::Int4;
+    if away && !backend.has_tiers() {
+        return refused("KV away from the device".to_string());
+    }
+    Ok(())
+}
+
 /// The offline products that a policy stands on, for one that does.
 fn speculation(model: &Model, options: &PolicyOptions) -> Result<Option<Arc<Speculation>>> {
     if options.kind != PolicyKind::Infinigen {
@@ -131,6 +150,7 @@ impl Session {
         make: impl FnOnce(Setting) -> Result<Box<dyn Policy>>,
     ) -> Result<Session> {
         let options = options.resolve(model)?;
+        check_backend(model, &options.policy)?;
         let setting = Setting {
             backend: model.shared_backend().clone(),
             pool: model.pool().clone(),

@@ -20,10 +20,13 @@ pub const KVA_DTYPE_F16: i32 = 2;
 /// bfloat16.
 pub const KVA_DTYPE_BF16: i32 = 3;
 
-/// The best device that this build can use on this machine.
+/// The best device that this build can use on this machine: CUDA where it works, and the processor otherwise.
 pub const KVA_DEVICE_AUTO: i32 = 0;
 /// The processor.
 pub const KVA_DEVICE_CPU: i32 = 1;
+/// The first CUDA device that the driver shows (`CUDA_VISIBLE_DEVICES` chooses it), of compute capability 8.0 or later.
+/// The driver is opened at run time; without one, loading fails with `KVA_ERROR_DEVICE`.
+pub const KVA_DEVICE_CUDA: i32 = 2;
 
 /// Something failed.
 pub const KVA_LOG_ERROR: i32 = 1;
@@ -259,6 +262,7 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
         device: match options.device {
             KVA_DEVICE_AUTO => Device::Auto,
             KVA_DEVICE_CPU => Device::Cpu,
+            KVA_DEVICE_CUDA => Device::Cuda,
             device => {
                 return Err(Error::invalid_argument(format!("options.device is {device}, which is no KVA_DEVICE")));
             }

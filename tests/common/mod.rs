@@ -6,17 +6,22 @@ pub mod gguf;
 use std::path::{Path, PathBuf};
 
 use kvahead::backend::DType;
-use kvahead::engine::{Model, ModelOptions, Session, SessionOptions};
+use kvahead::engine::{Device, Model, ModelOptions, Session, SessionOptions};
 use safetensors::SafeTensors;
 
 /// The folder of the committed test data.
 pub fn data() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
+    root().join("tests/data")
+}
+
+/// The repository: the one that the tests were built in, or `KVAHEAD_TEST_ROOT` where they have been taken elsewhere.
+pub fn root() -> PathBuf {
+    std::env::var_os("KVAHEAD_TEST_ROOT").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
 
 /// The real model, which `make test` fetches.
 pub fn real_model() -> PathBuf {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = root().join(".cache/SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "{} is missing: run `make model` first", path.display());
     path
 }
@@ -50,9 +55,18 @@ impl Golden {
     }
 }
 
+/// Where tests compute: on the CPU, or where `KVAHEAD_TEST_DEVICE` (cpu, cuda) says. `tests/gpu/run.sh` sets it.
+pub fn device() -> Device {
+    match std::env::var("KVAHEAD_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => Device::Cuda,
+        Ok(other) => panic!("KVAHEAD_TEST_DEVICE={other}: known are cpu and cuda"),
+    }
+}
+
 /// Loads `path` with weights in `dtype`.
 pub fn load(path: &Path, dtype: Option<DType>) -> Model {
-    Model::load(path, ModelOptions { dtype, threads: 2, ..ModelOptions::default() })
+    Model::load(path, ModelOptions { device: device(), dtype, threads: 2, ..ModelOptions::default() })
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 

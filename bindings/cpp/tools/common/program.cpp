@@ -58,6 +58,10 @@ Words<kva::DType> dtypes() {
   return {{"auto", kva::DType::automatic}, {"f32", kva::DType::f32}, {"f16", kva::DType::f16}, {"bf16", kva::DType::bf16}};
 }
 
+Words<kva::Device> devices() {
+  return {{"auto", kva::Device::automatic}, {"cpu", kva::Device::cpu}, {"cuda", kva::Device::cuda}};
+}
+
 std::string name(kva::DType dtype) { return word(dtype, dtypes()); }
 
 void ModelFlags::declare(args::Parser& parser, bool shapes) {
@@ -71,6 +75,7 @@ void ModelFlags::declare(args::Parser& parser, bool shapes) {
     parser.option("--random-weights", "SEED", "the weights of --shape", random_weights);
   }
   parser.choice("--dtype", "type of the weights in memory; auto: as stored, quantized ones as bf16 (default auto)", dtypes(), dtype);
+  parser.choice("--device", "where to compute; auto: cuda where it works, cpu otherwise (default auto)", devices(), device);
   parser.option("--threads", "N", "threads to compute with; 0: all processors (default 0)", threads);
   parser.option("--speculation-cache", "FOLDER",
                 "keep what infinigen learns from the calibration text there (default: next to the model)", speculation_cache);
@@ -88,6 +93,7 @@ void ModelFlags::check() const {
 kva::Model ModelFlags::load() const {
   terminal::Progress progress(path.empty() ? "making " + shape : "loading " + path);
   kva::ModelOptions options;
+  options.device = device;
   options.threads = threads;
   options.dtype = dtype;
   options.speculation_cache_path = speculation_cache;

@@ -40,6 +40,7 @@ std::string word(T sought, const Words<T>& words) {
 }
 
 Words<kva::DType> dtypes();
+Words<kva::Device> devices();
 std::string name(kva::DType dtype);
 
 /// Which model, and how to hold it.
@@ -48,6 +49,7 @@ struct ModelFlags {
   std::string shape;
   std::optional<std::uint64_t> random_weights;
   std::uint32_t threads = 0;
+  kva::Device device = kva::Device::automatic;
   kva::DType dtype = kva::DType::automatic;
   std::string speculation_cache;
   std::string calibration;

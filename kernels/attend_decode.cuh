@@ -1,0 +1,256 @@
+// Attention of one new token a sequence. Reading K and V is all the time there is, so each is read once for the query
+// heads that share it, and a sequence is cut into chunks for the multiprocessors.
+//
+// grid: chunks × (KV heads × passes) × segments. A block of four warps takes one chunk of one KV head and up to G query
+// heads (a group of more is taken in passes). It leaves, per query head, the largest score m, the sum l of exp(score − m)
+// and the values weighted by exp(score − m); the block that finishes last merges the chunks in order. Chunks depend on
+// the segment's own length only, and so do its bits.
+#pragma once
+
+#include "attend.cuh"
+
+struct Segment {
+    const u64 *extents;
+    const struct Listed *listed;  // of each KV head, or null: rows first..end
+    u32 row;
+    u32 first;
+    u32 end;
+    u32 unused;
+};
+
+struct Listed {
+    const u32 *rows;  // null: rows 0..count
+    u32 count;
+    u32 unused;
+};
+
+struct Decode {
+    const float *q;
+    float *out;
+    float *partials;
+    u32 *counters;  // zero, and left zero
+    const Segment *segments;
+    u64 q_stride;
+    u64 out_stride;
+    Runs runs;
+    u32 kv_heads;
+    u32 group;
+    u32 passes;
+    u32 most_chunks;
+    u32 lanes;  // that share a row: a power of two, at most 32
+    float scale;
+};
+
+constexpr u32 THREADS = 128, MOST_CHUNK = 256;
+constexpr int UNROLL = 4;
+
+// Tokens of a chunk of a sequence that attends n. (Its twin in Rust sizes the grid.)
+__device__ __forceinline__ u32 chunk_tokens(u32 n) { return n <= 2048 ? 64 : n <= 8192 ? 128 : MOST_CHUNK; }
+
+template <class T, int V, int G> __device__ void decode(const Decode &p) {
+    extern __shared__ __align__(16) float shared[];
+    __shared__ const T *rows[MOST_CHUNK];
+    __shared__ float most[G], total[G];
+    __shared__ bool last;
+    const u32 d = p.runs.head_dim, lanes = p.lanes;
+    float *q = shared;                          // G × d
+    float *weights = q + G * d;                 // G × MOST_CHUNK
+    float *sums = weights + G * MOST_CHUNK;     // G × THREADS × V
+
+    const Segment segment = p.segments[blockIdx.z];
+    const u32 kv_head = blockIdx.y / p.passes, from_head = blockIdx.y % p.passes * G;
+    const u32 heads = min(u32(G), p.group - from_head);
+    u32 first = segment.first, n = segment.end - segment.first;
+    const u32 *list = nullptr;
+    if (segment.listed) {
+        list = segment.listed[kv_head].rows;
+        first = 0;
+        n = segment.listed[kv_head].count;
+    }
+    const u32 chunk = chunk_tokens(n), chunks = max(1u, (n + chunk - 1) / chunk);
+    if (blockIdx.x >= chunks) return;
+    const u32 begin = blockIdx.x * chunk, count = min(chunk, n - begin);
+    const u32 head0 = kv_head * p.group + from_head;
+
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < G * d; i += THREADS) {
+        const u32 g = min(i / d, heads - 1);
+        q[i] = p.q[segment.row * p.q_stride + (head0 + g) * d + i % d] * p.scale;
+    }
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        const u32 at = first + begin + i;
+        rows[i] = run_row<T>(p.runs, segment.extents, kv_head, list ? list[at] : at);
+    }
+    __syncthreads();
+
+    // Scores: `lanes` threads a row, each V columns at a time.
+    const u32 lane = threadIdx.x % lanes, sub = threadIdx.x / lanes, subs = THREADS / lanes;
+#pragma unroll 1
+    for (u32 t0 = 0; t0 < count; t0 += subs * UNROLL) {
+        float scores[UNROLL][G] = {};
+#pragma unroll 1
+        for (u32 c = lane * V; c < d; c += lanes * V) {
+            float k[UNROLL][V];
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) load<T, V>(rows[min(t0 + u * subs + sub, count - 1)] + c, k[u]);
+#pragma unroll
+            for (int g = 0; g < G; g++) {
+                float part[V];
+                load_floats<V>(q + g * d + c, part);
+#pragma unroll
+                for (int u = 0; u < UNROLL; u++) {
+#pragma unroll
+                    for (int i = 0; i < V; i++) scores[u][g] = fmaf(part[i], k[u][i], scores[u][g]);
+                }
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const u32 t = t0 + u * subs + sub;
+#pragma unroll
+            for (int g = 0; g < G; g++) {
+                float score = scores[u][g];
+#pragma unroll 1
+                for (u32 step = lanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(FULL, score, step);
+                if (lane == 0 && t < count) weights[g * MOST_CHUNK + t] = score;
+            }
+        }
+    }
+    __syncthreads();
+
+    // A warp a head: largest score, weights, their sum.
+    for (u32 g = threadIdx.x / WARP; g < G; g += THREADS / WARP) {
+        float *w = weights + g * MOST_CHUNK, m = LEAST, l = 0;
+#pragma unroll 1
+        for (u32 t = threadIdx.x % WARP; t < count; t += WARP) m = fmaxf(m, w[t]);
+        m = warp_max(m);
+#pragma unroll 1
+        for (u32 t = threadIdx.x % WARP; t < count; t += WARP) {
+            w[t] = expf(w[t] - m);
+            l += w[t];
+        }
+        l = warp_sum(l);
+        if (threadIdx.x % WARP == 0) {
+            most[g] = m;
+            total[g] = l;
+        }
+    }
+    __syncthreads();
+
+    // Weighted values; what the threads of a column have is added in a fixed order.
+    const u64 partial = d + 2;
+    const u64 heads_all = u64(p.kv_heads) * p.group;
+    float *partials = p.partials + (blockIdx.z * heads_all + head0) * p.most_chunks * partial;
+#pragma unroll 1
+    for (u32 c0 = 0; c0 < d; c0 += lanes * V) {
+        const u32 c = c0 + lane * V;
+        float values[G][V] = {};
+#pragma unroll 1
+        for (u32 t0 = 0; t0 < count && c < d; t0 += subs * UNROLL) {
+            float v[UNROLL][V];
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) load<T, V>(rows[min(t0 + u * subs + sub, count - 1)] + d + c, v[u]);
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                const u32 t = t0 + u * subs + sub;
+#pragma unroll
+                for (int g = 0; g < G; g++) {
+                    const float w = t < count ? weights[g * MOST_CHUNK + t] : 0.0f;
+#pragma unroll
+                    for (int i = 0; i < V; i++) values[g][i] = fmaf(w, v[u][i], values[g][i]);
+                }
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+#pragma unroll
+            for (int i = 0; i < V; i++) sums[((sub * G + g) * lanes + lane) * V + i] = values[g][i];
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (u32 i = threadIdx.x; i < heads * lanes * V; i += THREADS) {
+            const u32 g = i / (lanes * V), column = c0 + i % (lanes * V);
+            if (column < d) {
+                float y = 0;
+                for (u32 s = 0; s < subs; s++) y += sums[s * G * lanes * V + i];
+                if (chunks == 1) {
+                    p.out[segment.row * p.out_stride + (head0 + g) * d + column] = n ? y / total[g] : 0.0f;
+                } else {
+                    partials[(g * p.most_chunks + blockIdx.x) * partial + 2 + column] = y;
+                }
+            }
+        }
+        __syncthreads();
+    }
+    if (chunks == 1) return;
+    if (threadIdx.x < heads) {
+        float *to = partials + (threadIdx.x * p.most_chunks + blockIdx.x) * partial;
+        to[0] = most[threadIdx.x];
+        to[1] = total[threadIdx.x];
+    }
+
+    // The last block of this head to get here sees what all the others wrote.
+    __threadfence();
+    __syncthreads();
+    u32 *counter = p.counters + blockIdx.z * gridDim.y + blockIdx.y;
+    if (threadIdx.x == 0) last = atomicAdd(counter, 1) == chunks - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    if (threadIdx.x == 0) *counter = 0;
+    // A warp a head finds the largest score of all chunks.
+    const u32 warp = threadIdx.x / WARP;
+#pragma unroll 1
+    for (u32 g = warp; g < heads; g += THREADS / WARP) {
+        const float *from = partials + g * p.most_chunks * partial;
+        float m = LEAST;
+        for (u32 j = threadIdx.x % WARP; j < chunks; j += WARP) m = fmaxf(m, __ldcg(from + j * partial));
+        m = warp_max(m);
+        if (threadIdx.x % WARP == 0) most[g] = m;
+        if (threadIdx.x % WARP == 0) total[g] = 0;
+    }
+    // Chunks in order, as many at a time as there is room for their factors; a thread has every 128th column of all heads.
+    constexpr u32 COLUMNS = 2 * G;
+    float y[COLUMNS] = {};
+#pragma unroll 1
+    for (u32 j0 = 0; j0 < chunks; j0 += MOST_CHUNK) {
+        const u32 here = min(MOST_CHUNK, chunks - j0);
+        __syncthreads();
+#pragma unroll 1
+        for (u32 g = warp; g < heads; g += THREADS / WARP) {
+            const float *from = partials + (g * p.most_chunks + j0) * partial;
+            float l = 0;
+            for (u32 j = threadIdx.x % WARP; j < here; j += WARP) {
+                const float factor = expf(__ldcg(from + j * partial) - most[g]);
+                weights[g * MOST_CHUNK + j] = factor;
+                l = fmaf(factor, __ldcg(from + j * partial + 1), l);
+            }
+            l = warp_sum(l);
+            if (threadIdx.x % WARP == 0) total[g] += l;
+        }
+        __syncthreads();
+#pragma unroll
+        for (u32 i = 0; i < COLUMNS; i++) {
+            const u32 at = threadIdx.x + i * THREADS, g = at / d;
+            if (g < heads) {
+                const float *from = partials + (g * p.most_chunks + j0) * partial + 2 + at % d;
+#pragma unroll 4
+                for (u32 j = 0; j < here; j++) y[i] = fmaf(weights[g * MOST_CHUNK + j], __ldcg(from + j * partial), y[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < COLUMNS; i++) {
+        const u32 at = threadIdx.x + i * THREADS, g = at / d;
+        if (g < heads) p.out[segment.row * p.out_stride + head0 * d + at] = y[i] / total[g];
+    }
+}
+
+// The kernels of a type of KV, each in a file of its own: one that is not used is not compiled. NAME_G for rows whose
+// halves 16 bytes divide, NAME_scalar_G for others.
+#define DECODE(NAME, T)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_2(Decode p) { decode<T, LANES<T>, 2>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_4(Decode p) { decode<T, LANES<T>, 4>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_8(Decode p) { decode<T, LANES<T>, 8>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_scalar_2(Decode p) { decode<T, 1, 2>(p); }

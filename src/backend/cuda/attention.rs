@@ -1,0 +1,300 @@
+//! Attention: one new token a sequence, all sequences in one launch; many new tokens, a launch a sequence.
+
+use super::block::{bytes_of, plain};
+use super::kernels::{Kernel, Module};
+use super::queue::{Queue, Use};
+use super::{Shared, address};
+use crate::backend::{AttentionShape, DType, KvGeometry, KvRuns, Rows, RowsMut, Segment, Visible};
+use crate::{Error, Result};
+
+plain! {
+    struct Runs {
+        layer_offset: u64,
+        run_bytes: u64,
+        extent_tokens: u32,
+        head_dim: u32,
+    }
+
+    struct DecodeSegment {
+        extents: u64,
+        listed: u64,
+        row: u32,
+        first: u32,
+        end: u32,
+        unused: u32,
+    }
+
+    struct Listed {
+        rows: u64,
+        count: u32,
+        unused: u32,
+    }
+
+    struct Decode {
+        q: u64,
+        out: u64,
+        partials: u64,
+        counters: u64,
+        segments: u64,
+        q_stride: u64,
+        out_stride: u64,
+        runs: Runs,
+        kv_heads: u32,
+        group: u32,
+        passes: u32,
+        most_chunks: u32,
+        lanes: u32,
+        scale: f32,
+    }
+
+    struct Prefill {
+        q: u64,
+        out: u64,
+        extents: u64,
+        q_stride: u64,
+        out_stride: u64,
+        runs: Runs,
+        rows: u32,
+        position: u32,
+        group: u32,
+        window: u32,
+        vectors: u32,
+        scale: f32,
+    }
+}
+
+/// Widest head that the kernels hold.
+const MOST_HEAD_DIM: usize = 256;
+
+/// Threads of a decode block, and its longest chunk (`attend_decode.cuh`).
+const DECODE_THREADS: usize = 128;
+const MOST_CHUNK: usize = 256;
+
+/// Kernels by query heads that a block takes: 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
+const DECODE_F32: [&str; 4] =
+    ["attend_decode_f32_2", "attend_decode_f32_4", "attend_decode_f32_8", "attend_decode_f32_scalar_2"];
+const DECODE_F16: [&str; 4] =
+    ["attend_decode_f16_2", "attend_decode_f16_4", "attend_decode_f16_8", "attend_decode_f16_scalar_2"];
+const DECODE_BF16: [&str; 4] =
+    ["attend_decode_bf16_2", "attend_decode_bf16_4", "attend_decode_bf16_8", "attend_decode_bf16_scalar_2"];
+
+/// Segments of one decode launch: a grid's third dimension.
+const MOST_SEGMENTS: usize = 65535;
+
+/// Query rows and KV tokens of a prefill tile (`attend_prefill.cu`).
+const TILE: usize = 32;
+
+/// Tokens of a chunk of a sequence that attends `n`; the kernel's `chunk_tokens`.
+fn chunk_tokens(n: usize) -> usize {
+    match n {
+        0..=2048 => 64,
+        2049..=8192 => 128,
+        _ => MOST_CHUNK,
+    }
+}
+
+/// See `Backend::attend`.
+pub(super) fn attend(
+    shared: &Shared,
+    queue: &mut Queue,
+    q: Rows<'_>,
+    shape: &AttentionShape,
+    segments: &[Segment<'_>],
+    out: RowsMut<'_>,
+) -> Result<()> {
+    if shape.head_dim > MOST_HEAD_DIM {
+        return Err(Error::unsupported(format!(
+            "a head dimension of {}: the CUDA backend attends up to {MOST_HEAD_DIM}",
+            shape.head_dim
+        )));
+    }
+    let (single, several): (Vec<&Segment<'_>>, Vec<_>) = segments.iter().partition(|segment| segment.rows == 1);
+    let mut single = single.as_slice();
+    while let Some(first) = single.first() {
+        // Sequences of one model are alike; where they are not, each kind gets a launch.
+        let key = |s: &Segment<'_>| (*s.runs.geometry(), s.runs.layer_offset());
+        let count = single.iter().take(MOST_SEGMENTS).take_while(|s| key(s) == key(first)).count();
+        decode(shared, queue, q, shape, &single[..count], &out)?;
+        single = &single[count..];
+    }
+    several.into_iter().filter(|s| s.rows > 0).try_for_each(|segment| prefill(shared, queue, q, shape, segment, &out))
+}
+
+fn runs_of(runs: &KvRuns<'_>) -> Runs {
+    let geometry = runs.geometry();
+    Runs {
+        layer_offset: runs.layer_offset() as u64,
+        run_bytes: geometry.run_bytes() as u64,
+        extent_tokens: geometry.extent_tokens as u32,
+        head_dim: geometry.head_dim as u32,
+    }
+}
+
+/// Addresses of a sequence's extents; zeros behind them, so that the table's length changes rarely.
+fn extent_table(runs: &KvRuns<'_>) -> Vec<u64> {
+    let mut table: Vec<u64> = (0..runs.extents()).map(|i| address(runs.extent(i))).collect();
+    table.resize(table.len().next_power_of_two().max(16), 0);
+    table
+}
+
+/// Whether a key, and a value behind it, can be read 16 bytes at a time.
+fn in_vectors(geometry: &KvGeometry) -> bool {
+    (geometry.head_dim * geometry.dtype.bytes()).is_multiple_of(16)
+}
+
+/// First position that the token at `position` sees.
+fn first_seen(shape: &AttentionShape, position: usize) -> usize {
+    shape.window.map_or(0, |window| (position + 1).saturating_sub(window))
+}
+
+/// Rows that a segment attends: the most of any head.
+fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
+    match segment.visible {
+        Visible::Causal => segment.position + 1 - first_seen(shape, segment.position),
+        Visible::First(counts) => counts.iter().copied().max().unwrap_or(0) as usize,
+        Visible::Listed(rows) => rows.iter().map(Vec::len).max().unwrap_or(0),
+    }
+}
+
+/// Sequences with one new token each, of one geometry and layer.
+fn decode(
+    shared: &Shared,
+    queue: &mut Queue,
+    q: Rows<'_>,
+    shape: &AttentionShape,
+    segments: &[&Segment<'_>],
+    out: &RowsMut<'_>,
+) -> Result<()> {
+    let geometry = *segments[0].runs.geometry();
+    let group = shape.heads / shape.kv_heads;
+    // Query heads that a block takes at a time, and the columns that a thread reads at a time.
+    let (tile, width) = match group {
+        _ if !in_vectors(&geometry) => (2, 1),
+        0..=2 => (2, 16 / geometry.dtype.bytes()),
+        3..=4 => (4, 16 / geometry.dtype.bytes()),
+        _ => (8, 16 / geometry.dtype.bytes()),
+    };
+    let (module, names) = match geometry.dtype {
+        DType::F32 => (Module::AttendDecodeF32, DECODE_F32),
+        DType::F16 => (Module::AttendDecodeF16, DECODE_F16),
+        DType::BF16 => (Module::AttendDecodeBf16, DECODE_BF16),
+        DType::U32 => unreachable!("keys and values are not u32"),
+    };
+    let name = match (width, tile) {
+        (1, _) => names[3],
+        (_, 2) => names[0],
+        (_, 4) => names[1],
+        _ => names[2],
+    };
+    let passes = group.div_ceil(tile);
+    let lanes = (geometry.head_dim / width).next_power_of_two().min(32);
+    // A power of two, so that the launch stays the same for a while as sequences grow.
+    let chunks = segments.iter().map(|s| attended(shape, s)).map(|n| n.div_ceil(chunk_tokens(n))).max().unwrap_or(0);
+    let most_chunks = chunks.next_power_of_two();
+    let heads = segments.len() * shape.heads;
+    let partials = queue.scratch(Use::Partials, heads * most_chunks * (geometry.head_dim + 2) * 4)?;
+    let counters = queue.scratch(Use::Counters, segments.len() * shape.kv_heads * passes * 4)?;
+
+    let tables: Vec<Vec<u64>> = segments.iter().map(|s| extent_table(&s.runs)).collect();
+    let listed_bytes = |s: &Segment<'_>| match s.visible {
+        Visible::Causal => 0,
+        Visible::First(counts) => counts.len() * size_of::<Listed>(),
+        Visible::Listed(rows) => {
+            rows.iter().map(|rows| 4 * rows.len() + 16).sum::<usize>() + rows.len() * size_of::<Listed>()
+        }
+    };
+    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
+        + segments.iter().map(|s| listed_bytes(s)).sum::<usize>()
+        + segments.len() * size_of::<DecodeSegment>();
+    queue.reserve(bytes, 3 * segments.len() + 1)?;
+    let described: Vec<DecodeSegment> = segments
+        .iter()
+        .zip(&tables)
+        .map(|(segment, table)| DecodeSegment {
+            extents: queue.block.push_table(bytes_of(table)),
+            listed: push_listed(queue, &segment.visible),
+            row: segment.row as u32,
+            first: first_seen(shape, segment.position) as u32,
+            end: segment.position as u32 + 1,
+            unused: 0,
+        })
+        .collect();
+    let params = Decode {
+        q: address(q.base()),
+        out: address(out.base()),
+        partials,
+        counters,
+        segments: queue.block.push(bytes_of(&described)),
+        q_stride: q.stride() as u64,
+        out_stride: out.stride() as u64,
+        runs: runs_of(&segments[0].runs),
+        kv_heads: shape.kv_heads as u32,
+        group: group as u32,
+        passes: passes as u32,
+        most_chunks: most_chunks as u32,
+        lanes: lanes as u32,
+        scale: shape.scale,
+    };
+    let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + DECODE_THREADS * width);
+    let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
+    queue.push(shared, kernel, [most_chunks, shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
+}
+
+/// Puts the rows that a segment attends into the block, 0 where they are all rows up to a position.
+fn push_listed(queue: &mut Queue, visible: &Visible<'_>) -> u64 {
+    let listed: Vec<Listed> = match visible {
+        Visible::Causal => return 0,
+        Visible::First(counts) => counts.iter().map(|&count| Listed { rows: 0, count, unused: 0 }).collect(),
+        Visible::Listed(rows) => rows
+            .iter()
+            // An empty list must not look like no list.
+            .map(|rows| Listed { rows: queue.block.push(bytes_of(rows)), count: rows.len() as u32, unused: 0 })
+            .collect(),
+    };
+    queue.block.push(bytes_of(&listed))
+}
+
+/// Consecutive new tokens of one sequence.
+fn prefill(
+    shared: &Shared,
+    queue: &mut Queue,
+    q: Rows<'_>,
+    shape: &AttentionShape,
+    segment: &Segment<'_>,
+    out: &RowsMut<'_>,
+) -> Result<()> {
+    assert!(matches!(segment.visible, Visible::Causal), "segments of several rows are causal");
+    let geometry = *segment.runs.geometry();
+    let names = match geometry.dtype {
+        DType::F32 => ["attend_prefill_f32_64", "attend_prefill_f32_128", "attend_prefill_f32_256"],
+        DType::F16 => ["attend_prefill_f16_64", "attend_prefill_f16_128", "attend_prefill_f16_256"],
+        DType::BF16 => ["attend_prefill_bf16_64", "attend_prefill_bf16_128", "attend_prefill_bf16_256"],
+        DType::U32 => unreachable!("keys and values are not u32"),
+    };
+    let name = match geometry.head_dim {
+        0..=64 => names[0],
+        65..=128 => names[1],
+        _ => names[2],
+    };
+    let table = extent_table(&segment.runs);
+    queue.reserve(8 * table.len(), 1)?;
+    let rows = q.row_range(segment.row, segment.rows);
+    let params = Prefill {
+        q: address(rows.base()),
+        out: address(out.base()) + (segment.row * out.stride() * 4) as u64,
+        extents: queue.block.push_table(bytes_of(&table)),
+        q_stride: q.stride() as u64,
+        out_stride: out.stride() as u64,
+        runs: runs_of(&segment.runs),
+        rows: segment.rows as u32,
+        position: segment.position as u32,
+        group: (shape.heads / shape.kv_heads) as u32,
+        // A window longer than any position is none.
+        window: shape.window.map_or(0, |window| u32::try_from(window).unwrap_or(0)),
+        vectors: in_vectors(&geometry).into(),
+        scale: shape.scale,
+    };
+    let stride = geometry.head_dim.next_multiple_of(4) + 4;
+    let kernel = Kernel::new(Module::AttendPrefill, name).with_shared(4 * 2 * TILE * stride);
+    queue.push(shared, kernel, [segment.rows.div_ceil(TILE), shape.heads, 1], 256, &params)
+}

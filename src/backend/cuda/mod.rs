@@ -1,0 +1,407 @@
+//! The CUDA backend: weights, activations and KV in device memory, kernels of our own, cuBLAS for prefill where it is.
+//!
+//! - [`context`]: the driver, opened at run time; [`memory`]: device and pinned memory; [`kernels`]: PTX, loaded lazily.
+//! - [`queue`]: a stream. Operations wait on the host until a result is asked for; [`block`] holds what changes from step
+//!   to step, so that a decode step that does what the last one did is replayed as one graph.
+//! - One file an operation group: shapes are checked here, parameters are packed there, arithmetic is in `kernels/`.
+//!
+//! Only `download` and `synchronize` wait for the device (and growing a scratch buffer, which ends soon). Decode products
+//! and attention are deterministic, and a row's bits do not depend on the rows beside it.
+
+mod attention;
+mod blas;
+mod block;
+mod context;
+mod kernels;
+mod matmul;
+mod memory;
+mod queue;
+mod rowwise;
+mod store_kv;
+
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::backend::{
+    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut,
+    Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Slot,
+    Stream,
+};
+use crate::{Error, Result};
+use blas::Blas;
+use context::{Context, Entered};
+use kernels::Kernels;
+use queue::{EVENTS, Queue, SharedQueue};
+
+/// Computes on a CUDA device. May be shared by threads; operations of one stream take turns.
+pub struct CudaBackend {
+    shared: Arc<Shared>,
+}
+
+/// What buffers keep alive too.
+struct Shared {
+    context: Context,
+    kernels: Kernels,
+    queues: RwLock<Vec<SharedQueue>>,
+    /// Opened by the first prefill; `None` inside where there is none.
+    blas: Mutex<Option<Option<Blas>>>,
+}
+
+impl CudaBackend {
+    /// Opens device `ordinal`, as the driver counts those it shows (`CUDA_VISIBLE_DEVICES`).
+    ///
+    /// Errors: `Device` when there is no driver, no such device, or one older than compute capability 8.0.
+    pub fn new(ordinal: i32) -> Result<CudaBackend> {
+        let context = Context::new(ordinal)?;
+        let shared = Shared { context, kernels: Kernels::default(), queues: RwLock::default(), blas: Mutex::new(None) };
+        Ok(CudaBackend { shared: Arc::new(shared) })
+    }
+
+    /// How often a whole sequence of launches was replayed as a graph, all streams together. For tests and curious people.
+    pub fn replays(&self) -> u64 {
+        self.shared.queues.read().iter().map(|queue| queue.lock().replays()).sum()
+    }
+
+    /// The library that multiplies large matrices, as far as one was opened.
+    pub fn blas(&self) -> Option<String> {
+        self.shared.blas.lock().as_ref().and_then(|blas| blas.as_ref()).map(|blas| blas.name().to_owned())
+    }
+
+    /// The stream's queue, locked, with the context current.
+    fn enter(&self, stream: &Stream) -> Result<(Guard, Entered)> {
+        let entered = self.shared.context.enter()?;
+        let queue = self.shared.queues.read()[stream.0 as usize].clone();
+        Ok((queue.lock_arc(), entered))
+    }
+}
+
+type Guard = parking_lot::ArcMutexGuard<parking_lot::RawMutex, Queue>;
+
+impl Shared {
+    /// Launches what waits on any stream; failures will show where results are asked for.
+    fn launch_everything(&self) {
+        if let Ok(_entered) = self.context.enter() {
+            for queue in self.queues.read().iter() {
+                let mut queue = queue.lock();
+                if queue.waiting() > 0 {
+                    let _ = queue.launch(false);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.context.enter() {
+            for queue in self.queues.get_mut().drain(..) {
+                queue.lock().free();
+            }
+            *self.blas.get_mut() = None;
+            self.kernels.unload();
+        }
+    }
+}
+
+/// A device address as kernels take it.
+fn address(pointer: *const u8) -> u64 {
+    pointer.expose_provenance() as u64
+}
+
+/// What the backend cannot do yet.
+fn unsupported(operation: &str) -> Error {
+    Error::unsupported(format!("the CUDA backend does not have the operation {operation} yet; use device=cpu"))
+}
+
+/// Asserts that a window holds activations.
+macro_rules! assert_activations {
+    ($($x:ident),*) => { $(assert_eq!($x.dtype(), DType::F32, concat!(stringify!($x), " must be activations"));)* };
+}
+
+impl Backend for CudaBackend {
+    fn description(&self) -> String {
+        let Context { name, capability, .. } = &self.shared.context;
+        format!("CUDA, {name}, compute capability {}.{}", capability.0, capability.1)
+    }
+
+    fn activation(&self) -> DType {
+        DType::F32
+    }
+
+    fn allocate(&self, bytes: usize, place: Place, purpose: &str) -> Result<Buffer> {
+        memory::allocate(&self.shared, bytes, place, purpose)
+    }
+
+    fn stream(&self) -> Result<Stream> {
+        let _entered = self.shared.context.enter()?;
+        let mut queues = self.shared.queues.write();
+        queues.push(Arc::new(Mutex::new(Queue::new()?)));
+        Ok(Stream(queues.len() as u64 - 1))
+    }
+
+    fn record(&self, stream: &Stream) -> Result<Event> {
+        let (mut queue, _entered) = self.enter(stream)?;
+        // The stream's number above, the event's below: 2^40 events of 2^24 streams.
+        Ok(Event(stream.0 << 40 | queue.record()? & ((1 << 40) - 1)))
+    }
+
+    fn wait(&self, stream: &Stream, event: &Event) -> Result<()> {
+        let (from, number) = (event.0 >> 40, event.0 & ((1 << 40) - 1));
+        if from == stream.0 {
+            return Ok(());
+        }
+        let event = self.shared.queues.read()[from as usize].lock().event(number % EVENTS as u64);
+        let (mut queue, _entered) = self.enter(stream)?;
+        queue.wait(event)
+    }
+
+    fn synchronize(&self, stream: &Stream) -> Result<()> {
+        let (mut queue, _entered) = self.enter(stream)?;
+        queue.finish()
+    }
+
+    fn upload(&self, stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()> {
+        let end = offset.checked_add(source.len());
+        assert!(end.is_some_and(|end| end <= target.bytes()), "an upload past the buffer's end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        queue.upload(&self.shared, source, address(target.address()) + offset as u64)
+    }
+
+    fn download(&self, stream: &Stream, source: Rows<'_>, target: &mut [u8]) -> Result<()> {
+        let bytes = source.rows() * source.cols() * source.dtype().bytes();
+        assert_eq!(target.len(), bytes, "a download's target must hold the rows exactly");
+        let (mut queue, _entered) = self.enter(stream)?;
+        queue.download(source, target)
+    }
+
+    fn embed(&self, stream: &Stream, table: &Linear, ids: Rows<'_>, accumulate: bool, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(out);
+        assert_eq!((ids.rows(), ids.dtype(), table.inputs), (out.rows(), DType::U32, out.cols()));
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::embed(&self.shared, &mut queue, table, ids, accumulate, out)
+    }
+
+    fn norm(&self, stream: &Stream, x: Rows<'_>, norm: &Norm, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(x, out);
+        assert_eq!((x.rows(), x.cols()), (out.rows(), out.cols()));
+        assert_eq!(x.cols(), norm.weight.len);
+        assert!(norm.bias.as_ref().is_none_or(|b| b.len == norm.weight.len));
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::norm(&self.shared, &mut queue, x, norm, out)
+    }
+
+    fn norm_heads(&self, stream: &Stream, x: RowsMut<'_>, norm: &Norm) -> Result<()> {
+        assert_activations!(x);
+        assert!(norm.weight.len > 0 && x.cols().is_multiple_of(norm.weight.len));
+        assert!(norm.bias.as_ref().is_none_or(|b| b.len == norm.weight.len));
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::norm_heads(&self.shared, &mut queue, x, norm)
+    }
+
+    fn matmul(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        weight: &Linear,
+        accumulate: bool,
+        shape: Shape,
+        out: RowsMut<'_>,
+    ) -> Result<()> {
+        assert_activations!(x, out);
+        assert_eq!(x.rows(), out.rows());
+        assert_eq!((x.cols(), out.cols()), (weight.inputs, weight.outputs));
+        assert!(weight.inputs > 0);
+        assert!(weight.bias.as_ref().is_none_or(|b| b.len == weight.outputs));
+        let (mut queue, _entered) = self.enter(stream)?;
+        match shape {
+            Shape::Decode => matmul::decode(&self.shared, &mut queue, x, weight, accumulate, out),
+            Shape::Prefill => matmul::prefill(&self.shared, &mut queue, x, weight, accumulate, out),
+        }
+    }
+
+    fn activate(&self, stream: &Stream, x: Rows<'_>, activation: Activation, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(x, out);
+        let factor = if activation.gated() { 2 } else { 1 };
+        assert_eq!((x.rows(), x.cols()), (out.rows(), factor * out.cols()));
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::activate(&self.shared, &mut queue, x, activation, out)
+    }
+
+    fn rotation_table(
+        &self,
+        stream: &Stream,
+        rotation: &Rotation,
+        positions: Rows<'_>,
+        table: RowsMut<'_>,
+    ) -> Result<()> {
+        assert_activations!(table);
+        assert_eq!((positions.rows(), rotation.dims()), (table.rows(), table.cols()));
+        assert_eq!(positions.dtype(), DType::U32);
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::rotation_table(&self.shared, &mut queue, rotation, positions, table)
+    }
+
+    fn rotate(
+        &self,
+        stream: &Stream,
+        rotation: &Rotation,
+        table: Rows<'_>,
+        head_dim: usize,
+        x: RowsMut<'_>,
+    ) -> Result<()> {
+        assert_activations!(table, x);
+        assert_eq!((table.rows(), table.cols()), (x.rows(), rotation.dims()));
+        assert!(head_dim > 0 && x.cols().is_multiple_of(head_dim) && rotation.dims() <= head_dim);
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::rotate(&self.shared, &mut queue, table, head_dim, x)
+    }
+
+    fn store_kv(
+        &self,
+        stream: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        runs: &mut KvRunsMut<'_>,
+        position: usize,
+    ) -> Result<()> {
+        assert_activations!(keys, values);
+        let geometry = runs.geometry();
+        assert_eq!((keys.rows(), keys.cols()), (values.rows(), values.cols()));
+        assert_eq!(keys.cols(), geometry.kv_heads * geometry.head_dim);
+        assert!(position + keys.rows() <= runs.capacity(), "tokens past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        store_kv::store(&self.shared, &mut queue, keys, values, runs, position)
+    }
+
+    fn store_kv_rows(
+        &self,
+        stream: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        runs: &mut KvRunsMut<'_>,
+        rows: &[u32],
+    ) -> Result<()> {
+        assert_activations!(keys, values);
+        let geometry = runs.geometry();
+        assert_eq!((keys.rows(), values.rows(), keys.cols()), (1, 1, values.cols()));
+        assert_eq!(keys.cols(), geometry.kv_heads * geometry.head_dim);
+        assert_eq!(rows.len(), geometry.kv_heads);
+        assert!(rows.iter().all(|&row| (row as usize) < runs.capacity()), "a row past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        store_kv::store_rows(&self.shared, &mut queue, keys, values, runs, rows)
+    }
+
+    fn copy_kv_rows(&self, stream: &Stream, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()> {
+        let (a, b) = (from.geometry(), to.geometry());
+        assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+        let fits = |m: &Move| (m.from as usize) < from.capacity() && (m.to as usize) < to.capacity();
+        assert!(moves.iter().all(|m| (m.head as usize) < a.kv_heads && fits(m)), "a row past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        store_kv::copy_rows(&self.shared, &mut queue, from, to, moves)
+    }
+
+    fn attend(
+        &self,
+        stream: &Stream,
+        q: Rows<'_>,
+        attention: &AttentionShape,
+        segments: &[Segment<'_>],
+        out: RowsMut<'_>,
+    ) -> Result<()> {
+        assert_activations!(q, out);
+        assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()));
+        assert_eq!(q.cols(), attention.heads * attention.head_dim);
+        assert!(attention.kv_heads > 0 && attention.heads.is_multiple_of(attention.kv_heads) && attention.head_dim > 0);
+        assert!(attention.window != Some(0), "a window of no tokens");
+        for (i, segment) in segments.iter().enumerate() {
+            let geometry = segment.runs.geometry();
+            assert_eq!((geometry.kv_heads, geometry.head_dim), (attention.kv_heads, attention.head_dim));
+            assert!(segment.row + segment.rows <= q.rows());
+            let apart =
+                |other: &Segment<'_>| other.row + other.rows <= segment.row || segment.row + segment.rows <= other.row;
+            assert!(segments[..i].iter().all(apart), "segments overlap");
+        }
+        let (mut queue, _entered) = self.enter(stream)?;
+        attention::attend(&self.shared, &mut queue, q, attention, segments, out)
+    }
+
+    fn has_tiers(&self) -> bool {
+        false
+    }
+
+    fn has_speculation(&self) -> bool {
+        false
+    }
+
+    fn encode_kv(
+        &self,
+        _stream: &Stream,
+        _keys: Rows<'_>,
+        _values: Rows<'_>,
+        _payload: Payload,
+        _geometry: &KvGeometry,
+        _slots: &[Slot],
+        _targets: &mut [Buffer],
+    ) -> Result<()> {
+        Err(unsupported("encode_kv"))
+    }
+
+    fn decode_kv_rows(
+        &self,
+        _stream: &Stream,
+        _payload: Payload,
+        _sources: &[Buffer],
+        _landings: &[Landing],
+        _to: &mut KvRunsMut<'_>,
+    ) -> Result<()> {
+        Err(unsupported("decode_kv_rows"))
+    }
+
+    fn attention_mass(
+        &self,
+        _stream: &Stream,
+        _q: Rows<'_>,
+        _attention: &AttentionShape,
+        _segment: &Segment<'_>,
+        _out: RowsMut<'_>,
+    ) -> Result<()> {
+        Err(unsupported("attention_mass"))
+    }
+
+    fn project_heads(&self, _stream: &Stream, _x: Rows<'_>, _maps: &HeadMaps, _out: RowsMut<'_>) -> Result<()> {
+        Err(unsupported("project_heads"))
+    }
+
+    fn index_append(&self, _stream: &Stream, _keys: Rows<'_>, _runs: &mut IndexRunsMut<'_>, _row: usize) -> Result<()> {
+        Err(unsupported("index_append"))
+    }
+
+    fn index_store_rows(
+        &self,
+        _stream: &Stream,
+        _keys: Rows<'_>,
+        _runs: &mut IndexRunsMut<'_>,
+        _rows: &[u32],
+    ) -> Result<()> {
+        Err(unsupported("index_store_rows"))
+    }
+
+    fn rehearse(
+        &self,
+        _stream: &Stream,
+        _queries: Rows<'_>,
+        _rehearsals: &[Rehearsal<'_>],
+        _selected: &mut [&mut Selected],
+    ) -> Result<()> {
+        Err(unsupported("rehearse"))
+    }
+
+    fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(logits, out);
+        assert_eq!((logits.rows(), logits.rows(), 1), (targets.rows(), out.rows(), out.cols()));
+        assert!(logits.cols() > 0 && targets.dtype() == DType::U32);
+        let (mut queue, _entered) = self.enter(stream)?;
+        rowwise::log_probability(&self.shared, &mut queue, logits, targets, out)
+    }
+}

@@ -1,0 +1,46 @@
+//! Every operation of the CUDA backend against the CPU backend, on fresh random inputs of odd sizes, outputs poisoned.
+//!
+//! On a machine without a CUDA driver each test says that it was skipped, and what is asserted is that the backend says
+//! why. `tests/gpu/run.sh` runs them where there is one, with `KVAHEAD_TEST_DEVICE=cuda`, and then a skip is a failure.
+
+mod attention;
+mod matrix;
+mod rig;
+mod rowwise;
+mod streams;
+
+use kvahead::ErrorCode;
+use kvahead::backend::cuda::CudaBackend;
+use kvahead::engine::{Device, Model, ModelOptions};
+
+#[test]
+fn without_a_device_there_is_a_clear_error() {
+    let Err(error) = CudaBackend::new(0) else {
+        assert_eq!(CudaBackend::new(1000).err().map(|error| error.code()), Some(ErrorCode::Device));
+        return;
+    };
+    assert_eq!(error.code(), ErrorCode::Device);
+    assert!(error.message().contains("CUDA"), "{error}");
+    let options = ModelOptions { device: Device::Cuda, ..ModelOptions::default() };
+    let error = Model::random("smollm2-135m", 1, options).err().expect("there is no device");
+    assert_eq!(error.code(), ErrorCode::Device);
+}
+
+#[test]
+fn auto_takes_the_cpu_where_there_is_no_device_and_says_so() {
+    use kvahead::engine::{LogLevel, Logger};
+    use std::sync::{Arc, Mutex};
+    let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+    let sink = lines.clone();
+    let logger =
+        Logger { level: LogLevel::Info, sink: Box::new(move |_, line| sink.lock().unwrap().push(line.to_owned())) };
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/llama-mha");
+    if !path.exists() {
+        return; // Taken elsewhere without its data; the golden tests run there.
+    }
+    let model = Model::load(&path, ModelOptions { logger: Some(logger), ..ModelOptions::default() }).unwrap();
+    let cuda = CudaBackend::new(0).is_ok();
+    assert_eq!(model.backend().description().starts_with("CUDA"), cuda);
+    let said = lines.lock().unwrap().iter().any(|line| line.contains("device auto: computing on the CPU"));
+    assert_eq!(said, !cuda);
+}

@@ -1,0 +1,102 @@
+//! Copies, memory, streams, events, and steps that are replayed.
+
+use kvahead::ErrorCode;
+use kvahead::backend::cuda::CudaBackend;
+use kvahead::backend::{Activation, DType, Place, Shape};
+
+use crate::rig::*;
+
+#[test]
+fn copies_go_there_and_back() {
+    with_both(|cuda, _| {
+        let mut random = Random(6);
+        for n in [1, 12, 5000, 3 << 20] {
+            let x = random.normals(n);
+            let data = cuda.buffer(DType::F32, &x);
+            assert_same("whole", &cuda.floats(data.rows(DType::F32, 1, n)), &x);
+        }
+        let x: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let data = cuda.buffer(DType::F32, &x);
+        let window = data.rows(DType::F32, 3, 4).col_range(1, 2).row_range(1, 2);
+        assert_eq!(cuda.floats(window), [5., 6., 9., 10.]);
+        // Odd sizes and places.
+        let mut bytes = cuda.b.allocate(38, Place::Device, "a test").unwrap();
+        cuda.b.upload(&cuda.stream, &[1, 2, 3], &mut bytes, 1).unwrap();
+        assert_eq!(cuda.bytes(&bytes)[..6], [0, 1, 2, 3, 0, 0]);
+    });
+}
+
+#[test]
+fn memory_is_zeroed_and_its_end_is_an_error() {
+    with_both(|cuda, _| {
+        for place in [Place::Device, Place::Pinned] {
+            for bytes in [0, 2, 100, 4 << 20] {
+                let buffer = cuda.b.allocate(bytes, place, "a test").unwrap();
+                assert!(bytes == 0 || cuda.bytes(&buffer).iter().all(|&byte| byte == 0));
+            }
+        }
+        let error = cuda.b.allocate(1 << 46, Place::Device, "the moon").unwrap_err();
+        assert_eq!(error.code(), ErrorCode::OutOfMemory);
+        assert!(error.message().contains("the moon"), "{error}");
+    });
+}
+
+#[test]
+fn events_order_streams() {
+    with_both(|cuda, _| {
+        let b = cuda.b;
+        let (first, second) = (b.stream().unwrap(), b.stream().unwrap());
+        let n = 1 << 22;
+        let mut random = Random(7);
+        for round in 0..40 {
+            // A chain of slow operations on one stream, whose result the other takes.
+            let x: Vec<f32> = random.normals(n).iter().map(|x| x.abs()).collect();
+            let data = cuda.buffer(DType::F32, &x);
+            b.synchronize(&cuda.stream).unwrap();
+            let (mut one, mut two) = (cuda.poisoned(n), cuda.poisoned(n));
+            b.synchronize(&cuda.stream).unwrap();
+            let shape = (1 << 11, 1 << 11);
+            let rows = data.rows(DType::F32, shape.0, shape.1);
+            b.activate(&first, rows, Activation::Relu, one.rows_mut(DType::F32, shape.0, shape.1)).unwrap();
+            let event = b.record(&first).unwrap();
+            b.wait(&second, &event).unwrap();
+            let rows = one.rows(DType::F32, shape.0, shape.1);
+            b.activate(&second, rows, Activation::Relu, two.rows_mut(DType::F32, shape.0, shape.1)).unwrap();
+            let mut bytes = vec![0; 4 * n];
+            b.download(&second, two.rows(DType::F32, 1, n), &mut bytes).unwrap();
+            let got: Vec<f32> = bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect();
+            assert_same(&format!("round {round}"), &got, &x);
+        }
+    });
+}
+
+/// The same sequence of operations on other data, often: from the third time on it is replayed, with the same bits.
+#[test]
+fn replayed_steps_equal_launched_ones() {
+    if CudaBackend::new(0).is_err() {
+        return with_both(|_, _| ());
+    }
+    let backend = CudaBackend::new(0).unwrap();
+    let rig = Rig::new(&backend);
+    let mut random = Random(8);
+    let weight = rig.linear(DType::F32, 64, &random.normals(64 * 64), None);
+    let mut x = rig.b.allocate(64 * 4, Place::Device, "a test").unwrap();
+    let mut y = rig.poisoned(64);
+    let mut step = |values: &[f32], launches: usize| -> Vec<f32> {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        rig.b.upload(&rig.stream, &bytes, &mut x, 0).unwrap();
+        for _ in 0..launches {
+            let to = y.rows_mut(DType::F32, 1, 64);
+            rig.b.matmul(&rig.stream, x.rows(DType::F32, 1, 64), &weight, false, Shape::Decode, to).unwrap();
+        }
+        rig.floats(y.rows(DType::F32, 1, 64))
+    };
+    for round in 0..6 {
+        let values = random.normals(64);
+        // Too short to be worth a graph, so launched one by one.
+        let want = step(&values, 1);
+        let before = backend.replays();
+        assert_same(&format!("round {round}"), &step(&values, 60), &want);
+        assert_eq!(backend.replays() - before, u64::from(round > 0), "round {round}");
+    }
+}

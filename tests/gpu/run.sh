@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Runs everything that needs a GPU, and prints a table.
+#
+#   tests/gpu/run.sh                    builds, then runs here
+#   tests/gpu/run.sh --pack FILE.tar    builds, and packs what a machine with a GPU needs: it wants no compiler there,
+#                                       only `tar xf FILE.tar && kvahead-gpu/run.sh [part ...]`
+#
+# Parts: operations (each against the CPU backend), golden (logits of every architecture), real (the real model, where
+# .cache holds it), bench (speed; never asserted). Default: all of them. Logs go to $OUT, or a temporary folder.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+# Builds into the folder $1.
+build() {
+    cd "$here/../.."
+    mkdir -p "$1"
+    # One line of JSON an artifact; of the tests, the file to run.
+    cargo test --release --locked --no-run --message-format=json --test cuda --test golden_logits --test real_model |
+        python3 -c '
+import json, shutil, sys
+for line in sys.stdin:
+    artifact = json.loads(line)
+    if artifact.get("executable") and artifact["target"]["kind"] == ["test"]:
+        shutil.copy(artifact["executable"], sys.argv[1] + "/" + artifact["target"]["name"])
+' "$1"
+    cargo build --release --locked
+    cmake -S bindings/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release -DKVAHEAD_LIBRARY_DIR="$PWD/target/release" >/dev/null
+    cmake --build build/cpp --target kva-bench >/dev/null
+    cp target/release/libkvahead.so "$1/libkvahead.so.0"
+    cp "$(find build/cpp -name kva-bench -type f | head -1)" "$1/"
+    strip "$1"/*
+    cp "$here/run.sh" "$1/"
+    mkdir -p "$1/root/tests"
+    cp -r tests/data "$1/root/tests/"
+    if [ -e .cache/SmolLM2-135M-Instruct.Q4_1.gguf ]; then
+        mkdir -p "$1/root/.cache"
+        cp .cache/SmolLM2-135M-Instruct.Q4_1.gguf "$1/root/.cache/"
+    fi
+}
+
+if [ "${1:-}" = --pack ]; then
+    file=$(realpath -m "${2:?--pack needs a file}")
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    build "$folder/kvahead-gpu"
+    tar -C "$folder" -cf "$file" kvahead-gpu
+    echo "$file"
+    exit
+fi
+if [ ! -e "$here/libkvahead.so.0" ]; then
+    build "$here/../../build/gpu"
+    exec "$here/../../build/gpu/run.sh" "$@"
+fi
+
+out=${OUT:-$(mktemp -d)}
+export KVAHEAD_TEST_DEVICE=cuda KVAHEAD_TEST_ROOT="$here/root" LD_LIBRARY_PATH="$here${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(operations golden real bench)
+failed=0
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+
+# A line of the table: name, seconds, what the test program says last.
+run() {
+    local name=$1 start status=0
+    shift
+    start=$(date +%s)
+    "$@" >"$out/$name.log" 2>&1 || status=$?
+    [ "$status" = 0 ] || failed=1
+    printf '%-14s %-7s %4d s  %s\n' "$name" "$([ "$status" = 0 ] && echo ok || echo "FAILED")" $(($(date +%s) - start)) \
+        "$(grep -E '^test result|^error|panicked at' "$out/$name.log" | tail -1 | cut -c1-120)"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+        operations) run operations "$here/cuda" ;;
+        golden) run golden "$here/golden_logits" ;;
+        real)
+            if [ -e "$KVAHEAD_TEST_ROOT/.cache/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
+                run real "$here/real_model" --nocapture
+                grep -h "mean NLL" "$out/real.log" || true
+            else
+                echo "real           skipped: the model was not packed"
+            fi
+            ;;
+        bench)
+            for shape in smollm2-135m llama-2-7b; do
+                run "bench-$shape" "$here/kva-bench" --device cuda --shape "$shape" --random-weights 1 --dtype bf16 \
+                    --context 128,2048 --batch 1,8 --gen 64 --repeat 3
+                sed -n '/^ *context/,$p' "$out/bench-$shape.log"
+            done
+            ;;
+        *) echo "unknown part $part" >&2 && exit 2 ;;
+    esac
+done
+echo "logs: $out"
+exit $failed
