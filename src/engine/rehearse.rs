@@ -1,7 +1,7 @@
 //! Speculation in the step loop: the queries that a layer will have, guessed one layer ahead, against its index.
 
 use crate::Result;
-use crate::backend::{HeadMaps, Linear, Rehearsal, Rows, Selected, Shape};
+use crate::backend::{HeadMaps, Rehearsal, Selected, Shape};
 use crate::model::decoder::Positions;
 use crate::policy::QuerySource;
 
@@ -14,6 +14,19 @@ struct Plan<'a> {
     row: usize,
     source: QuerySource<'a>,
     maps: &'a HeadMaps,
+}
+
+impl Plan<'_> {
+    /// Whether both need the same products.
+    fn same(&self, other: &Plan<'_>) -> bool {
+        let source = match (self.source, other.source) {
+            (QuerySource::Previous(a), QuerySource::Previous(b))
+            | (QuerySource::Renormalised(a), QuerySource::Renormalised(b)) => std::ptr::eq(a, b),
+            (QuerySource::Exact, QuerySource::Exact) => true,
+            _ => false,
+        };
+        source && std::ptr::eq(self.maps, other.maps)
+    }
 }
 
 impl Forward<'_> {
@@ -39,13 +52,16 @@ impl Forward<'_> {
         if plans.is_empty() {
             return Ok(());
         }
-        for (at, plan) in plans.iter().enumerate() {
-            self.partial_query(layer, input, plan, at)?;
+        // Plans of the same weight and maps on neighbouring rows, as of a batch of one policy, are computed together: the
+        // weight is read once, and a row's bits do not depend on the rows beside it.
+        let mut at = 0;
+        for run in plans.chunk_by(|a, b| b.row == a.row + 1 && a.same(b)) {
+            self.partial_queries(layer, input, &run[0], run.len(), at)?;
+            at += run.len();
         }
         drop(plans);
 
         let (backend, w) = (self.backend, &mut *self.workspace);
-        let mut columns = 0;
         let mut at = 0;
         let (mut rehearsals, mut selected): (Vec<Rehearsal<'_>>, Vec<&mut Selected>) = (Vec::new(), Vec::new());
         for (i, part) in parts.iter_mut().enumerate() {
@@ -54,14 +70,19 @@ impl Forward<'_> {
             }
             if let Some((mut rehearsal, place)) = part.policy.rehearsal(layer, part.position) {
                 rehearsal.row = at;
-                columns = columns.max(rehearsal.runs.geometry().columns);
                 rehearsals.push(rehearsal);
                 selected.push(place);
             }
             at += 1;
         }
-        let queries = w.partial.get(at).col_range(0, self.dimensions.heads * columns);
-        backend.rehearse(&w.stream, queries, &rehearsals, &mut selected)?;
+        let mut places = &mut selected[..];
+        // Partial queries of another width lie otherwise in their rows.
+        for alike in rehearsals.chunk_by(|a, b| a.runs.geometry().columns == b.runs.geometry().columns) {
+            let width = self.dimensions.heads * alike[0].runs.geometry().columns;
+            let (own, rest) = places.split_at_mut(alike.len());
+            backend.rehearse(&w.stream, w.partial.get(at).col_range(0, width), alike, own)?;
+            places = rest;
+        }
         drop(rehearsals);
         wanted.into_iter().try_for_each(|i| {
             let step = parts[i].step(backend, &w.stream, layer);
@@ -69,46 +90,48 @@ impl Forward<'_> {
         })
     }
 
-    /// Computes the partial query of one part into row `at` of the workspace's partial queries.
-    fn partial_query(&mut self, layer: usize, input: Option<Input>, plan: &Plan<'_>, at: usize) -> Result<()> {
+    /// Computes the partial queries of `rows` parts from the one of `plan` on into rows `at..` of the workspace's.
+    fn partial_queries(
+        &mut self,
+        layer: usize,
+        input: Option<Input>,
+        plan: &Plan<'_>,
+        rows: usize,
+        at: usize,
+    ) -> Result<()> {
         let (backend, d, w) = (self.backend, self.dimensions, &mut *self.workspace);
+        let (first, end) = (plan.row, plan.row + rows);
         let q_width = d.heads * d.head_dim;
-        let total = at + 1;
-        let weight: Option<&Linear> = match plan.source {
+        let predicted = match plan.source {
             QuerySource::Previous(weight) => {
                 let input = input.expect("predicted queries have an input");
-                let x = input.of(&w.hidden, &w.normed).get(plan.row + 1).row_range(plan.row, 1);
-                let to = w.predicted.get_mut(total).row_range(at, 1);
-                backend.matmul(&w.stream, x, weight, false, Shape::Decode, to)?;
-                Some(weight)
+                let x = input.of(&w.hidden, &w.normed).get(end).row_range(first, rows);
+                Some((x, weight))
             }
             QuerySource::Renormalised(weight) => {
                 let norm = &self.decoder.blocks[layer].attention_norm;
-                let x = w.hidden.get(plan.row + 1).row_range(plan.row, 1);
-                backend.norm(&w.stream, x, norm, w.renormalised.get_mut(1))?;
-                let to = w.predicted.get_mut(total).row_range(at, 1);
-                backend.matmul(&w.stream, w.renormalised.get(1), weight, false, Shape::Decode, to)?;
-                Some(weight)
+                let x = w.hidden.get(end).row_range(first, rows);
+                backend.norm(&w.stream, x, norm, w.renormalised.get_mut(rows))?;
+                Some((w.renormalised.get(rows), weight))
             }
             QuerySource::Exact => None,
         };
-        let maps = plan.maps;
-        let place =
-            |partial: crate::backend::RowsMut<'_>, x: Rows<'_>| backend.project_heads(&w.stream, x, maps, partial);
-        let width = d.heads * maps.outputs;
-        if weight.is_none() {
-            let x = w.qkv.get(plan.row + 1).row_range(plan.row, 1).col_range(0, q_width);
-            return place(w.partial.get_mut(total).row_range(at, 1).col_range(0, width), x);
-        }
-        if let Some(norm) = &self.decoder.blocks[layer].attention.query_norm {
-            backend.norm_heads(&w.stream, w.predicted.get_mut(total).row_range(at, 1), norm)?;
-        }
-        if let Positions::Rotary(rotary) = &self.decoder.positions {
-            let table = w.rotation.get(plan.row + 1).row_range(plan.row, 1);
-            let x = w.predicted.get_mut(total).row_range(at, 1);
-            backend.rotate(&w.stream, &rotary.short, table, d.head_dim, x)?;
-        }
-        let x = w.predicted.get(total).row_range(at, 1);
-        place(w.partial.get_mut(total).row_range(at, 1).col_range(0, width), x)
+        let queries = match predicted {
+            None => w.qkv.get(end).row_range(first, rows).col_range(0, q_width),
+            Some((x, weight)) => {
+                backend.matmul(&w.stream, x, weight, false, Shape::Decode, w.predicted.get_mut(rows))?;
+                if let Some(norm) = &self.decoder.blocks[layer].attention.query_norm {
+                    backend.norm_heads(&w.stream, w.predicted.get_mut(rows), norm)?;
+                }
+                if let Positions::Rotary(rotary) = &self.decoder.positions {
+                    let table = w.rotation.get(end).row_range(first, rows);
+                    backend.rotate(&w.stream, &rotary.short, table, d.head_dim, w.predicted.get_mut(rows))?;
+                }
+                w.predicted.get(rows)
+            }
+        };
+        let width = d.heads * plan.maps.outputs;
+        let partial = w.partial.get_mut(at + rows).row_range(at, rows).col_range(0, width);
+        backend.project_heads(&w.stream, queries, plan.maps, partial)
     }
 }

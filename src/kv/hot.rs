@@ -50,6 +50,8 @@ struct Table {
     used: Vec<u32>,
     /// What this step has changed, in order.
     journal: Vec<Change>,
+    /// Rows and their last use before this step filled the table anew.
+    replaced: Option<(SlotTable, Vec<u32>)>,
 }
 
 enum Change {
@@ -77,6 +79,12 @@ impl HotCache {
         self.kv.reserve(slots)
     }
 
+    /// Gives back the room past the slots in use.
+    pub fn shrink(&mut self) {
+        let used = self.counts.iter().copied().max().unwrap_or(0);
+        self.kv.truncate(used as usize);
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.kv.bytes()
@@ -85,7 +93,10 @@ impl HotCache {
     /// A new step begins; the last one can no longer be undone.
     pub fn begin(&mut self) {
         self.clock += 1;
-        self.tables.iter_mut().for_each(|table| table.journal.clear());
+        for table in &mut self.tables {
+            table.journal.clear();
+            table.replaced = None;
+        }
     }
 
     /// The entries of a layer.
@@ -176,6 +187,11 @@ impl HotCache {
             let at = layer * self.kv_heads + head;
             let table = &mut self.tables[at];
             let first = moves.len();
+            if let Some((slots, used)) = table.replaced.take() {
+                let rows = slots.rows().iter().enumerate();
+                moves.extend(rows.map(|(to, &from)| Move { head: head as u32, from, to: to as u32 }));
+                *table = Table { slots, used, ..Table::default() };
+            }
             while let Some(change) = table.journal.pop() {
                 match change {
                     Change::Used { slot, before } => table.used[slot as usize] = before,
@@ -195,11 +211,12 @@ impl HotCache {
         }
     }
 
-    /// Fills an empty table with `rows`, the most valuable first, and `moves` with what must be fetched for it.
+    /// Fills a table anew with `rows`, the most valuable first, and `moves` with what must be fetched for it.
     pub fn load(&mut self, layer: usize, head: usize, rows: &[u32], moves: &mut Vec<Move>) {
         let at = layer * self.kv_heads + head;
         let table = &mut self.tables[at];
-        *table = Table::default();
+        let (slots, used) = (std::mem::take(&mut table.slots), std::mem::take(&mut table.used));
+        *table = Table { replaced: Some((slots, used)), ..Table::default() };
         self.clock = self.clock.max(rows.len() as u32 + 1);
         let first = moves.len();
         for (i, &row) in rows.iter().enumerate() {
@@ -217,6 +234,7 @@ impl HotCache {
             let at = layer * self.kv_heads + head;
             let table = &mut self.tables[at];
             table.journal.clear();
+            table.replaced = None;
             let mut changed = Vec::new();
             for slot in (0..table.slots.len() as u32).rev() {
                 if table.slots.rows()[slot as usize] >= length {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use kvahead::backend::DType;
 use kvahead::engine::{Estimate, Model, Session, SessionOptions, decode_batch};
 use kvahead::kv::{FileOptions, KvTier, Payload};
-use kvahead::policy::{self, Budget, PolicyKind, PolicyOptions};
+use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
 use kvahead::{Error, ErrorCode};
 
 use crate::common::{Golden, data, load, relative_error};
@@ -44,7 +44,21 @@ fn every() -> Vec<PolicyOptions> {
         budget(PolicyKind::Window, Budget::Share(0.4)),
         budget(PolicyKind::H2o, Budget::Tokens(9)),
         budget(PolicyKind::H2o, Budget::Share(0.4)),
+        infinigen(InfinigenMode::Default),
+        PolicyOptions { tier: file(false), ..infinigen(InfinigenMode::Default) },
+        PolicyOptions { tier: KvTier::Host, payload: Payload::Int8, ..infinigen(InfinigenMode::Default) },
+        infinigen(InfinigenMode::Paper),
     ]
+}
+
+/// Small enough that a golden text does not fit the cache.
+fn infinigen(mode: InfinigenMode) -> PolicyOptions {
+    let own = InfinigenOptions { cache: Budget::Tokens(14), cache_least: 0, ..InfinigenOptions::of(mode) };
+    let own = match mode {
+        InfinigenMode::Default => InfinigenOptions { rule: Rule::Share(0.08), sinks: 2, window: 4, ..own },
+        InfinigenMode::Paper => own,
+    };
+    PolicyOptions { infinigen: own, ..of(PolicyKind::Infinigen) }
 }
 
 fn options(policy: &PolicyOptions) -> SessionOptions {
@@ -265,6 +279,22 @@ fn truncation_is_exact_or_refused() {
             };
             let drops = matches!(policy.kind, PolicyKind::Window | PolicyKind::H2o);
             match long.truncate(length) {
+                // What is on the device is attended, and that is another thing after another history: what must hold is
+                // that the same history gives the same, and that what fits the cache is attended in full.
+                Ok(()) if policy.kind == PolicyKind::Infinigen => {
+                    let mut twin = session(&model, &policy);
+                    twin.prefill(&tokens[..16]).unwrap();
+                    tokens[16..].iter().for_each(|&token| twin.decode(token).unwrap());
+                    twin.truncate(length).unwrap();
+                    [&mut long, &mut twin].into_iter().for_each(|session| session.decode(7).unwrap());
+                    assert_eq!(long.logits().unwrap(), twin.logits().unwrap(), "{policy:?}: back to {length}");
+                    if length < 14 && policy.payload == Payload::Exact {
+                        let mut full = session(&model, &of(PolicyKind::Full));
+                        full.prefill(&[&tokens[..length], &[7]].concat()).unwrap();
+                        let error = relative_error(long.logits().unwrap(), full.logits().unwrap());
+                        assert!(error < 1e-5, "{policy:?}: back to {length}: {error}");
+                    }
+                }
                 Ok(()) => {
                     long.decode(7).unwrap();
                     assert!(long.logits().unwrap() == fresh(), "{policy:?}: back to {length}");

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvahead::backend::{AttentionShape, KvRuns, Rows, Visible};
-use kvahead::policy::{KvCounters, Policy, Step, TierBytes};
+use kvahead::backend::{AttentionShape, KvRuns, Rehearsal, Rows, Selected, Visible};
+use kvahead::policy::{KvCounters, Lookahead, Policy, Step, TierBytes};
 use kvahead::{Error, ErrorCode, Result};
 
 /// Fails at the call that counts `left` down to zero; never while it is zero.
@@ -30,6 +30,19 @@ impl Policy for Failing {
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
         self.tick()?;
         self.inner.prefetch(step)
+    }
+
+    fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
+        self.inner.lookahead(layer, position)
+    }
+
+    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
+        self.inner.rehearsal(layer, position)
+    }
+
+    fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
+        self.tick()?;
+        self.inner.rehearsed(step)
     }
 
     fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {

@@ -23,6 +23,8 @@ pub(super) struct Columns {
     sums: Vec<Vec<f64>>,
     /// What queries go through: the rows of the basis, zero where not chosen. All of them until the first prompt ends.
     query: Vec<Option<HeadMaps>>,
+    /// Whether they had been chosen when this step began.
+    chosen_before: bool,
     scratch: Option<Buffer>,
 }
 
@@ -50,6 +52,7 @@ impl Columns {
             plain,
             sums: vec![vec![0.0; heads * d]; layers],
             query: (0..layers).map(|_| None).collect(),
+            chosen_before: false,
             scratch: None,
         })
     }
@@ -94,9 +97,17 @@ impl Columns {
         Ok(())
     }
 
-    /// The prompt has failed: nothing has been added.
-    pub(super) fn forget(&mut self) {
-        self.sums.iter_mut().for_each(|sums| sums.fill(0.0));
+    /// A step begins.
+    pub(super) fn begin(&mut self) {
+        self.chosen_before = self.chosen();
+    }
+
+    /// The step has failed: nothing has been added or chosen in it. (What is not chosen yet begins with its first prompt.)
+    pub(super) fn roll_back(&mut self) {
+        if !self.chosen_before {
+            self.sums.iter_mut().for_each(|sums| sums.fill(0.0));
+            self.query.fill_with(|| None);
+        }
     }
 
     /// The prompt is over: chooses the columns.

@@ -41,6 +41,8 @@ pub(super) struct Infinigen {
     partial_key: Buffer,
     moves: Vec<Move>,
     counters: KvCounters,
+    /// Our counters when this step began: a step that fails counts nothing.
+    counted: KvCounters,
     /// The store's counters when ours were last reset.
     fetched_before: kv::FetchCounters,
     trace: Option<TraceWriter>,
@@ -64,6 +66,7 @@ impl Infinigen {
             partial_key: backend.allocate(geometry.kv_heads * plan.columns * 4, Place::Device, "partial keys")?,
             moves: Vec::new(),
             counters: KvCounters::default(),
+            counted: KvCounters::default(),
             fetched_before: kv::FetchCounters::default(),
             trace: match &options.trace {
                 Some(path) => Some(TraceWriter::create(path, geometry.layers, geometry.kv_heads)?),
@@ -136,6 +139,11 @@ impl Policy for Infinigen {
         self.cache.reserve(self.plan.slots(length))?;
         self.store.reserve(length)?;
         self.cache.begin();
+        self.prompt.begin();
+        if let Some(columns) = self.plan.columns_mut() {
+            columns.begin();
+        }
+        self.counted = self.counters;
         Ok(())
     }
 
@@ -273,22 +281,23 @@ impl Policy for Infinigen {
             }
             self.fetch_now(step, layer)?;
         }
-        self.cache.begin();
         self.prompt.finish();
         Ok(())
     }
 
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.store.abandon_fetches();
-        self.prompt.give_up();
-        if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.forget();
+        self.prompt.roll_back();
+        self.counters = self.counted;
+        if let Some(columns) = self.plan.columns_mut() {
+            columns.roll_back();
         }
         for layer in 0..self.selected.len() {
             self.moves.clear();
             self.cache.undo(layer, &mut self.moves);
             self.fetch_now(step, layer)?;
         }
+        self.cache.shrink();
         self.resident.truncate(length);
         self.index.truncate(length);
         self.store.truncate(length);
@@ -301,13 +310,12 @@ impl Policy for Infinigen {
             self.moves.clear();
             self.cache.truncate(layer, length as u32, &mut self.moves);
             self.fetch_now(step, layer)?;
-            // The window has moved back, over entries that may have left the cache.
+            // The window has moved back, over entries that may have left the cache; and what fits it is there in full.
             self.moves.clear();
-            let guard = self.plan.guard(length);
-            let always: Vec<u32> =
-                (0..guard.below.min(length as u32)).chain(guard.from.max(guard.below)..length as u32).collect();
+            let (guard, slots) = (self.plan.guard(length), self.plan.slots(length + 1));
+            let sinks = if length < slots { length as u32 } else { guard.below.min(length as u32) };
+            let always: Vec<u32> = (0..sinks).chain(guard.from.max(sinks)..length as u32).collect();
             for head in 0..self.kv_heads() {
-                let slots = self.plan.slots(length);
                 self.cache.request(layer, head, &always, slots, guard, &mut self.moves);
             }
             self.fetch_now(step, layer)?;

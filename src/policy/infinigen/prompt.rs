@@ -22,8 +22,9 @@ pub(super) struct Prompt {
     ranked: Vec<Vec<u32>>,
     /// Whether the prompt's last chunk has run.
     ended: bool,
-    /// Whether a prompt has filled the cache before.
+    /// Whether a prompt has filled the cache, now and when this step began.
     filled: bool,
+    filled_before: bool,
 }
 
 impl Prompt {
@@ -34,6 +35,7 @@ impl Prompt {
             ranked: vec![Vec::new(); stored.layers * stored.kv_heads],
             ended: false,
             filled: false,
+            filled_before: false,
         }
     }
 
@@ -134,8 +136,18 @@ impl Prompt {
         self.give_up();
     }
 
-    /// Forgets the prompt under way.
-    pub(super) fn give_up(&mut self) {
+    /// A step begins.
+    pub(super) fn begin(&mut self) {
+        self.filled_before = self.filled;
+    }
+
+    /// Forgets the step under way.
+    pub(super) fn roll_back(&mut self) {
+        self.filled = self.filled_before;
+        self.give_up();
+    }
+
+    fn give_up(&mut self) {
         self.ended = false;
         self.partial = None;
         self.staging.truncate(0);

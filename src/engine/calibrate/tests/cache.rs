@@ -103,7 +103,7 @@ fn a_damaged_file_is_rebuilt() {
     damaged.push(("all ones".into(), vec![0xff; end]));
     // The blocks of two layers in each other's place: every checksum would be right, were it not for the layer.
     let block = (end - 64) / 2;
-    if (end - 64) % 2 == 0 {
+    if (end - 64).is_multiple_of(2) {
         let swapped = [&good[..64], &good[64 + block..], &good[64..64 + block]].concat();
         damaged.push(("layers exchanged".into(), swapped));
     }
