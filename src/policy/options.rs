@@ -119,7 +119,7 @@ impl InfinigenOptions {
                 ratio: 0.5,
                 index_bits: 4,
                 predictor: Predictor::Fitted,
-                rule: Rule::Share(0.02),
+                rule: Rule::Probability { below: 7.0, most: 0.13 },
                 sinks: 4,
                 window: 64,
                 resident_layers: 2,

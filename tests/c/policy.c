@@ -55,7 +55,8 @@ static void defaults(void) {
   CHECK(!options.infinigen);
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_DEFAULT));
   CHECK(infinigen.mode == KVA_INFINIGEN_DEFAULT && infinigen.basis == KVA_INDEX_BALANCED && infinigen.index_bits == 4);
-  CHECK(infinigen.rule == KVA_RULE_SHARE && infinigen.predictor == KVA_PREDICTOR_FITTED && infinigen.attend_cache == 1);
+  CHECK(infinigen.rule == KVA_RULE_PROBABILITY && infinigen.select_below == 7 && infinigen.attend_cache == 1);
+  CHECK(infinigen.predictor == KVA_PREDICTOR_FITTED);
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_PAPER));
   CHECK(infinigen.mode == KVA_INFINIGEN_PAPER && infinigen.basis == KVA_INDEX_SKEWED && infinigen.index_bits == 32);
   CHECK(infinigen.rule == KVA_RULE_PAPER && infinigen.alpha == 4 && infinigen.predictor == KVA_PREDICTOR_OWN);

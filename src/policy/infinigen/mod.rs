@@ -266,9 +266,11 @@ impl Policy for Infinigen {
                 match recent {
                     // A few tokens after a sequence that has its cache: they join it, with what they attended most.
                     Some(first) => {
-                        let most = self.plan.most_selected(length);
+                        let room = slots.saturating_sub(guard.below as usize + 1);
+                        let from = first.min(guard.from as usize).max(length.saturating_sub(room));
+                        let most = self.plan.most_selected(length).min(room - (length - from).min(room));
                         let mut rows: Vec<u32> = ranked.into_iter().take(most).collect();
-                        rows.extend((first as u32).min(guard.from)..length as u32);
+                        rows.extend(from as u32..length as u32);
                         rows.sort_unstable();
                         rows.dedup();
                         self.cache.request(layer, head, &rows, slots, guard, &mut self.moves);

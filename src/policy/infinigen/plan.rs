@@ -154,17 +154,23 @@ pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
     }
 }
 
+/// Most rows that a rehearsal selects: the rule's share, as far as the slots go beside what is always attended.
 fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
     let share = match options.rule {
         Rule::Share(share) => share,
         Rule::Probability { most, .. } | Rule::Paper { most, .. } => most,
     };
-    ((f64::from(share) * length as f64).round() as usize).max(1)
+    let wanted = (f64::from(share) * length as f64).round() as usize;
+    wanted.min(slots(options, length).saturating_sub(always(options))).max(1)
 }
 
-/// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what one step
-/// attends.
+/// Slots that sinks, window and the newest token take.
+fn always(options: &InfinigenOptions) -> usize {
+    options.sinks + options.window.max(1) + 1
+}
+
+/// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what is always
+/// attended and one selected row.
 pub(super) fn slots(options: &InfinigenOptions, length: usize) -> usize {
-    let needed = options.sinks + options.window.max(1) + most_selected(options, length) + 1;
-    options.cache.tokens(length).max(options.cache_least).max(needed).min(length.max(1))
+    options.cache.tokens(length).max(options.cache_least).max(always(options) + 1).min(length.max(1))
 }

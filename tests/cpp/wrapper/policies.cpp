@@ -24,7 +24,7 @@ TEST(defaults_are_the_librarys) {
   CHECK(options.policy == kva::Policy::full && options.kv_tier == kva::KvTier::device);
   CHECK(options.budget.share > 0 && options.budget.tokens == 0 && options.sinks == 4);
   const kva::InfinigenOptions standard;
-  CHECK(standard.rule == kva::Rule::share && standard.basis == kva::IndexBasis::balanced && standard.attend_cache);
+  CHECK(standard.rule == kva::Rule::probability && standard.basis == kva::IndexBasis::balanced && standard.attend_cache);
   const kva::InfinigenOptions paper(kva::InfinigenMode::paper);
   CHECK(paper.rule == kva::Rule::paper && paper.alpha == 4 && paper.predictor == kva::Predictor::own);
   CHECK(paper.window == 0 && !paper.attend_cache && paper.mode == kva::InfinigenMode::paper);

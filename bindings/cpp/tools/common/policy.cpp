@@ -137,8 +137,8 @@ void Flags::declare(args::Parser& parser) {
 
   parser.group("KV policy infinigen");
   parser.choice("--mode", "the settings to begin with: what serves best, or the paper's own (default default)", optional(modes()), mode);
-  parser.option("--select", "SHARE", "select this share of the tokens (default 0.02)", select);
-  parser.option("--probability", "B", "instead: select every token whose log-probability is above -B", probability);
+  parser.option("--select", "SHARE", "select this share of the tokens", select);
+  parser.option("--probability", "B", "instead: select every token whose log-probability is above -B (default 7)", probability);
   parser.option("--alpha", "A", "instead: the paper's rule, within A of the greatest score (default 4 in paper mode)", alpha);
   parser.option("--cap", "SHARE", "most that --probability and --alpha select (default 0.2)", cap);
   parser.choice("--index", "basis of the index (default balanced; skewed in paper mode)", optional(bases()), index);
