@@ -8,7 +8,7 @@ import (
 func TestInfinigenDefaults(t *testing.T) {
 	standard := must(NewInfinigenOptions(InfinigenDefault))(t)
 	paper := must(NewInfinigenOptions(InfinigenPaper))(t)
-	if standard.Rule != ShareRule || standard.Basis != BalancedIndex || standard.IndexBits != 4 || !standard.AttendCache ||
+	if standard.Rule != ProbabilityRule || standard.Basis != BalancedIndex || standard.IndexBits != 4 || !standard.AttendCache ||
 		standard.Cache.Share == 0 || standard.CacheLeast == 0 {
 		t.Errorf("defaults %+v", standard)
 	}

@@ -86,7 +86,10 @@ static void shares(void) {
     REFUSED(KVA_POLICY_WINDOW, options.budget_share, wrong[i], "budget is");
     REFUSED(KVA_POLICY_H2O, options.budget_share, wrong[i], "budget is");
     REFUSED(KVA_POLICY_INFINIGEN, infinigen.ratio, wrong[i], "infinigen: ratio is");
-    REFUSED(KVA_POLICY_INFINIGEN, infinigen.select_share, wrong[i], "select_share is");
+    begin(KVA_POLICY_INFINIGEN);
+    infinigen.rule = KVA_RULE_SHARE;
+    infinigen.select_share = wrong[i];
+    FAILS(check(), KVA_ERROR_INVALID_ARGUMENT, "select_share is");
     if (wrong[i] != 0) REFUSED(KVA_POLICY_INFINIGEN, infinigen.cache_share, wrong[i], "cache is");
     begin(KVA_POLICY_INFINIGEN);
     infinigen.rule = KVA_RULE_PROBABILITY;

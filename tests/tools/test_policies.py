@@ -56,7 +56,7 @@ class FlagTest(PolicyTest):
             (("--policy", "h2o", "--alpha", "4"), "--alpha needs --policy infinigen"),
             (("--no-attend-cache",), "--no-attend-cache needs --policy infinigen"),
             (("--policy", "window", "--eviction", "lru"), "--eviction needs --policy infinigen"),
-            (("--policy", "infinigen", "--cap", "0.1"), "--cap needs --probability or --alpha"),
+            (("--policy", "infinigen", "--select", "0.1", "--cap", "0.1"), "--cap needs --probability or --alpha"),
             (("--policy", "infinigen", "--select", "0.1", "--alpha", "4"), "exclude each other"),
             (("--kv-file", "x"), "--kv-file needs --kv-tier file"),
             (("--kv-buffered",), "--kv-buffered needs --kv-tier file"),
