@@ -732,6 +732,8 @@ typedef struct {
   /**
    * `KVA_POLICY_INFINIGEN`: what happens when there is no more room for KV, one of `KVA_EVICTION_...`. Default:
    * `KVA_EVICTION_OFF`.
+   *
+   * Not built yet: anything but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
    */
   int32_t eviction;
   /**

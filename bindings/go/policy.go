@@ -45,7 +45,8 @@ const (
 	ChecksumFile KVFileFlags = C.KVA_KV_FILE_CHECKSUM // keep a checksum of every row, and compare it on every read
 )
 
-// Eviction is which entry gives way when there is no more room for KV.
+// Eviction is which entry gives way when there is no more room for KV. Not built yet: all but
+// [EvictionOff] is refused with [ErrUnsupported].
 type Eviction int32
 
 // The evictions.

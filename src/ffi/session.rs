@@ -51,6 +51,8 @@ pub struct kva_session_options {
     pub kv_file_flags: u32,
     /// `KVA_POLICY_INFINIGEN`: what happens when there is no more room for KV, one of `KVA_EVICTION_...`. Default:
     /// `KVA_EVICTION_OFF`.
+    ///
+    /// Not built yet: anything but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
     pub eviction: i32,
     /// `KVA_POLICY_WINDOW` and `KVA_POLICY_H2O`: tokens to attend, sinks included, as a share of those that the session
     /// holds, above 0 and at most 1; not looked at where `budget_tokens` is not 0. Default: 0.2.

@@ -162,7 +162,7 @@ void Flags::declare(args::Parser& parser) {
   parser.flag("--kv-buffered", "--kv-tier file: go through the page cache instead of direct I/O", file_buffered);
   parser.flag("--kv-checksum", "--kv-tier file: keep a checksum of every row, and compare it on every read", file_checksum);
   parser.option("--pool-tokens", "N", "most tokens to keep, in each layer and KV head; 0: as many as fit (default 0)", pool_tokens);
-  parser.choice("--eviction", "infinigen: which entry gives way when there is no more room; off: an error (default off)",
+  parser.choice("--eviction", "infinigen: which entry gives way when there is no more room (only off is built yet; default off)",
                 evictions(), eviction);
   parser.option("--trace", "FILE", "write what was selected, hit, missed and fetched to FILE", trace);
 }
