@@ -136,3 +136,11 @@ pub struct Move {
     /// Row of that head's run in the target to write.
     pub to: u32,
 }
+
+impl Move {
+    /// The first `rows` rows of every head, each to its own place: head by head, ascending.
+    pub fn whole(heads: usize, rows: usize) -> impl Iterator<Item = Move> {
+        let of_head = move |head| (0..rows as u32).map(move |row| Move { head, from: row, to: row });
+        (0..heads as u32).flat_map(of_head)
+    }
+}

@@ -95,10 +95,8 @@ impl Policy for Fetched {
             return Ok(());
         }
         if self.listed != step.position {
-            let rows = 0..step.position as u32;
-            let of_head = |head: u32| rows.clone().map(move |row| Move { head, from: row, to: row });
             self.moves.clear();
-            self.moves.extend((0..self.kv_heads as u32).flat_map(of_head));
+            self.moves.extend(Move::whole(self.kv_heads, step.position));
             self.listed = step.position;
         }
         self.store.begin_fetch(step.layer, &self.moves)

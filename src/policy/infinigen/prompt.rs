@@ -73,9 +73,7 @@ impl Prompt {
         }
         let length = step.position + step.rows;
         self.staging.reserve(length)?;
-        let moves: Vec<Move> = (0..self.staging.geometry().kv_heads as u32)
-            .flat_map(|head| (0..length as u32).map(move |row| Move { head, from: row, to: row }))
-            .collect();
+        let moves: Vec<Move> = Move::whole(self.staging.geometry().kv_heads, length).collect();
         store.begin_fetch(layer, &moves)?;
         store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))
     }
