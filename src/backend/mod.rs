@@ -12,6 +12,7 @@ pub mod cuda;
 mod index;
 mod payload;
 mod runs;
+mod slots;
 mod weights;
 
 use crate::Result;
@@ -19,6 +20,7 @@ pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
+pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
 /// Runs operations. `Arc<dyn Backend>` is shared by everything that belongs to one model.
@@ -36,6 +38,12 @@ pub trait Backend: Send + Sync {
     /// Whether it has what speculation needs: index, rehearsals, masses of attention.
     fn has_speculation(&self) -> bool {
         true
+    }
+
+    /// Whether a hot cache is better kept by [`Backend::prefetch`] and [`Backend::admit`], where asking the host costs
+    /// more than the work itself.
+    fn selects_on_device(&self) -> bool {
+        false
     }
 
     /// Element type of activations (`f32` on the CPU).
@@ -213,6 +221,18 @@ pub trait Backend: Send + Sync {
         selected: &mut [&mut Selected],
     ) -> Result<()>;
 
+    /// Rehearses attention as [`Backend::rehearse`] does, looks the selected rows up in each sequence's tables, marks them
+    /// as used, gives those that are not there the slots of the rows unused for longest (ties: the lower slot; both rows
+    /// and slots in ascending order), and copies their entries. The host learns of none of it.
+    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()>;
+
+    /// Takes a new token's keys and values (one row): into its row of the store, into a slot of the cache (a free one, or
+    /// that of the row unused for longest), and its partial key into the index.
+    fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()>;
+
+    /// Copies the entry of every row that has a slot into it.
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
+
     /// `out[i] = logits[i][targets[i]] − log Σ exp(logits[i])`, f32, one column.
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()>;
 }
@@ -273,4 +293,6 @@ pub enum Visible<'a> {
     First(&'a [u32]),
     /// Of KV head g the rows `rows[g]`, in any order of tokens, all in the past. For segments of one row.
     Listed(&'a [Vec<u32>]),
+    /// Of each KV head the slots in use, of which the device keeps the number. For segments of one row.
+    Slots(Slots<'a>),
 }

@@ -1,9 +1,9 @@
 //! Speculation in the step loop: the queries that a layer will have, guessed one layer ahead, against its index.
 
 use crate::Result;
-use crate::backend::{HeadMaps, Rehearsal, Selected, Shape};
+use crate::backend::{HeadMaps, Prefetch, Rehearsal, Selected, Shape};
 use crate::model::decoder::Positions;
-use crate::policy::QuerySource;
+use crate::policy::{Ahead, QuerySource};
 
 use super::forward::{Forward, Part};
 use super::workspace::Input;
@@ -61,33 +61,55 @@ impl Forward<'_> {
         }
         drop(plans);
 
-        let (backend, w) = (self.backend, &mut *self.workspace);
-        let mut at = 0;
-        let (mut rehearsals, mut selected): (Vec<Rehearsal<'_>>, Vec<&mut Selected>) = (Vec::new(), Vec::new());
-        for (i, part) in parts.iter_mut().enumerate() {
-            if wanted.get(at) != Some(&i) {
-                continue;
-            }
-            if let Some((mut rehearsal, place)) = part.policy.rehearsal(layer, part.position) {
-                rehearsal.row = at;
-                rehearsals.push(rehearsal);
-                selected.push(place);
-            }
-            at += 1;
-        }
-        let mut places = &mut selected[..];
-        // Partial queries of another width lie otherwise in their rows.
-        for alike in rehearsals.chunk_by(|a, b| a.runs.geometry().columns == b.runs.geometry().columns) {
-            let width = self.dimensions.heads * alike[0].runs.geometry().columns;
-            let (own, rest) = places.split_at_mut(alike.len());
-            backend.rehearse(&w.stream, w.partial.get(at).col_range(0, width), alike, own)?;
-            places = rest;
-        }
-        drop(rehearsals);
+        self.rehearse_rows(layer, parts, &wanted)?;
+        let (backend, w) = (self.backend, &*self.workspace);
         wanted.into_iter().try_for_each(|i| {
             let step = parts[i].step(backend, w, layer);
             parts[i].policy.rehearsed(&step)
         })
+    }
+
+    /// Rehearses the `wanted` parts, whose partial queries are the first rows of the layer's: for the host to go on with,
+    /// or with all that comes of it.
+    fn rehearse_rows(&self, layer: usize, parts: &mut [Part<'_>], wanted: &[usize]) -> Result<()> {
+        let (backend, w) = (self.backend, &*self.workspace);
+        let mut at = 0;
+        let (mut rehearsals, mut selected): (Vec<Rehearsal<'_>>, Vec<&mut Selected>) = (Vec::new(), Vec::new());
+        let mut prefetches: Vec<Prefetch<'_>> = Vec::new();
+        for (i, part) in parts.iter_mut().enumerate() {
+            if wanted.get(at) != Some(&i) {
+                continue;
+            }
+            match part.policy.rehearsal(layer, part.position) {
+                Some(Ahead::Select(rehearsal, place)) => {
+                    rehearsals.push(Rehearsal { row: at, ..rehearsal });
+                    selected.push(place);
+                }
+                Some(Ahead::Prefetch(mut prefetch)) => {
+                    prefetch.rehearsal.row = at;
+                    prefetches.push(prefetch);
+                }
+                None => {}
+            }
+            at += 1;
+        }
+        let partial = |columns| w.partial[layer % 2].get(at).col_range(0, self.dimensions.heads * columns);
+        let mut places = &mut selected[..];
+        // Partial queries of another width lie otherwise in their rows.
+        for alike in rehearsals.chunk_by(|a, b| a.runs.geometry().columns == b.runs.geometry().columns) {
+            let (own, rest) = places.split_at_mut(alike.len());
+            backend.rehearse(&w.stream, partial(alike[0].runs.geometry().columns), alike, own)?;
+            places = rest;
+        }
+        if !prefetches.is_empty() {
+            let queries = backend.record(&w.stream)?;
+            backend.wait(&w.fetch, &queries)?;
+        }
+        let columns = |prefetch: &Prefetch<'_>| prefetch.rehearsal.runs.geometry().columns;
+        for alike in prefetches.chunk_by_mut(|a, b| columns(a) == columns(b)) {
+            backend.prefetch(&w.fetch, partial(columns(&alike[0])), alike)?;
+        }
+        Ok(())
     }
 
     /// Computes the partial queries of `rows` parts from the one of `plan` on into rows `at..` of the workspace's.
@@ -131,7 +153,7 @@ impl Forward<'_> {
             }
         };
         let width = d.heads * plan.maps.outputs;
-        let partial = w.partial.get_mut(at + rows).row_range(at, rows).col_range(0, width);
+        let partial = w.partial[layer % 2].get_mut(at + rows).row_range(at, rows).col_range(0, width);
         backend.project_heads(&w.stream, queries, plan.maps, partial)
     }
 }

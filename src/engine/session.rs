@@ -200,9 +200,16 @@ impl Session {
     }
 
     /// Sets counts and times to zero.
-    pub fn reset_statistics(&mut self) {
+    pub fn reset_statistics(&mut self) -> Result<()> {
+        self.count()?;
         self.statistics = Statistics::default();
         self.policy.reset_counters();
+        Ok(())
+    }
+
+    fn count(&mut self) -> Result<()> {
+        let length = self.tokens.len();
+        self.end(length, 0, |policy, step| policy.count(step))
     }
 
     /// Bytes of KV held, by tier.
@@ -211,8 +218,9 @@ impl Session {
     }
 
     /// What the policy has done since the session began or since the last reset.
-    pub fn kv_counters(&self) -> KvCounters {
-        self.policy.counters()
+    pub fn kv_counters(&mut self) -> Result<KvCounters> {
+        self.count()?;
+        Ok(self.policy.counters())
     }
 
     /// Logits after the last token (`vocabulary` values).

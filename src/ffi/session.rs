@@ -470,10 +470,11 @@ pub unsafe extern "C" fn kva_session_get_statistics(
     statistics: *mut kva_statistics,
 ) -> Option<Box<kva_error>> {
     guard(|| {
-        let session = handle(session, "session")?.lock("session")?;
+        let mut session = handle(session, "session")?.lock("session")?;
         // SAFETY: the caller's promise: NULL, or a struct as long as it says.
         let out = unsafe { OutStruct::new(statistics, "statistics") }?;
-        let (statistics, kv, counters) = (session.statistics(), session.kv_bytes(), session.kv_counters());
+        let counters = session.kv_counters()?;
+        let (statistics, kv) = (session.statistics(), session.kv_bytes());
         out.write(kva_statistics {
             struct_size: 0,
             reserved: 0,
@@ -512,7 +513,6 @@ pub unsafe extern "C" fn kva_session_get_statistics(
 pub unsafe extern "C" fn kva_session_reset_statistics(session: *mut kva_session) -> Option<Box<kva_error>> {
     guard(|| {
         // SAFETY: the caller's promise: NULL, or a session.
-        unsafe { lock(session) }?.reset_statistics();
-        Ok(())
+        unsafe { lock(session) }?.reset_statistics()
     })
 }

@@ -10,24 +10,9 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{KvGeometry, KvRuns, KvRunsMut, Move};
+use crate::backend::{Guard, KvGeometry, KvRuns, KvRunsMut, Move};
 
 use super::{Pool, SequenceKv, SlotTable};
-
-/// Rows that never give way: the sinks and the recent window.
-#[derive(Clone, Copy, Debug)]
-pub struct Guard {
-    /// Rows below this.
-    pub below: u32,
-    /// Rows from this on.
-    pub from: u32,
-}
-
-impl Guard {
-    fn protects(&self, row: u32) -> bool {
-        row < self.below || row >= self.from
-    }
-}
 
 /// Slots of every layer and KV head of one sequence.
 pub struct HotCache {
@@ -122,6 +107,32 @@ impl HotCache {
     /// Rows that are here, in the order of their slots.
     pub fn rows(&self, layer: usize, head: usize) -> &[u32] {
         self.tables[layer * self.kv_heads + head].slots.rows()
+    }
+
+    /// The step in which each slot was used last.
+    pub(super) fn used(&self, layer: usize, head: usize) -> &[u32] {
+        &self.tables[layer * self.kv_heads + head].used
+    }
+
+    /// Makes a table what it was elsewhere: the rows in its slots, and their last use.
+    pub(super) fn set(&mut self, layer: usize, head: usize, rows: &[u32], used: &[u32]) {
+        let at = layer * self.kv_heads + head;
+        let mut table = Table { used: used.to_vec(), ..Table::default() };
+        for &row in rows {
+            table.slots.push(row);
+        }
+        self.tables[at] = table;
+        self.counts[at] = rows.len() as u32;
+    }
+
+    /// The number of this step.
+    pub(super) fn clock(&self) -> u32 {
+        self.clock
+    }
+
+    /// Sets the number of this step.
+    pub(super) fn set_clock(&mut self, clock: u32) {
+        self.clock = clock;
     }
 
     /// Marks `rows` (ascending) as used by this step and gives those that are not here a slot: `moves` gets what must be

@@ -7,6 +7,7 @@
 //! - [`Victims`]: which entry a new one overwrites when nothing may grow.
 //! - What may not enter: what a layer attends (that is `policy`), and how (that is `backend`).
 
+mod device_cache;
 mod extents;
 mod hot;
 mod kept;
@@ -20,9 +21,10 @@ mod tests;
 mod tier;
 mod victim;
 
-pub use crate::backend::Payload;
+pub use crate::backend::{Guard, Payload};
+pub use device_cache::{CacheTotals, DeviceCache};
 pub use extents::Extents;
-pub use hot::{Guard, HotCache};
+pub use hot::HotCache;
 pub use kept::{Entries, Kept};
 pub use options::{Eviction, FileOptions, KvTier};
 pub use pool::{Pool, PoolUsage};

@@ -29,7 +29,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::backend::{
-    AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Rehearsal, Rows, Selected, Stream, Visible,
+    AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows, Selected, Stream, Visible,
 };
 use crate::kv::{KvTier, Payload, Pool};
 use crate::speculate::Speculation;
@@ -86,6 +86,14 @@ pub enum QuerySource<'a> {
     Exact,
 }
 
+/// What a rehearsal leads to.
+pub enum Ahead<'a> {
+    /// What is selected, for the host to go on with in [`Policy::rehearsed`].
+    Select(Rehearsal<'a>, &'a mut Selected),
+    /// All that comes of it, on the device.
+    Prefetch(Prefetch<'a>),
+}
+
 /// The KV side of one session.
 ///
 /// In a step each layer's calls come in this order, and the first three a layer ahead where there is a layer before:
@@ -105,11 +113,11 @@ pub trait Policy: Send {
     }
 
     /// The rehearsal of `layer`, and where its outcome goes. Called where [`Policy::lookahead`] has said something.
-    fn rehearsal(&mut self, _layer: usize, _position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
+    fn rehearsal(&mut self, _layer: usize, _position: usize) -> Option<Ahead<'_>> {
         None
     }
 
-    /// The rehearsal is done: starts to fetch what was selected.
+    /// The rehearsal is done: starts to fetch what was selected. (A prefetch has been enqueued on [`Step::fetch`].)
     fn rehearsed(&mut self, _step: &Step<'_>) -> Result<()> {
         Ok(())
     }
@@ -155,6 +163,11 @@ pub trait Policy: Send {
 
     /// Bytes of KV held, by tier.
     fn bytes(&self) -> TierBytes;
+
+    /// Brings what the device has counted to where [`Policy::counters`] tells it. Between steps.
+    fn count(&mut self, _step: &Step<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// What the policy has done since it was made or since the last reset.
     fn counters(&self) -> KvCounters {
@@ -237,8 +250,21 @@ pub fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Polic
         PolicyKind::Int4 => Box::new(fetched::Fetched::new(options, Payload::Int4, setting)?),
         PolicyKind::H2o => Box::new(h2o::H2o::new(options, setting)?),
         PolicyKind::Window => Box::new(window::Window::new(options, setting)?),
+        PolicyKind::Infinigen if setting.backend.selects_on_device() => {
+            Box::new(infinigen::OnDevice::new(options, setting)?)
+        }
         PolicyKind::Infinigen => Box::new(infinigen::Infinigen::new(options, setting)?),
     })
+}
+
+/// As [`create`], but where there is a choice what the device does by itself on any backend: for tests, which compare
+/// it with what the host does.
+#[doc(hidden)]
+pub fn create_on_device(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
+    match options.kind {
+        PolicyKind::Infinigen => Ok(Box::new(infinigen::OnDevice::new(options, setting)?)),
+        _ => create(options, setting),
+    }
 }
 
 /// What [`Policy::bytes`] will say of a full session of `capacity` tokens. Of the file tier's memory it is the most that

@@ -130,7 +130,7 @@ fn quantized_entries_stay_near() {
             let elsewhere = run(&mut session(&model, &PolicyOptions { tier, ..policy.clone() }), &golden.tokens);
             assert!(elsewhere == logits, "{:?} differs in another tier", policy.payload);
         }
-        let counters = near.kv_counters();
+        let counters = near.kv_counters().unwrap();
         assert_eq!((counters.attended, counters.hits), (counters.held, 0));
         assert!(counters.misses > 0 && counters.misses == counters.candidates && counters.host_bytes > 0);
     }
@@ -180,7 +180,7 @@ fn a_step_that_fails_leaves_the_session_as_it_was() {
         let mut failures = 0;
         for (at, expected) in calls(tokens.len()).into_iter().zip(&expected) {
             for fail in 1.. {
-                let (counters, bytes) = (failing.kv_counters(), failing.kv_bytes());
+                let (counters, bytes) = (failing.kv_counters().unwrap(), failing.kv_bytes());
                 left.store(fail, Ordering::Relaxed);
                 let result = call(&mut failing, tokens, at);
                 if left.swap(0, Ordering::Relaxed) > 0 {
@@ -189,7 +189,7 @@ fn a_step_that_fails_leaves_the_session_as_it_was() {
                 }
                 assert_eq!(result.unwrap_err().code(), ErrorCode::Device);
                 assert_eq!(failing.tokens().len(), at.0);
-                let now = failing.kv_counters();
+                let now = failing.kv_counters().unwrap();
                 assert_eq!((now.steps, now.attended), (counters.steps, counters.attended), "{policy:?}");
                 // (h2o keeps its scratch memory.)
                 assert!(policy.kind == PolicyKind::H2o || failing.kv_bytes().device == bytes.device, "{policy:?}");
@@ -338,7 +338,7 @@ fn what_is_dropped_is_given_back() {
         full.prefill(&tokens).unwrap();
         assert_eq!(2 * kept.kv_bytes().device, full.kv_bytes().device, "{}: one extent of two", kind.name());
         kept.decode(1).unwrap();
-        let counters = kept.kv_counters();
+        let counters = kept.kv_counters().unwrap();
         let entries = 3 * 3;
         assert_eq!((counters.steps, counters.attended, counters.held), (1, entries * 20, entries * 511));
     }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvahead::backend::{AttentionShape, KvRuns, Rehearsal, Rows, Selected, Visible};
-use kvahead::policy::{KvCounters, Lookahead, Policy, Step, TierBytes};
+use kvahead::backend::{AttentionShape, KvRuns, Rows, Visible};
+use kvahead::policy::{Ahead, KvCounters, Lookahead, Policy, Step, TierBytes};
 use kvahead::{Error, ErrorCode, Result};
 
 /// Fails at the call that counts `left` down to zero; never while it is zero.
@@ -36,7 +36,7 @@ impl Policy for Failing {
         self.inner.lookahead(layer, position)
     }
 
-    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
+    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         self.inner.rehearsal(layer, position)
     }
 
@@ -89,6 +89,10 @@ impl Policy for Failing {
 
     fn bytes(&self) -> TierBytes {
         self.inner.bytes()
+    }
+
+    fn count(&mut self, step: &Step<'_>) -> Result<()> {
+        self.inner.count(step)
     }
 
     fn counters(&self) -> KvCounters {

@@ -24,6 +24,7 @@ mod pool;
 mod project;
 mod rotary;
 mod simd;
+mod slots;
 mod store_kv;
 #[cfg(test)]
 mod tests;
@@ -31,9 +32,9 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut, KvGeometry,
-    KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, Stream, Visible,
+    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
+    KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
+    RowsMut, Segment, Selected, Shape, Slot, Slots, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -107,6 +108,7 @@ fn assert_attention(attention: &AttentionShape, segment: &Segment<'_>, queries: 
             let fits = |rows: &Vec<u32>| !rows.is_empty() && rows.iter().all(|&row| (row as usize) < capacity);
             assert!(rows.iter().all(fits), "no rows, or past the extents' end");
         }
+        Visible::Slots(_) => unreachable!("slots are counted before"),
     }
 }
 
@@ -341,13 +343,22 @@ impl Backend for CpuBackend {
         assert_activations!(q, out);
         assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()));
         assert_eq!(q.cols(), attention.heads * attention.head_dim);
+        let counts: Vec<Vec<u32>> = segments.iter().map(|segment| match segment.visible {
+            Visible::Slots(slots) => slots::counts(&slots),
+            _ => Vec::new(),
+        }).collect();
+        let counted = segments.iter().zip(&counts).map(|(segment, counts)| match segment.visible {
+            Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
+            _ => *segment,
+        });
+        let segments: Vec<Segment<'_>> = counted.collect();
         for (i, segment) in segments.iter().enumerate() {
             assert_attention(attention, segment, q.rows());
             let apart =
                 |other: &Segment<'_>| other.row + other.rows <= segment.row || segment.row + segment.rows <= other.row;
             assert!(segments[..i].iter().all(apart), "segments overlap");
         }
-        attention::attend(self, q, attention, segments, out)
+        attention::attend(self, q, attention, &segments, out)
     }
 
     fn attention_mass(
@@ -365,6 +376,7 @@ impl Backend for CpuBackend {
             Visible::Causal => segment.position + segment.rows,
             Visible::First(counts) => counts.iter().map(|&n| n as usize).max().unwrap_or(0),
             Visible::Listed(rows) => rows.iter().map(Vec::len).max().unwrap_or(0),
+            Visible::Slots(_) => unreachable!("slots are not ranked"),
         };
         assert!(out.cols() >= columns, "{} columns cannot take the masses of {columns} tokens", out.cols());
         attention::mass(self, q, attention, segment, out)
@@ -419,6 +431,36 @@ impl Backend for CpuBackend {
             assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
         }
         index::rehearse(self, queries, rehearsals, selected)
+    }
+
+    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+        let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
+        let mut selected = vec![Selected::default(); sequences.len()];
+        self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
+        for (sequence, selected) in sequences.iter_mut().zip(&selected) {
+            let mut moves = Vec::new();
+            for (head, rows) in selected.rows.iter().enumerate() {
+                slots::request(&mut sequence.slots, head, rows, &mut moves);
+            }
+            self.copy_kv_rows(stream, &sequence.from, &mut sequence.to, &moves)?;
+        }
+        Ok(())
+    }
+
+    fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
+        let Admission { row, mut slots, mut store, mut cache, mut index, maps } = admission;
+        let heads = slots.geometry.kv_heads;
+        let admitted: Vec<u32> = (0..heads).map(|head| slots::admit(&mut slots, head, row as u32)).collect();
+        self.store_kv(stream, keys, values, &mut store, row)?;
+        self.store_kv_rows(stream, keys, values, &mut cache, &admitted)?;
+        let columns = heads * maps.outputs;
+        let mut partial = self.allocate(4 * columns, Place::Device, "a partial key")?;
+        self.project_heads(stream, keys, maps, partial.rows_mut(DType::F32, 1, columns))?;
+        self.index_append(stream, partial.rows(DType::F32, 1, columns), &mut index, row)
+    }
+
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
+        self.copy_kv_rows(stream, from, to, &slots::held(&slots))
     }
 
     fn log_probability(&self, _: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

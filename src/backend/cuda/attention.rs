@@ -4,7 +4,7 @@ use super::block::{bytes_of, plain};
 use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
 use super::{Shared, address};
-use crate::backend::{AttentionShape, DType, KvGeometry, KvRuns, Rows, RowsMut, Segment, Visible};
+use crate::backend::{AttentionShape, DType, KvGeometry, KvRuns, Rows, RowsMut, Segment, SlotGeometry, Visible};
 use crate::{Error, Result};
 
 plain! {
@@ -153,6 +153,7 @@ fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
         Visible::Causal => segment.position + 1 - first_seen(shape, segment.position),
         Visible::First(counts) => counts.iter().copied().max().unwrap_or(0) as usize,
         Visible::Listed(rows) => rows.iter().map(Vec::len).max().unwrap_or(0),
+        Visible::Slots(slots) => slots.limit,
     }
 }
 
@@ -197,7 +198,7 @@ fn decode(
 
     let tables: Vec<Vec<u64>> = segments.iter().map(|s| extent_table(&s.runs)).collect();
     let listed_bytes = |s: &Segment<'_>| match s.visible {
-        Visible::Causal => 0,
+        Visible::Causal | Visible::Slots(_) => 0,
         Visible::First(counts) => counts.len() * size_of::<Listed>(),
         Visible::Listed(rows) => {
             rows.iter().map(|rows| 4 * rows.len() + 16).sum::<usize>() + rows.len() * size_of::<Listed>()
@@ -240,10 +241,17 @@ fn decode(
     queue.push(shared, kernel, [most_chunks, shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
 }
 
+const _: () = assert!(size_of::<Listed>() == 4 * SlotGeometry::COUNT);
+
 /// Puts the rows that a segment attends into the block, 0 where they are all rows up to a position.
 fn push_listed(queue: &mut Queue, visible: &Visible<'_>) -> u64 {
     let listed: Vec<Listed> = match visible {
         Visible::Causal => return 0,
+        // The tables begin with what `Listed` is.
+        Visible::Slots(slots) => {
+            let first = slots.layer * slots.geometry.kv_heads;
+            return address(slots.tables.address()) + (first * size_of::<Listed>()) as u64;
+        }
         Visible::First(counts) => counts.iter().map(|&count| Listed { rows: 0, count, unused: 0 }).collect(),
         Visible::Listed(rows) => rows
             .iter()

@@ -24,9 +24,9 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut,
-    Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Slot,
-    Stream,
+    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
+    KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
+    Selected, Shape, Slot, Slots, Stream,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -426,6 +426,18 @@ impl Backend for CudaBackend {
         _selected: &mut [&mut Selected],
     ) -> Result<()> {
         Err(unsupported("rehearse"))
+    }
+
+    fn prefetch(&self, _stream: &Stream, _queries: Rows<'_>, _sequences: &mut [Prefetch<'_>]) -> Result<()> {
+        Err(unsupported("prefetch"))
+    }
+
+    fn admit(&self, _stream: &Stream, _keys: Rows<'_>, _values: Rows<'_>, _admission: Admission<'_>) -> Result<()> {
+        Err(unsupported("admit"))
+    }
+
+    fn refill(&self, _stream: &Stream, _slots: Slots<'_>, _from: &KvRuns<'_>, _to: &mut KvRunsMut<'_>) -> Result<()> {
+        Err(unsupported("refill"))
     }
 
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

@@ -43,6 +43,18 @@ impl RamStore {
         geometry.extents(rows).saturating_mul(extent_bytes(geometry, payload))
     }
 
+    /// The entries of a layer, exactly stored: memory that the device can read, well or badly.
+    pub fn entries(&self, layer: usize) -> KvRuns<'_> {
+        assert!(self.payload == Payload::Exact, "entries that are stored otherwise");
+        KvRuns::new(&self.extents, self.geometry, layer)
+    }
+
+    /// As [`RamStore::entries`], for writing.
+    pub fn entries_mut(&mut self, layer: usize) -> KvRunsMut<'_> {
+        assert!(self.payload == Payload::Exact, "entries that are stored otherwise");
+        KvRunsMut::new(&mut self.extents, self.geometry, layer)
+    }
+
     fn row_bytes(&self) -> usize {
         self.payload.row_bytes(&self.geometry)
     }

@@ -12,17 +12,18 @@
 //! attend. A sequence that fits the cache is attended in full, without speculation.
 
 mod columns;
+mod device;
 mod plan;
 mod prompt;
 
 use crate::backend::{
-    AttentionShape, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rehearsal, Rows, Selected,
-    Visible,
+    AttentionShape, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, Selected, Visible,
 };
 use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
-use super::{KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter};
+use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter};
+pub(super) use device::OnDevice;
 use plan::Plan;
 use prompt::Prompt;
 
@@ -154,10 +155,10 @@ impl Policy for Infinigen {
         (!(all_here && fits)).then(|| self.plan.lookahead(layer))
     }
 
-    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
+    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal(self.index.layer(stored), position);
-        Some((rehearsal, &mut self.selected[stored]))
+        Some(Ahead::Select(rehearsal, &mut self.selected[stored]))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
@@ -254,7 +255,6 @@ impl Policy for Infinigen {
             self.counters.steps += 1;
             return self.trace.as_mut().map_or(Ok(()), TraceWriter::flush);
         }
-        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
         let recent = self.prompt.recent(step.position, step.rows);
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.choose()?;
@@ -263,23 +263,8 @@ impl Policy for Infinigen {
             self.moves.clear();
             for head in 0..self.kv_heads() {
                 let ranked = self.prompt.take_ranked(layer, head);
-                match recent {
-                    // A few tokens after a sequence that has its cache: they join it, with what they attended most.
-                    Some(first) => {
-                        let room = slots.saturating_sub(guard.below as usize + 1);
-                        let from = first.min(guard.from as usize).max(length.saturating_sub(room));
-                        let most = self.plan.most_selected(length).min(room - (length - from).min(room));
-                        let mut rows: Vec<u32> = ranked.into_iter().take(most).collect();
-                        rows.extend(from as u32..length as u32);
-                        rows.sort_unstable();
-                        rows.dedup();
-                        self.cache.request(layer, head, &rows, slots, guard, &mut self.moves);
-                    }
-                    None => {
-                        let rows = prompt::first_load(&ranked, length, slots, guard);
-                        self.cache.load(layer, head, &rows, &mut self.moves);
-                    }
-                }
+                let moves = &mut self.moves;
+                prompt::fill(&mut self.cache, &self.plan, (layer, head), ranked, recent, length, moves);
             }
             self.fetch_now(step, layer)?;
         }
@@ -312,14 +297,9 @@ impl Policy for Infinigen {
             self.moves.clear();
             self.cache.truncate(layer, length as u32, &mut self.moves);
             self.fetch_now(step, layer)?;
-            // The window has moved back, over entries that may have left the cache; and what fits it is there in full.
             self.moves.clear();
-            let (guard, slots) = (self.plan.guard(length), self.plan.slots(length + 1));
-            let sinks = if length < slots { length as u32 } else { guard.below.min(length as u32) };
-            let always: Vec<u32> = (0..sinks).chain(guard.from.max(sinks)..length as u32).collect();
-            for head in 0..self.kv_heads() {
-                self.cache.request(layer, head, &always, slots, guard, &mut self.moves);
-            }
+            let heads = self.kv_heads();
+            prompt::restock(&mut self.cache, &self.plan, layer, heads, length, &mut self.moves);
             self.fetch_now(step, layer)?;
         }
         self.cache.begin();

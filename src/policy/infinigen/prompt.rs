@@ -6,8 +6,10 @@ use crate::Result;
 use crate::backend::{
     AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, Move, Place, Rows, Segment, Visible,
 };
-use crate::kv::{Guard, Pool, SequenceKv, Store};
+use crate::kv::{Guard, HotCache, Pool, SequenceKv, Store};
 use crate::policy::Step;
+
+use super::plan::Plan;
 
 /// Queries at the end of a prompt whose attention ranks entries for the cache.
 const RANKING_QUERIES: usize = 32;
@@ -160,4 +162,50 @@ pub(super) fn first_load(ranked: &[u32], length: usize, slots: usize, guard: Gua
     let free = slots.saturating_sub(always.len());
     let others = ranked.iter().copied().filter(|&row| row >= guard.below && row < guard.from);
     always.into_iter().chain(others.take(free)).collect()
+}
+
+/// Puts what a prompt leaves into the cache of one layer and KV head: `ranked` are its rows by attention, `recent` as of
+/// [`Prompt::recent`]. `moves` gets what must be fetched.
+pub(super) fn fill(
+    cache: &mut HotCache,
+    plan: &Plan,
+    (layer, head): (usize, usize),
+    ranked: Vec<u32>,
+    recent: Option<usize>,
+    length: usize,
+    moves: &mut Vec<Move>,
+) {
+    let (guard, slots) = (plan.guard(length), plan.slots(length));
+    match recent {
+        // A few tokens after a sequence that has its cache: they join it, with what they attended most.
+        Some(first) => {
+            let room = slots.saturating_sub(guard.below as usize + 1);
+            let from = first.min(guard.from as usize).max(length.saturating_sub(room));
+            let most = plan.most_selected(length).min(room - (length - from).min(room));
+            let mut rows: Vec<u32> = ranked.into_iter().take(most).collect();
+            rows.extend(from as u32..length as u32);
+            rows.sort_unstable();
+            rows.dedup();
+            cache.request(layer, head, &rows, slots, guard, moves);
+        }
+        None => cache.load(layer, head, &first_load(&ranked, length, slots, guard), moves),
+    }
+}
+
+/// After a truncation to `length` tokens: the window has moved back, over entries that may have left the cache, and what
+/// fits it is there in full.
+pub(super) fn restock(
+    cache: &mut HotCache,
+    plan: &Plan,
+    layer: usize,
+    heads: usize,
+    length: usize,
+    moves: &mut Vec<Move>,
+) {
+    let (guard, slots) = (plan.guard(length), plan.slots(length + 1));
+    let sinks = if length < slots { length as u32 } else { guard.below.min(length as u32) };
+    let always: Vec<u32> = (0..sinks).chain(guard.from.max(sinks)..length as u32).collect();
+    for head in 0..heads {
+        cache.request(layer, head, &always, slots, guard, moves);
+    }
 }

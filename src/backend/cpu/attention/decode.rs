@@ -62,6 +62,7 @@ impl Plan<'_> {
             Visible::Causal => self.segment.position + 1,
             Visible::First(counts) => counts[head] as usize,
             Visible::Listed(rows) => rows[head].len(),
+            Visible::Slots(_) => unreachable!("slots are counted before"),
         }
     }
 }
@@ -84,7 +85,7 @@ pub(super) fn attend<E: Element>(
     for segment in segments {
         let first = match segment.visible {
             Visible::Causal => first_seen(shape, segment.position),
-            Visible::First(_) | Visible::Listed(_) => 0,
+            Visible::First(_) | Visible::Listed(_) | Visible::Slots(_) => 0,
         };
         let mut plan = Plan { segment, first, chunks: first / CHUNK..0, before: pieces };
         let longest = (0..shape.kv_heads).map(|head| plan.end(head)).max().unwrap_or(0);

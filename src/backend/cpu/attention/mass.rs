@@ -46,6 +46,7 @@ pub(super) fn mass<E: Element>(
         Visible::Causal => segment.position + segment.rows,
         Visible::First(counts) => counts[head] as usize,
         Visible::Listed(rows) => rows[head].len(),
+        Visible::Slots(_) => unreachable!("slots are not ranked"),
     };
     let chunks = (0..kv_heads).map(end).max().unwrap_or(0).div_ceil(CHUNK);
     let (group, padded) = (shape.heads / kv_heads, shape.head_dim.next_multiple_of(LANES));

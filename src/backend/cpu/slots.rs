@@ -1,0 +1,167 @@
+//! Tables of a hot cache in a buffer, as [`SlotGeometry`] lays them out: what a device does by itself, here on the host.
+//! Simple rather than fast, and the oracle of every other backend. (`kv::HotCache` is what sessions on the CPU use.)
+
+use crate::backend::{Buffer, Guard, Header, Move, SlotGeometry, Slots, SlotsMut};
+
+/// One table.
+struct Table<'a> {
+    words: &'a mut [u32],
+    geometry: SlotGeometry,
+    at: usize,
+    limit: usize,
+    guard: Guard,
+    step: u32,
+}
+
+impl<'a> Table<'a> {
+    fn new(slots: &'a mut SlotsMut<'_>, head: usize) -> Table<'a> {
+        let SlotsMut { geometry, limit, guard, step, .. } = *slots;
+        let at = slots.layer * geometry.kv_heads + head;
+        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step };
+        if table.header(Header::Step) != step {
+            for (header, value) in
+                [(Header::Step, step), (Header::Changes, 0), (Header::Selected, 0), (Header::Missed, 0)]
+            {
+                table.set(header, value);
+            }
+        }
+        table
+    }
+
+    fn header(&self, which: Header) -> u32 {
+        self.words[self.geometry.header_at(self.at) + which as usize]
+    }
+
+    fn set(&mut self, which: Header, value: u32) {
+        self.words[self.geometry.header_at(self.at) + which as usize] = value;
+    }
+
+    /// Adds to a number of two words.
+    fn add(&mut self, which: Header, more: u32) {
+        let at = self.geometry.header_at(self.at) + which as usize;
+        let sum = (u64::from(self.words[at]) | u64::from(self.words[at + 1]) << 32) + u64::from(more);
+        (self.words[at], self.words[at + 1]) = (sum as u32, (sum >> 32) as u32);
+    }
+
+    fn held(&self) -> usize {
+        self.words[self.geometry.count_at(self.at)] as usize
+    }
+
+    fn slot_of(&mut self, row: u32) -> &mut u32 {
+        &mut self.words[self.geometry.slots_at(self.at) + row as usize]
+    }
+
+    /// The `i`-th change of this step: `slot` had `row`, last used in `used`.
+    fn journal(&mut self, i: usize, slot: u32, row: u32, used: u32) {
+        let at = self.geometry.journal_at(self.at) + SlotGeometry::CHANGE * i;
+        self.words[at..at + SlotGeometry::CHANGE].copy_from_slice(&[slot, row, used]);
+    }
+
+    /// Puts a row into a slot, as the `change`-th change of the step.
+    fn put(&mut self, change: usize, slot: u32, row: u32) {
+        let (used, rows) = (self.geometry.used_at(self.at), self.geometry.rows_at(self.at));
+        if (slot as usize) < self.held() {
+            let before = self.words[rows + slot as usize];
+            self.journal(change, slot, before, self.words[used + slot as usize]);
+            *self.slot_of(before) = SlotGeometry::NONE;
+        } else {
+            self.journal(change, slot, SlotGeometry::NONE, 0);
+            self.words[self.geometry.count_at(self.at)] += 1;
+        }
+        self.words[rows + slot as usize] = row;
+        self.words[used + slot as usize] = self.step;
+        *self.slot_of(row) = slot;
+    }
+
+    /// The `count` slots unused for longest, ascending.
+    fn victims(&self, count: usize) -> Vec<u32> {
+        let (used, rows) = (self.geometry.used_at(self.at), self.geometry.rows_at(self.at));
+        let mut candidates: Vec<(u32, u32)> = (0..self.held())
+            .filter(|&slot| self.words[used + slot] < self.step && !self.guard.protects(self.words[rows + slot]))
+            .map(|slot| (self.words[used + slot], slot as u32))
+            .collect();
+        candidates.sort_unstable();
+        assert!(candidates.len() >= count, "fewer slots than what is guarded and selected");
+        let mut victims: Vec<u32> = candidates[..count].iter().map(|&(_, slot)| slot).collect();
+        victims.sort_unstable();
+        victims
+    }
+}
+
+/// Marks the selected rows of a KV head as used and gives those that are not here a slot.
+pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], moves: &mut Vec<Move>) {
+    let geometry = slots.geometry;
+    assert!(selected.len() <= geometry.selected, "more rows selected than the tables have room for");
+    let mut table = Table::new(slots, head);
+    let mut missed = Vec::new();
+    for (i, &row) in selected.iter().enumerate() {
+        match *table.slot_of(row) {
+            SlotGeometry::NONE => missed.push((i, row)),
+            slot => {
+                let used = geometry.used_at(table.at) + slot as usize;
+                table.journal(i, slot, row, table.words[used]);
+                table.words[used] = table.step;
+            }
+        }
+    }
+    let held = table.held();
+    let pushed = missed.len().min(table.limit.saturating_sub(held));
+    let mut free: Vec<u32> = (held..held + pushed).map(|slot| slot as u32).collect();
+    free.extend(table.victims(missed.len() - pushed));
+    for (&(i, row), &slot) in missed.iter().zip(&free) {
+        table.put(i, slot, row);
+        moves.push(Move { head: head as u32, from: row, to: slot });
+    }
+    let (all, missed) = (selected.len() as u32, missed.len() as u32);
+    table.set(Header::Changes, all);
+    table.set(Header::Selected, all);
+    table.set(Header::Missed, missed);
+    table.add(Header::AllSelected, all);
+    table.add(Header::AllMissed, missed);
+}
+
+/// Gives a new row a slot.
+pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
+    let mut table = Table::new(slots, head);
+    let slot = match table.held() {
+        held if held < table.limit => held as u32,
+        _ => table.victims(1)[0],
+    };
+    let change = table.header(Header::Changes);
+    table.put(change as usize, slot, row);
+    table.set(Header::Changes, change + 1);
+    let held = table.held() as u32;
+    table.set(Header::Attended, held);
+    table.add(Header::AllAttended, held);
+    slot
+}
+
+/// Slots in use of each KV head.
+pub(super) fn counts(slots: &Slots<'_>) -> Vec<u32> {
+    let geometry = slots.geometry;
+    let words = words(slots.tables, &geometry);
+    (0..geometry.kv_heads).map(|head| words[geometry.count_at(slots.layer * geometry.kv_heads + head)]).collect()
+}
+
+/// Every row that has a slot, and where.
+pub(super) fn held(slots: &Slots<'_>) -> Vec<Move> {
+    let geometry = slots.geometry;
+    let words = words(slots.tables, &geometry);
+    let of_head = |(head, count): (usize, u32)| {
+        let rows = geometry.rows_at(slots.layer * geometry.kv_heads + head);
+        (0..count).map(move |to| Move { head: head as u32, from: words[rows + to as usize], to })
+    };
+    counts(slots).into_iter().enumerate().flat_map(of_head).collect()
+}
+
+fn words<'a>(tables: &'a Buffer, geometry: &SlotGeometry) -> &'a [u32] {
+    assert!(tables.bytes() >= geometry.bytes(), "tables that are too short");
+    // SAFETY: as many initialised bytes, aligned to 64; any bytes are a u32; nobody writes while the buffer is borrowed.
+    unsafe { std::slice::from_raw_parts(tables.address().cast(), geometry.words()) }
+}
+
+fn words_mut<'a>(tables: &'a mut Buffer, geometry: &SlotGeometry) -> &'a mut [u32] {
+    assert!(tables.bytes() >= geometry.bytes(), "tables that are too short");
+    // SAFETY: as in `words`; the buffer is borrowed mutably.
+    unsafe { std::slice::from_raw_parts_mut(tables.address_mut().cast(), geometry.words()) }
+}

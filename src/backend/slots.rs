@@ -1,0 +1,209 @@
+//! The hot cache where the device keeps its tables: selection, lookup and fetch without the host.
+//!
+//! One buffer holds the tables of all layers and KV heads of a sequence, in words of 32 bits. The host reads and writes
+//! it between steps only ([`SlotGeometry`] says where what lies); within a step [`super::Backend::prefetch`] and
+//! [`super::Backend::admit`] do.
+
+use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
+
+/// The shape of a sequence's tables.
+///
+/// The buffer holds, one behind the other, each in words:
+/// 1. for every layer and KV head four words: two zeros, the slots in use, one zero (what attention reads);
+/// 2. for every layer and KV head [`SlotGeometry::HEADER`] words, see [`Header`];
+/// 3. for every layer and KV head its table: the step in which each slot was used last, the row in each slot, the slot of
+///    each row (`NONE` for none), and the journal: [`SlotGeometry::CHANGE`] words for each change of the last step;
+/// 4. for every KV head what the last rehearsal selected: a count, then room for rows; and the moves that it made: a
+///    count, then room for pairs of row and slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotGeometry {
+    /// Layers that have tables.
+    pub layers: usize,
+    /// KV heads per layer.
+    pub kv_heads: usize,
+    /// Slots of each table.
+    pub slots: usize,
+    /// Rows of the sequence: positions from 0.
+    pub rows: usize,
+    /// Most rows that a step selects.
+    pub selected: usize,
+}
+
+/// Words of a table's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Header {
+    /// The step that the journal is of.
+    Step = 0,
+    /// Changes in the journal.
+    Changes = 1,
+    /// Rows that this step selected, and those of them that were not here.
+    Selected = 2,
+    /// See above.
+    Missed = 3,
+    /// The same of all steps, and entries attended: two words each, the lower first.
+    AllSelected = 4,
+    /// See above.
+    AllMissed = 6,
+    /// See above.
+    AllAttended = 8,
+    /// Entries that this step attended.
+    Attended = 10,
+}
+
+impl SlotGeometry {
+    /// Words of what attention reads, a table.
+    pub const COUNT: usize = 4;
+    /// Words of a header.
+    pub const HEADER: usize = 12;
+    /// Words of a change: the slot, the row before (`NONE` where the slot was empty), its last use before.
+    pub const CHANGE: usize = 3;
+    /// No row, no slot.
+    pub const NONE: u32 = u32::MAX;
+
+    /// Tables.
+    pub const fn tables(&self) -> usize {
+        self.layers * self.kv_heads
+    }
+
+    /// Words of one table.
+    pub const fn table_words(&self) -> usize {
+        2 * self.slots + self.rows + Self::CHANGE * (self.selected + 1)
+    }
+
+    /// Where a table's slots in use are told.
+    pub const fn count_at(&self, table: usize) -> usize {
+        Self::COUNT * table + 2
+    }
+
+    /// Where a table's header begins.
+    pub const fn header_at(&self, table: usize) -> usize {
+        Self::COUNT * self.tables() + Self::HEADER * table
+    }
+
+    /// Where a table begins: its slots' last uses.
+    pub const fn used_at(&self, table: usize) -> usize {
+        (Self::COUNT + Self::HEADER) * self.tables() + table * self.table_words()
+    }
+
+    /// Where the rows in a table's slots begin.
+    pub const fn rows_at(&self, table: usize) -> usize {
+        self.used_at(table) + self.slots
+    }
+
+    /// Where the slots of a table's rows begin.
+    pub const fn slots_at(&self, table: usize) -> usize {
+        self.rows_at(table) + self.slots
+    }
+
+    /// Where a table's journal begins.
+    pub const fn journal_at(&self, table: usize) -> usize {
+        self.slots_at(table) + self.rows
+    }
+
+    /// Where the counts of selected rows begin, one a KV head.
+    pub const fn selected_counts_at(&self) -> usize {
+        self.used_at(self.tables())
+    }
+
+    /// Where the selected rows begin: `selected` words a KV head.
+    pub const fn selected_rows_at(&self) -> usize {
+        self.selected_counts_at() + self.kv_heads
+    }
+
+    /// Where the counts of moves begin, one a KV head.
+    pub const fn move_counts_at(&self) -> usize {
+        self.selected_rows_at() + self.kv_heads * self.selected
+    }
+
+    /// Where the moves begin: `2 · selected` words a KV head.
+    pub const fn moves_at(&self) -> usize {
+        self.move_counts_at() + self.kv_heads
+    }
+
+    /// Words of the whole buffer.
+    pub const fn words(&self) -> usize {
+        self.moves_at() + 2 * self.kv_heads * self.selected
+    }
+
+    /// Bytes of the whole buffer.
+    pub const fn bytes(&self) -> usize {
+        4 * self.words()
+    }
+}
+
+/// Rows that never give way: the sinks and the recent window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Guard {
+    /// Rows below this.
+    pub below: u32,
+    /// Rows from this on.
+    pub from: u32,
+}
+
+impl Guard {
+    /// Whether a row never gives way.
+    pub fn protects(&self, row: u32) -> bool {
+        row < self.below || row >= self.from
+    }
+}
+
+/// The tables of one layer in this step.
+#[derive(Debug)]
+pub struct SlotsMut<'a> {
+    /// The sequence's tables.
+    pub tables: &'a mut Buffer,
+    /// Their shape.
+    pub geometry: SlotGeometry,
+    /// Layer of the tables.
+    pub layer: usize,
+    /// Slots that may be used: enough for what is guarded, what is selected, and one more.
+    pub limit: usize,
+    /// What never gives way.
+    pub guard: Guard,
+    /// The step's number, from 1, higher in every step.
+    pub step: u32,
+}
+
+/// The tables of one layer, for attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Slots<'a> {
+    /// The sequence's tables.
+    pub tables: &'a Buffer,
+    /// Their shape.
+    pub geometry: SlotGeometry,
+    /// Layer of the tables.
+    pub layer: usize,
+    /// Slots that may be in use.
+    pub limit: usize,
+}
+
+/// One sequence in [`super::Backend::prefetch`].
+#[derive(Debug)]
+pub struct Prefetch<'a> {
+    /// What is selected.
+    pub rehearsal: Rehearsal<'a>,
+    /// Where it is looked up.
+    pub slots: SlotsMut<'a>,
+    /// Entries of the layer, by row: host memory that the device reads in place.
+    pub from: KvRuns<'a>,
+    /// Entries of the layer, by slot.
+    pub to: KvRunsMut<'a>,
+}
+
+/// One token in [`super::Backend::admit`].
+#[derive(Debug)]
+pub struct Admission<'a> {
+    /// Its row.
+    pub row: usize,
+    /// Where it gets a slot.
+    pub slots: SlotsMut<'a>,
+    /// Entries of the layer, by row.
+    pub store: KvRunsMut<'a>,
+    /// Entries of the layer, by slot.
+    pub cache: KvRunsMut<'a>,
+    /// Partial keys of the layer, by row.
+    pub index: IndexRunsMut<'a>,
+    /// From keys to partial keys.
+    pub maps: &'a HeadMaps,
+}

@@ -1,0 +1,271 @@
+//! A hot cache whose tables lie on the device, so that a step asks the host for nothing.
+//!
+//! Within a step `Backend::prefetch` and `Backend::admit` change the tables. What happens seldom (a prompt that fills the
+//! cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
+//! changes them, they go back, and the entries are copied anew from the store.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::backend::{
+    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Place, SlotGeometry, Slots, SlotsMut, Stream,
+};
+
+use super::{HotCache, Pool, RamStore, SequenceKv};
+
+/// Slots of every layer and KV head of one sequence.
+pub struct DeviceCache {
+    kv: SequenceKv,
+    geometry: SlotGeometry,
+    tables: Buffer,
+    /// Whether the tables hold anything that means something.
+    ready: bool,
+    /// The number of this step.
+    step: u32,
+    /// Changes the tables; it has no entries of its own.
+    host: HotCache,
+    /// The tables before this step edited them, if it has; nothing inside where there were none.
+    before: Option<Option<Vec<u32>>>,
+    refilled: u64,
+}
+
+/// What all steps did together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheTotals {
+    /// Rows selected.
+    pub selected: u64,
+    /// Those of them that were not here.
+    pub missed: u64,
+    /// Entries attended.
+    pub attended: u64,
+    /// Entries fetched by edits.
+    pub refilled: u64,
+}
+
+impl DeviceCache {
+    /// An empty cache of the layers of `kv`, with tables of up to `slots` slots for sequences of up to `rows` tokens of
+    /// which a step selects up to `selected`.
+    pub fn new(
+        backend: &dyn Backend,
+        pool: Arc<Pool>,
+        kv: KvGeometry,
+        slots: usize,
+        rows: usize,
+        selected: usize,
+    ) -> Result<DeviceCache> {
+        let geometry = SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots, rows, selected };
+        Ok(DeviceCache {
+            tables: backend.allocate(geometry.bytes(), Place::Device, "the hot cache's tables")?,
+            geometry,
+            ready: false,
+            step: 1,
+            host: HotCache::new(pool.clone(), kv),
+            before: None,
+            refilled: 0,
+            kv: SequenceKv::new(pool, kv),
+        })
+    }
+
+    /// Makes room for the entries of `slots` slots. On an error nothing has changed.
+    pub fn reserve(&mut self, slots: usize) -> Result<()> {
+        self.kv.reserve(slots)
+    }
+
+    /// Gives back the room past the first `slots` slots.
+    pub fn shrink(&mut self, slots: usize) {
+        self.kv.truncate(slots);
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.kv.bytes() + self.tables.bytes()
+    }
+
+    /// A new step begins; the last one can no longer be undone.
+    pub fn begin(&mut self) {
+        self.step += 1;
+        self.before = None;
+    }
+
+    /// The entries of a layer.
+    pub fn runs(&self, layer: usize) -> KvRuns<'_> {
+        self.kv.layer(layer)
+    }
+
+    /// The tables of a layer, for attention that reads up to `limit` slots.
+    pub fn slots(&self, layer: usize, limit: usize) -> Slots<'_> {
+        Slots { tables: &self.tables, geometry: self.geometry, layer, limit }
+    }
+
+    /// The tables of a layer in this step, of which `limit` slots may be used, and its entries.
+    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> (SlotsMut<'_>, KvRunsMut<'_>) {
+        let DeviceCache { geometry, step, .. } = *self;
+        (SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step }, self.kv.layer_mut(layer))
+    }
+
+    /// Makes the tables of an empty cache, where nothing has yet.
+    pub fn prepare(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        if !self.ready {
+            self.put(backend, stream, &self.empty())?;
+        }
+        Ok(())
+    }
+
+    /// Lets `change` work on the tables, and fetches every entry that is in them afterwards.
+    pub fn edit(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        store: &RamStore,
+        change: impl FnOnce(&mut HotCache),
+    ) -> Result<()> {
+        let before = if self.ready { Some(self.get(backend, stream)?) } else { None };
+        let mut words = before.clone().unwrap_or_else(|| self.empty());
+        self.before.get_or_insert(before);
+        self.to_host(&words);
+        change(&mut self.host);
+        self.from_host(&mut words);
+        self.put(backend, stream, &words)?;
+        let g = &self.geometry;
+        self.refilled += (0..g.tables()).map(|table| u64::from(words[g.count_at(table)])).sum::<u64>();
+        self.refill(backend, stream, store)
+    }
+
+    /// Takes back what this step has changed, and fetches what was there before.
+    pub fn undo(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
+        let before = match self.before.take() {
+            Some(before) => before,
+            None if self.ready => Some(self.get(backend, stream)?),
+            None => None,
+        };
+        let Some(mut words) = before else {
+            self.ready = false;
+            return Ok(());
+        };
+        for table in 0..self.geometry.tables() {
+            self.undo_table(&mut words, table);
+        }
+        self.put(backend, stream, &words)?;
+        self.refill(backend, stream, store)
+    }
+
+    /// Fetches every entry that is in the tables.
+    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
+        for layer in 0..self.geometry.layers {
+            let (tables, geometry) = (&self.tables, self.geometry);
+            let slots = Slots { tables, geometry, layer, limit: geometry.slots };
+            backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))?;
+        }
+        Ok(())
+    }
+
+    fn undo_table(&self, words: &mut [u32], table: usize) {
+        let g = &self.geometry;
+        let header = |which: Header| g.header_at(table) + which as usize;
+        if words[header(Header::Step)] != self.step {
+            return;
+        }
+        let changes = words[header(Header::Changes)] as usize;
+        for i in (0..changes).rev() {
+            let at = g.journal_at(table) + SlotGeometry::CHANGE * i;
+            let (slot, row, used) = (words[at] as usize, words[at + 1], words[at + 2]);
+            let now = words[g.rows_at(table) + slot];
+            words[g.slots_at(table) + now as usize] = SlotGeometry::NONE;
+            if row == SlotGeometry::NONE {
+                words[g.count_at(table)] -= 1;
+            } else {
+                words[g.rows_at(table) + slot] = row;
+                words[g.used_at(table) + slot] = used;
+                words[g.slots_at(table) + row as usize] = slot as u32;
+            }
+        }
+        let steps = [
+            (Header::Selected, Header::AllSelected),
+            (Header::Missed, Header::AllMissed),
+            (Header::Attended, Header::AllAttended),
+        ];
+        for (one, all) in steps {
+            let less = total(words, header(all)) - u64::from(words[header(one)]);
+            (words[header(all)], words[header(all) + 1]) = (less as u32, (less >> 32) as u32);
+            words[header(one)] = 0;
+        }
+        words[header(Header::Step)] = 0;
+    }
+
+    /// What all steps did together.
+    pub fn totals(&self, backend: &dyn Backend, stream: &Stream) -> Result<CacheTotals> {
+        let mut totals = CacheTotals { refilled: self.refilled, ..CacheTotals::default() };
+        if !self.ready {
+            return Ok(totals);
+        }
+        let g = &self.geometry;
+        let count = g.tables() * SlotGeometry::HEADER;
+        let from = g.header_at(0);
+        let rows = self.tables.rows(DType::U32, 1, g.words()).col_range(from, count);
+        let words = download(backend, stream, rows)?;
+        for header in words.chunks_exact(SlotGeometry::HEADER) {
+            totals.selected += total(header, Header::AllSelected as usize);
+            totals.missed += total(header, Header::AllMissed as usize);
+            totals.attended += total(header, Header::AllAttended as usize);
+        }
+        Ok(totals)
+    }
+
+    fn empty(&self) -> Vec<u32> {
+        let mut words = vec![0; self.geometry.words()];
+        for table in 0..self.geometry.tables() {
+            words[self.geometry.slots_at(table)..][..self.geometry.rows].fill(SlotGeometry::NONE);
+        }
+        words
+    }
+
+    fn get(&self, backend: &dyn Backend, stream: &Stream) -> Result<Vec<u32>> {
+        download(backend, stream, self.tables.rows(DType::U32, 1, self.geometry.words()))
+    }
+
+    fn put(&mut self, backend: &dyn Backend, stream: &Stream, words: &[u32]) -> Result<()> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        backend.upload(stream, &bytes, &mut self.tables, 0)?;
+        self.ready = true;
+        Ok(())
+    }
+
+    fn to_host(&mut self, words: &[u32]) {
+        let g = self.geometry;
+        for table in 0..g.tables() {
+            let count = words[g.count_at(table)] as usize;
+            let rows = &words[g.rows_at(table)..][..count];
+            let used = &words[g.used_at(table)..][..count];
+            self.host.set(table / g.kv_heads, table % g.kv_heads, rows, used);
+        }
+        self.host.set_clock(self.step);
+    }
+
+    fn from_host(&mut self, words: &mut [u32]) {
+        let g = self.geometry;
+        for table in 0..g.tables() {
+            let (layer, head) = (table / g.kv_heads, table % g.kv_heads);
+            let (rows, used) = (self.host.rows(layer, head), self.host.used(layer, head));
+            words[g.count_at(table)] = rows.len() as u32;
+            words[g.header_at(table) + Header::Step as usize] = 0;
+            words[g.rows_at(table)..][..rows.len()].copy_from_slice(rows);
+            words[g.used_at(table)..][..used.len()].copy_from_slice(used);
+            let slots = &mut words[g.slots_at(table)..][..g.rows];
+            slots.fill(SlotGeometry::NONE);
+            for (slot, &row) in rows.iter().enumerate() {
+                slots[row as usize] = slot as u32;
+            }
+        }
+        self.step = self.step.max(self.host.clock());
+    }
+}
+
+fn total(words: &[u32], at: usize) -> u64 {
+    u64::from(words[at]) | u64::from(words[at + 1]) << 32
+}
+
+fn download(backend: &dyn Backend, stream: &Stream, rows: crate::backend::Rows<'_>) -> Result<Vec<u32>> {
+    let mut bytes = vec![0; 4 * rows.rows() * rows.cols()];
+    backend.download(stream, rows, &mut bytes)?;
+    Ok(bytes.chunks_exact(4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
+}
