@@ -284,7 +284,8 @@ impl Table {
         self.journal.push(Change::Replaced { slot, row, used });
     }
 
-    /// The `count` slots unused for longest, as (last use, slot) in one number, into `found`, oldest first.
+    /// The `count` slots unused for longest, of equals the lower ones, into `found`: (last use, slot) in one number, in
+    /// ascending order of slots.
     fn victims(&self, count: usize, clock: u32, guard: Guard, found: &mut Vec<u64>) {
         found.clear();
         if count == 0 {
@@ -299,6 +300,6 @@ impl Table {
             found.select_nth_unstable(count);
             found.truncate(count);
         }
-        found.sort_unstable();
+        found.sort_unstable_by_key(|&victim| victim as u32);
     }
 }

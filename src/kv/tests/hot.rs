@@ -80,6 +80,7 @@ proptest! {
                 for m in &moves {
                     prop_assert_eq!(cache.slot(0, head, m.from), Some(m.to));
                 }
+                prop_assert!(moves.is_sorted_by(|a, b| a.to < b.to), "slots are not given in ascending order");
                 // Hits first: what is there already is marked before anything gives way.
                 let (hits, misses): (Vec<u32>, Vec<u32>) = rows.iter().partition(|row| !missing.contains(row));
                 for row in hits.into_iter().chain(misses).chain([length]) {
@@ -169,4 +170,26 @@ fn a_step_after_an_undo_is_the_same_step() {
         (contents(&cache, 0), moves)
     };
     assert_eq!(run(false), run(true));
+}
+
+/// Of equally old slots the lower ones give way, and the misses take them in ascending order.
+#[test]
+fn misses_take_the_oldest_slots_in_their_order() {
+    let (slots, guard) = (6, Guard { below: 1, from: 100 });
+    let mut cache = cache(slots);
+    // From the first, most valuable row to the last: slots 1 to 5 are ever older.
+    cache.load(0, 0, &[0, 1, 2, 3, 4, 5], &mut Vec::new());
+    cache.begin();
+    cache.request(0, 0, &[3, 5], slots, guard, &mut Vec::new());
+    cache.begin();
+    let mut moves = Vec::new();
+    cache.request(0, 0, &[20, 21], slots, guard, &mut moves);
+    // Slots 4 and 2 are the oldest, in this order.
+    assert_eq!(moves.iter().map(|m| (m.from, m.to)).collect::<Vec<_>>(), [(20, 2), (21, 4)]);
+    cache.begin();
+    moves.clear();
+    cache.request(0, 0, &[40, 41], slots, guard, &mut moves);
+    // Slot 1 is the oldest; 3 and 5 were used in the same step.
+    assert_eq!(moves.iter().map(|m| (m.from, m.to)).collect::<Vec<_>>(), [(40, 1), (41, 3)]);
+    assert_eq!(contents(&cache, 0), [0, 40, 20, 41, 21, 5]);
 }
