@@ -343,10 +343,13 @@ impl Backend for CpuBackend {
         assert_activations!(q, out);
         assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()));
         assert_eq!(q.cols(), attention.heads * attention.head_dim);
-        let counts: Vec<Vec<u32>> = segments.iter().map(|segment| match segment.visible {
-            Visible::Slots(slots) => slots::counts(&slots),
-            _ => Vec::new(),
-        }).collect();
+        let counts: Vec<Vec<u32>> = segments
+            .iter()
+            .map(|segment| match segment.visible {
+                Visible::Slots(slots) => slots::counts(&slots),
+                _ => Vec::new(),
+            })
+            .collect();
         let counted = segments.iter().zip(&counts).map(|(segment, counts)| match segment.visible {
             Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
             _ => *segment,

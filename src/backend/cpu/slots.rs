@@ -19,10 +19,9 @@ impl<'a> Table<'a> {
         let at = slots.layer * geometry.kv_heads + head;
         let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step };
         if table.header(Header::Step) != step {
-            for (header, value) in
-                [(Header::Step, step), (Header::Changes, 0), (Header::Selected, 0), (Header::Missed, 0)]
-            {
-                table.set(header, value);
+            table.set(Header::Step, step);
+            for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
+                table.set(header, 0);
             }
         }
         table

@@ -4,9 +4,9 @@
 //! rehearsal, lookup and fetch run on the side stream ([`Step::fetch`]) from the moment its queries are predicted; its
 //! attention waits for them. The store is host memory that the device reads and writes in place.
 
+use crate::Result;
 use crate::backend::{Admission, AttentionShape, Event, KvRuns, Prefetch, Rows, Visible};
 use crate::kv::{self, DeviceCache, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
-use crate::Result;
 
 use super::plan::Plan;
 use super::prompt::{self, Prompt};

@@ -22,7 +22,9 @@ use crate::backend::{
 use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
-use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter};
+use super::{
+    Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter,
+};
 pub(super) use device::OnDevice;
 use plan::Plan;
 use prompt::Prompt;
