@@ -109,7 +109,7 @@ pub(super) struct Queue {
     replays: u64,
     clock: u64,
     staging: Raw,
-    scratch: [Scratch; 3],
+    scratch: [Scratch; 5],
     /// The last launch, if it was a store that may be extended; see `store_kv`.
     pub(super) last_store: Option<super::store_kv::LastStore>,
 }
@@ -123,6 +123,10 @@ pub(super) enum Use {
     Counters = 1,
     /// Activations in the weights' type.
     Converted = 2,
+    /// Scores of rehearsals, and what ranks them.
+    Rehearsals = 3,
+    /// Rows that rehearsals select.
+    Lists = 4,
 }
 
 // SAFETY: stream, event and graph handles belong to the context, not to a thread; the lock around a queue keeps calls apart.
@@ -144,7 +148,13 @@ impl Queue {
             replays: 0,
             clock: 0,
             staging: Raw::NONE,
-            scratch: [scratch("attention partials"), scratch("attention counters"), scratch("converted activations")],
+            scratch: [
+                scratch("attention partials"),
+                scratch("attention counters"),
+                scratch("converted activations"),
+                scratch("scores of rehearsals"),
+                scratch("selected rows"),
+            ],
             last_store: None,
         })
     }
