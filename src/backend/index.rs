@@ -91,6 +91,21 @@ macro_rules! index_runs {
                 self.extents.len() * self.geometry.extent_tokens
             }
 
+            /// Number of extents.
+            pub fn extents(&self) -> usize {
+                self.extents.len()
+            }
+
+            /// Address of extent `extent`.
+            pub fn extent(&self, extent: usize) -> *const u8 {
+                self.extents[extent].address()
+            }
+
+            /// Bytes from an extent's start to the layer's first run.
+            pub fn layer_offset(&self) -> usize {
+                self.offset
+            }
+
             /// Bytes from an extent's start to the run of `head`.
             fn run_offset(&self, head: usize) -> usize {
                 assert!(head < self.geometry.kv_heads);

@@ -4,6 +4,7 @@
 //! why. `tests/gpu/run.sh` runs them where there is one, with `KVAHEAD_TEST_DEVICE=cuda`, and then a skip is a failure.
 
 mod attention;
+mod index;
 mod matrix;
 mod rig;
 mod rowwise;

@@ -37,10 +37,13 @@ modules! {
     AttendPrefill: "attend_prefill";
     Embed: "embed";
     Gemm: "gemm";
+    Index: "index";
     LogProbability: "log_probability";
     Matvec: "matvec";
     MatvecMma: "matvec_mma";
     Norm: "norm";
+    ProjectHeads: "project_heads";
+    Rehearse: "rehearse";
     Rotary: "rotary";
     StoreKv: "store_kv";
     Upload: "upload";

@@ -12,10 +12,12 @@ mod attention;
 mod blas;
 mod block;
 mod context;
+mod index;
 mod kernels;
 mod matmul;
 mod memory;
 mod queue;
+mod rehearse;
 mod rowwise;
 mod store_kv;
 
@@ -400,32 +402,62 @@ impl Backend for CudaBackend {
         Err(unsupported("attention_mass"))
     }
 
-    fn project_heads(&self, _stream: &Stream, _x: Rows<'_>, _maps: &HeadMaps, _out: RowsMut<'_>) -> Result<()> {
-        Err(unsupported("project_heads"))
+    fn project_heads(&self, stream: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(x, out);
+        assert!(maps.kv_heads > 0 && maps.inputs > 0 && maps.outputs > 0);
+        let heads = x.cols() / maps.inputs;
+        assert!(x.cols().is_multiple_of(maps.inputs) && heads.is_multiple_of(maps.kv_heads) && heads > 0);
+        assert_eq!((out.rows(), out.cols()), (x.rows(), heads * maps.outputs));
+        let (mut queue, _entered) = self.enter(stream)?;
+        index::project_heads(&self.shared, &mut queue, x, maps, &out)
     }
 
-    fn index_append(&self, _stream: &Stream, _keys: Rows<'_>, _runs: &mut IndexRunsMut<'_>, _row: usize) -> Result<()> {
-        Err(unsupported("index_append"))
+    fn index_append(&self, stream: &Stream, keys: Rows<'_>, runs: &mut IndexRunsMut<'_>, row: usize) -> Result<()> {
+        assert_activations!(keys);
+        index::assert_index(runs.geometry());
+        assert_eq!(keys.cols(), runs.geometry().kv_heads * runs.geometry().columns);
+        assert!(row + keys.rows() <= runs.capacity(), "rows past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        index::append(&self.shared, &mut queue, keys, runs, row)
     }
 
     fn index_store_rows(
         &self,
-        _stream: &Stream,
-        _keys: Rows<'_>,
-        _runs: &mut IndexRunsMut<'_>,
-        _rows: &[u32],
+        stream: &Stream,
+        keys: Rows<'_>,
+        runs: &mut IndexRunsMut<'_>,
+        rows: &[u32],
     ) -> Result<()> {
-        Err(unsupported("index_store_rows"))
+        assert_activations!(keys);
+        index::assert_index(runs.geometry());
+        assert_eq!((keys.rows(), keys.cols()), (1, runs.geometry().kv_heads * runs.geometry().columns));
+        assert_eq!(rows.len(), runs.geometry().kv_heads);
+        assert!(rows.iter().all(|&row| (row as usize) < runs.capacity()), "a row past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        index::store_rows(&self.shared, &mut queue, keys, runs, rows)
     }
 
     fn rehearse(
         &self,
-        _stream: &Stream,
-        _queries: Rows<'_>,
-        _rehearsals: &[Rehearsal<'_>],
-        _selected: &mut [&mut Selected],
+        stream: &Stream,
+        queries: Rows<'_>,
+        rehearsals: &[Rehearsal<'_>],
+        selected: &mut [&mut Selected],
     ) -> Result<()> {
-        Err(unsupported("rehearse"))
+        assert_activations!(queries);
+        assert_eq!(rehearsals.len(), selected.len());
+        for rehearsal in rehearsals {
+            let geometry = rehearsal.runs.geometry();
+            index::assert_index(geometry);
+            let heads = queries.cols() / geometry.columns;
+            assert!(queries.cols().is_multiple_of(geometry.columns));
+            assert!(heads.is_multiple_of(geometry.kv_heads) && heads > 0);
+            assert!(rehearsal.row < queries.rows());
+            assert!(rehearsal.rows <= rehearsal.runs.capacity(), "rows past the extents' end");
+            assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
+        }
+        let (mut queue, _entered) = self.enter(stream)?;
+        rehearse::rehearse(&self.shared, &mut queue, queries, rehearsals, selected)
     }
 
     fn prefetch(&self, _stream: &Stream, _queries: Rows<'_>, _sequences: &mut [Prefetch<'_>]) -> Result<()> {

@@ -137,7 +137,7 @@ struct Lane {
     after: Vec<usize>,
     /// Lanes all of whose work that was launched one by one its next launch comes after.
     behind: [bool; LANES],
-    scratch: [Scratch; 3],
+    scratch: [Scratch; 5],
 }
 
 impl Lane {
@@ -148,7 +148,13 @@ impl Lane {
             stream,
             after: Vec::new(),
             behind: [false; LANES],
-            scratch: [scratch("attention partials"), scratch("attention counters"), scratch("converted activations")],
+            scratch: [
+                scratch("attention partials"),
+                scratch("attention counters"),
+                scratch("converted activations"),
+                scratch("scores of rehearsals"),
+                scratch("selected rows"),
+            ],
         })
     }
 }
@@ -203,6 +209,10 @@ pub(super) enum Use {
     Counters = 1,
     /// Activations in the weights' type.
     Converted = 2,
+    /// Scores of rehearsals, and what ranks them.
+    Rehearsals = 3,
+    /// Rows that rehearsals select.
+    Lists = 4,
 }
 
 // SAFETY: stream, event and graph handles belong to the context, not to a thread; the lock around a queue keeps calls apart.
