@@ -17,7 +17,7 @@ mod weights;
 use crate::Result;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
-pub use payload::{Landing, Payload, Slot};
+pub use payload::{Landing, Payload, Slot, StoredRuns};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
@@ -157,6 +157,10 @@ pub trait Backend: Send + Sync {
         landings: &[Landing],
         to: &mut KvRunsMut<'_>,
     ) -> Result<()>;
+
+    /// Lands the first `rows` rows of every head of a layer that is fetched whole, each in the row of its own place in `to`,
+    /// widened as by [`Backend::decode_kv_rows`]. Runs of both are equally long.
+    fn fetch_kv(&self, stream: &Stream, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, rows: usize) -> Result<()>;
 
     /// Softmax attention of `q` (rows of `heads × head_dim`) over what each segment names, into `out` (same
     /// shape). Segments cover disjoint row ranges. A segment's result does not depend on the others beside it.

@@ -31,6 +31,7 @@ macro_rules! modules {
 
 modules! {
     Activate: "activate";
+    AttentionMass: "attention_mass";
     AttendDecodeF32: "attend_decode_f32";
     AttendDecodeF16: "attend_decode_f16";
     AttendDecodeBf16: "attend_decode_bf16";
@@ -41,6 +42,7 @@ modules! {
     Matvec: "matvec";
     MatvecMma: "matvec_mma";
     Norm: "norm";
+    Payload: "payload";
     Rotary: "rotary";
     StoreKv: "store_kv";
     Upload: "upload";

@@ -112,6 +112,8 @@ pub(super) struct Queue {
     scratch: [Scratch; 3],
     /// The last launch, if it was a store that may be extended; see `store_kv`.
     pub(super) last_store: Option<super::store_kv::LastStore>,
+    /// The last launch, if it was a fetch that another sequence may join; see `payload`.
+    pub(super) last_fetch: Option<super::payload::LastFetch>,
 }
 
 /// What scratch memory is for.
@@ -146,6 +148,7 @@ impl Queue {
             staging: Raw::NONE,
             scratch: [scratch("attention partials"), scratch("attention counters"), scratch("converted activations")],
             last_store: None,
+            last_fetch: None,
         })
     }
 
@@ -183,7 +186,7 @@ impl Queue {
         threads: usize,
         params: &P,
     ) -> Result<()> {
-        self.last_store = None;
+        (self.last_store, self.last_fetch) = (None, None);
         if grid.contains(&0) {
             return Ok(());
         }
@@ -221,7 +224,7 @@ impl Queue {
 
     /// Sends everything that waits; as a graph when `replay` says that a whole step is there.
     pub(super) fn launch(&mut self, replay: bool) -> Result<()> {
-        self.last_store = None;
+        (self.last_store, self.last_fetch) = (None, None);
         if self.script.launches.is_empty() {
             return Ok(());
         }
