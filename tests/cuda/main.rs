@@ -4,7 +4,9 @@
 //! why. `tests/gpu/run.sh` runs them where there is one, with `KVAHEAD_TEST_DEVICE=cuda`, and then a skip is a failure.
 
 mod attention;
+mod mass;
 mod matrix;
+mod payload;
 mod rig;
 mod rowwise;
 mod streams;
