@@ -47,6 +47,10 @@ pub trait Backend: Send + Sync {
     /// A new stream of execution.
     fn stream(&self) -> Result<Stream>;
 
+    /// A stream beside `of`, for work that overlaps with it, ordered by events only. On a device both are replayed as
+    /// one, and events between them cost nothing; there are at most two beside a stream.
+    fn side_stream(&self, of: &Stream) -> Result<Stream>;
+
     /// An event that completes when everything enqueued on `stream` so far has.
     fn record(&self, stream: &Stream) -> Result<Event>;
 

@@ -85,7 +85,7 @@ impl Forward<'_> {
         }
         drop(rehearsals);
         wanted.into_iter().try_for_each(|i| {
-            let step = parts[i].step(backend, &w.stream, layer);
+            let step = parts[i].step(backend, w, layer);
             parts[i].policy.rehearsed(&step)
         })
     }

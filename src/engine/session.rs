@@ -270,8 +270,9 @@ impl Session {
         let model = self.model.clone();
         model.forward(|forward| {
             let phase = if rows == 1 { Phase::Decode } else { Phase::Prefill { last: true } };
-            let stream = &forward.workspace.stream;
-            work(&mut *self.policy, &Step { backend: forward.backend, stream, layer: 0, position, rows, phase })
+            let (stream, fetch) = (&forward.workspace.stream, &forward.workspace.fetch);
+            let backend = forward.backend;
+            work(&mut *self.policy, &Step { backend, stream, fetch, layer: 0, position, rows, phase })
         })
     }
 

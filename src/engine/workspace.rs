@@ -55,6 +55,8 @@ impl Slot {
 /// Every intermediate of a step.
 pub(super) struct Workspace {
     pub(super) stream: Stream,
+    /// Beside it: what is fetched for a layer while the one before is computed.
+    pub(super) fetch: Stream,
     /// Token ids.
     pub(super) tokens: Slot,
     /// Positions of the tokens.
@@ -115,8 +117,10 @@ impl Input {
 impl Workspace {
     pub(super) fn new(backend: &dyn Backend, d: &Dimensions) -> Result<Workspace> {
         let a = backend.activation();
+        let stream = backend.stream()?;
         Ok(Workspace {
-            stream: backend.stream()?,
+            fetch: backend.side_stream(&stream)?,
+            stream,
             tokens: Slot::new("token ids", 1, DType::U32),
             positions: Slot::new("positions", 1, DType::U32),
             lookups: Slot::new("position rows", 1, DType::U32),

@@ -42,6 +42,8 @@ pub struct Step<'a> {
     pub backend: &'a dyn Backend,
     /// Where the layer's other operations are enqueued.
     pub stream: &'a Stream,
+    /// A side stream of it, for what the attention of a coming layer needs.
+    pub fetch: &'a Stream,
     /// Layer of the model.
     pub layer: usize,
     /// Position of the first new token.

@@ -2,7 +2,7 @@
 
 use kvahead::ErrorCode;
 use kvahead::backend::cuda::CudaBackend;
-use kvahead::backend::{Activation, DType, Place, Shape};
+use kvahead::backend::{Activation, DType, Place, Shape, Stream};
 
 use crate::rig::*;
 
@@ -97,6 +97,49 @@ fn replayed_steps_equal_launched_ones() {
         let want = step(&values, 1);
         let before = backend.replays();
         assert_same(&format!("round {round}"), &step(&values, 60), &want);
+        assert_eq!(backend.replays() - before, u64::from(round > 0), "round {round}");
+    }
+}
+
+/// A chain of products that alternates between a stream and two beside it, launched one by one and replayed.
+#[test]
+fn side_streams_are_ordered_by_events() {
+    if CudaBackend::new(0).is_err() {
+        return with_both(|_, _| ());
+    }
+    let backend = CudaBackend::new(0).unwrap();
+    let rig = Rig::new(&backend);
+    let b = rig.b;
+    let beside = [b.side_stream(&rig.stream).unwrap(), b.side_stream(&rig.stream).unwrap()];
+    assert!(b.side_stream(&rig.stream).is_err(), "a third side stream");
+    let mut random = Random(9);
+    let n = 1 << 10;
+    let weight = rig.linear(DType::F32, n, &random.normals(n * n).iter().map(|x| x / 40.0).collect::<Vec<_>>(), None);
+    let mut rows: Vec<_> = (0..2).map(|_| rig.poisoned(4 * n)).collect();
+    let mut chain = |x: &[f32], streams: &[&Stream]| -> Vec<f32> {
+        let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
+        b.upload(&rig.stream, &bytes, &mut rows[0], 0).unwrap();
+        let mut before = &rig.stream;
+        for i in 0..40 {
+            let stream = streams[i % streams.len()];
+            let event = b.record(before).unwrap();
+            b.wait(stream, &event).unwrap();
+            let [first, second] = &mut rows[..] else { unreachable!("two buffers") };
+            let (from, to) = if i % 2 == 0 { (first, second) } else { (second, first) };
+            let to = to.rows_mut(DType::F32, 4, n);
+            b.matmul(stream, from.rows(DType::F32, 4, n), &weight, false, Shape::Decode, to).unwrap();
+            before = stream;
+        }
+        let event = b.record(before).unwrap();
+        b.wait(&rig.stream, &event).unwrap();
+        rig.floats(rows[0].rows(DType::F32, 4, n))
+    };
+    for round in 0..6 {
+        let x = random.normals(4 * n);
+        let want = chain(&x, &[&rig.stream]);
+        let before = backend.replays();
+        let got = chain(&x, &[&rig.stream, &beside[0], &beside[1], &beside[0]]);
+        assert_same(&format!("round {round}"), &got, &want);
         assert_eq!(backend.replays() - before, u64::from(round > 0), "round {round}");
     }
 }

@@ -164,6 +164,7 @@ impl Naive for NaiveH2o {
 struct Real {
     backend: Arc<dyn Backend>,
     stream: Stream,
+    fetch: Stream,
     policy: Box<dyn Policy>,
     layers: Vec<Layer>,
 }
@@ -177,7 +178,8 @@ impl Real {
     }
 
     fn step(&self, layer: usize, position: usize, rows: usize, phase: Phase) -> Step<'_> {
-        Step { backend: &*self.backend, stream: &self.stream, layer, position, rows, phase }
+        let (backend, stream) = (&*self.backend, &self.stream);
+        Step { backend, stream, fetch: &self.fetch, layer, position, rows, phase }
     }
 
     /// Runs `rows` tokens through layers `..stop`; outputs, layer by layer.
@@ -277,7 +279,9 @@ fn check(options: &PolicyOptions, naive: &mut dyn Naive, prompt: usize, total: u
             values: random.values(total * KV_HEADS * D),
         })
         .collect();
-    let mut real = Real { stream: backend.stream().unwrap(), backend, policy, layers };
+    let stream = backend.stream().unwrap();
+    let fetch = backend.side_stream(&stream).unwrap();
+    let mut real = Real { stream, fetch, backend, policy, layers };
     let what = format!("{} {:?}, {} sinks, prompt {prompt}", options.kind.name(), options.budget, options.sinks);
 
     // The prompt, in chunks; given up once, and done again.

@@ -145,6 +145,10 @@ impl Backend for CpuBackend {
         Ok(Stream(0))
     }
 
+    fn side_stream(&self, _of: &Stream) -> Result<Stream> {
+        self.stream()
+    }
+
     fn record(&self, _stream: &Stream) -> Result<Event> {
         Ok(Event(0))
     }

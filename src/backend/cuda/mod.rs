@@ -30,11 +30,11 @@ use crate::backend::{
     Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment, Selected, Shape, Slot,
     StoredRuns, Stream, Visible,
 };
-use crate::{Error, Result};
+use crate::{Error, ErrorCode, Result};
 use blas::Blas;
 use context::{Context, Entered};
 use kernels::Kernels;
-use queue::{EVENTS, Queue, SharedQueue};
+use queue::{Point, Queue, SharedQueue};
 
 /// Computes on a CUDA device. May be shared by threads; operations of one stream take turns.
 pub struct CudaBackend {
@@ -73,9 +73,35 @@ impl CudaBackend {
     /// The stream's queue, locked, with the context current.
     fn enter(&self, stream: &Stream) -> Result<(Guard, Entered)> {
         let entered = self.shared.context.enter()?;
-        let queue = self.shared.queues.read()[stream.0 as usize].clone();
-        Ok((queue.lock_arc(), entered))
+        let (queue, lane) = place_of(stream);
+        let queue = self.shared.queues.read()[queue].clone();
+        let mut queue = queue.lock_arc();
+        queue.switch(lane);
+        Ok((queue, entered))
     }
+}
+
+/// Of a stream: which queue, and which lane of it.
+fn place_of(stream: &Stream) -> (usize, usize) {
+    ((stream.0 >> LANE_BITS) as usize, (stream.0 & ((1 << LANE_BITS) - 1)) as usize)
+}
+
+/// Bits of a stream's number that say the lane.
+const LANE_BITS: u32 = 2;
+
+/// An event's number: from above 10 bits of a queue, 2 of a lane, 38 of a script, 14 of a launch.
+fn event_of(queue: usize, point: Point) -> Result<Event> {
+    if queue >= 1 << 10 {
+        return Err(Error::new(ErrorCode::Internal, "events are recorded on the first 1024 streams only"));
+    }
+    let script = point.script & ((1 << 38) - 1);
+    Ok(Event((queue as u64) << 54 | (point.lane as u64) << 52 | script << 14 | point.launches as u64))
+}
+
+/// See [`event_of`].
+fn point_of(event: &Event) -> (usize, Point) {
+    let bits = |from: u32, count: u32| event.0 >> from & ((1 << count) - 1);
+    (bits(54, 10) as usize, Point { lane: bits(52, 2) as usize, script: bits(14, 38), launches: bits(0, 14) as usize })
 }
 
 type Guard = parking_lot::ArcMutexGuard<parking_lot::RawMutex, Queue>;
@@ -145,23 +171,28 @@ impl Backend for CudaBackend {
         let _entered = self.shared.context.enter()?;
         let mut queues = self.shared.queues.write();
         queues.push(Arc::new(Mutex::new(Queue::new()?)));
-        Ok(Stream(queues.len() as u64 - 1))
+        Ok(Stream((queues.len() as u64 - 1) << LANE_BITS))
+    }
+
+    fn side_stream(&self, of: &Stream) -> Result<Stream> {
+        let (mut queue, _entered) = self.enter(of)?;
+        Ok(Stream(of.0 >> LANE_BITS << LANE_BITS | queue.add_lane()? as u64))
     }
 
     fn record(&self, stream: &Stream) -> Result<Event> {
-        let (mut queue, _entered) = self.enter(stream)?;
-        // The stream's number above, the event's below: 2^40 events of 2^24 streams.
-        Ok(Event(stream.0 << 40 | queue.record()? & ((1 << 40) - 1)))
+        let (queue, _entered) = self.enter(stream)?;
+        event_of(place_of(stream).0, queue.point())
     }
 
     fn wait(&self, stream: &Stream, event: &Event) -> Result<()> {
-        let (from, number) = (event.0 >> 40, event.0 & ((1 << 40) - 1));
-        if from == stream.0 {
+        let (from, point) = point_of(event);
+        if from == place_of(stream).0 {
+            self.enter(stream)?.0.wait(point);
             return Ok(());
         }
-        let event = self.shared.queues.read()[from as usize].lock().event(number % EVENTS as u64);
-        let (mut queue, _entered) = self.enter(stream)?;
-        queue.wait(event)
+        // All that the other queue was told, which is never wrong to wait for.
+        let event = self.enter(&Stream((from as u64) << LANE_BITS))?.0.event()?;
+        self.enter(stream)?.0.wait_event(event)
     }
 
     fn synchronize(&self, stream: &Stream) -> Result<()> {

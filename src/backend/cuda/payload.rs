@@ -242,7 +242,8 @@ pub(super) fn fetch(
     let bytes = 8 * (sources.len() + targets.len()) + size_of::<Fetched>();
     let joined = queue.last_fetch.take().filter(|before| {
         let same = Fetch { first: params.first, ..before.params };
-        before.kernel == name && bytes_of(&[same]) == bytes_of(&[params]) && queue.block.fits(bytes, 3)
+        let alike = before.kernel == name && bytes_of(&[same]) == bytes_of(&[params]);
+        alike && queue.block.fits(bytes, 3) && queue.last_has_waited()
     });
     if joined.is_none() {
         queue.reserve(bytes, 3)?;

@@ -3,6 +3,10 @@
 //! Launching a kernel costs the host microseconds, and a decode step is hundreds of them. But a step does what the last
 //! one did: the same kernels with the same parameters, for whatever changes lies in the [`Block`]. So launches are written
 //! down first; when the caller waits for a result, a sequence that was seen before is one launch of a graph.
+//!
+//! A queue has [`LANES`] lanes: streams that share the script, so that what runs beside the main lane (fetches) is part of
+//! the same graph. An event of one lane that another waits for is an edge of the graph; launched one by one, each lane
+//! has a CUDA stream of its own, and the edge is a CUDA event.
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -31,8 +35,13 @@ const LEAST_GRAPH: usize = 24;
 /// Graphs that are kept. A decoding session needs a new one when its length passes a power of two.
 const MOST_GRAPHS: usize = 24;
 
-/// Events of a stream. One that is recorded again stands for a later point, which is never wrong to wait for.
-pub(super) const EVENTS: usize = 64;
+/// The main lane, and those that run beside it.
+pub(super) const LANES: usize = 3;
+
+/// Events by number: of lanes that catch up, of other queues that wait, and from `OWN_EVENTS` on of edges.
+const CATCH_UP: usize = 0;
+const OUTER: usize = 1;
+const OWN_EVENTS: usize = 2;
 
 /// Bytes through which small results travel.
 const STAGING: usize = 4 << 20;
@@ -49,6 +58,9 @@ struct Launch {
     shared: u32,
     /// Where its parameters lie in `words`, in words of 8 bytes.
     params: usize,
+    lane: usize,
+    /// Where its edges end in `edges`; they begin where those of the launch before end.
+    edges: usize,
 }
 
 /// What a sequence of launches is, without the data in the block.
@@ -56,6 +68,10 @@ struct Launch {
 struct Script {
     launches: Vec<Launch>,
     words: Vec<u64>,
+    /// Launches of other lanes that come before a launch.
+    edges: Vec<usize>,
+    /// The last launch of each lane.
+    last: [Option<usize>; LANES],
     hash: u64,
 }
 
@@ -63,25 +79,77 @@ impl Script {
     fn clear(&mut self) {
         self.launches.clear();
         self.words.clear();
+        self.edges.clear();
+        self.last = [None; LANES];
         self.hash = 0;
     }
 
-    fn push<P: Plain>(&mut self, function: CUfunction, grid: [u32; 3], threads: u32, shared: u32, params: &P) {
+    /// Adds a launch of `lane` that comes after the launches `after` of other lanes.
+    #[allow(clippy::too_many_arguments, reason = "each is one thing")]
+    fn push<P: Plain>(
+        &mut self,
+        lane: usize,
+        after: &[usize],
+        function: CUfunction,
+        grid: [u32; 3],
+        threads: u32,
+        shared: u32,
+        params: &P,
+    ) {
         let from = self.words.len();
-        self.launches.push(Launch { function, grid, threads, shared, params: from });
+        self.edges.extend(after);
+        self.last[lane] = Some(self.launches.len());
+        self.launches.push(Launch { function, grid, threads, shared, params: from, lane, edges: self.edges.len() });
         self.words.extend(
             bytes_of(std::slice::from_ref(params))
                 .chunks_exact(8)
                 .map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of eight"))),
         );
-        let shape = [function as usize as u64, u64::from(grid[0]) << 32 | u64::from(grid[1]), u64::from(grid[2])];
-        for &word in shape.iter().chain(&self.words[from..]) {
+        let shape = [
+            function as usize as u64,
+            u64::from(grid[0]) << 32 | u64::from(grid[1]),
+            u64::from(grid[2]) << 32 | lane as u64,
+        ];
+        let after = after.iter().map(|&launch| launch as u64);
+        for word in shape.into_iter().chain(after).chain(self.words[from..].iter().copied()) {
             self.hash = (self.hash.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         }
     }
 
     fn equals(&self, other: &Script) -> bool {
-        self.hash == other.hash && self.launches == other.launches && self.words == other.words
+        self.hash == other.hash
+            && self.launches == other.launches
+            && self.words == other.words
+            && self.edges == other.edges
+    }
+
+    /// The launches of other lanes that come before launch `i`.
+    fn edges_of(&self, i: usize) -> &[usize] {
+        let from = i.checked_sub(1).map_or(0, |before| self.launches[before].edges);
+        &self.edges[from..self.launches[i].edges]
+    }
+}
+
+/// What a lane is besides its launches.
+struct Lane {
+    stream: CUstream,
+    /// Launches of this script, of other lanes, that its next launch comes after.
+    after: Vec<usize>,
+    /// Lanes all of whose work that was launched one by one its next launch comes after.
+    behind: [bool; LANES],
+    scratch: [Scratch; 3],
+}
+
+impl Lane {
+    fn new() -> Result<Lane> {
+        let stream = check("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        let scratch = |purpose| Scratch { raw: Raw::NONE, purpose };
+        Ok(Lane {
+            stream,
+            after: Vec::new(),
+            behind: [false; LANES],
+            scratch: [scratch("attention partials"), scratch("attention counters"), scratch("converted activations")],
+        })
     }
 }
 
@@ -97,11 +165,24 @@ struct Scratch {
     purpose: &'static str,
 }
 
-/// A stream and what waits for it. Always behind a lock.
+/// A point in a lane: after the `launches`-th launch of the `script`-th script, or after all scripts before it.
+#[derive(Clone, Copy)]
+pub(super) struct Point {
+    pub(super) lane: usize,
+    pub(super) script: u64,
+    pub(super) launches: usize,
+}
+
+/// Lanes and what waits for them. Always behind a lock.
 pub(super) struct Queue {
-    stream: CUstream,
+    /// The main lane, and others as they are asked for.
+    lanes: Vec<Lane>,
+    /// Whose operations are being enqueued.
+    lane: usize,
+    /// CUDA events, for edges between lanes that are launched one by one.
     events: Vec<CUevent>,
-    recorded: u64,
+    /// Scripts launched so far.
+    scripts: u64,
     script: Script,
     pub(super) block: Block,
     graphs: Vec<Graph>,
@@ -109,7 +190,6 @@ pub(super) struct Queue {
     replays: u64,
     clock: u64,
     staging: Raw,
-    scratch: [Scratch; 3],
     /// The last launch, if it was a store that may be extended; see `store_kv`.
     pub(super) last_store: Option<super::store_kv::LastStore>,
     /// The last launch, if it was a fetch that another sequence may join; see `payload`.
@@ -133,12 +213,11 @@ unsafe impl Send for Queue {}
 impl Queue {
     /// A new stream of the context, which is current.
     pub(super) fn new() -> Result<Queue> {
-        let stream = check("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
-        let scratch = |purpose| Scratch { raw: Raw::NONE, purpose };
         Ok(Queue {
-            stream,
+            lanes: vec![Lane::new()?],
+            lane: 0,
             events: Vec::new(),
-            recorded: 0,
+            scripts: 0,
             script: Script::default(),
             block: Block::new(),
             graphs: Vec::new(),
@@ -146,16 +225,34 @@ impl Queue {
             replays: 0,
             clock: 0,
             staging: Raw::NONE,
-            scratch: [scratch("attention partials"), scratch("attention counters"), scratch("converted activations")],
             last_store: None,
             last_fetch: None,
         })
     }
 
-    /// The stream, with everything that waited launched: for libraries that launch by themselves.
+    /// One more lane, or an error where there are no more.
+    pub(super) fn add_lane(&mut self) -> Result<usize> {
+        if self.lanes.len() == LANES {
+            return Err(Error::new(ErrorCode::Internal, format!("a stream has at most {} side streams", LANES - 1)));
+        }
+        self.lanes.push(Lane::new()?);
+        Ok(self.lanes.len() - 1)
+    }
+
+    /// Enqueues on `lane` from now on.
+    pub(super) fn switch(&mut self, lane: usize) {
+        assert!(lane < self.lanes.len(), "a stream that was never made");
+        if self.lane != lane {
+            self.lane = lane;
+            (self.last_store, self.last_fetch) = (None, None);
+        }
+    }
+
+    /// The lane's stream, with everything that waited launched: for libraries that launch by themselves.
     pub(super) fn stream(&mut self) -> Result<CUstream> {
         self.launch(false)?;
-        Ok(self.stream)
+        self.catch_up(self.lane)?;
+        Ok(self.lanes[self.lane].stream)
     }
 
     /// Graph launches so far.
@@ -198,7 +295,10 @@ impl Queue {
             return Err(Error::new(ErrorCode::Internal, format!("{}: a grid of {grid:?} blocks", kernel.name)));
         }
         let function = shared.kernels.get(&shared.context, kernel)?;
-        self.script.push(function, grid.map(|n| n as u32), threads as u32, kernel.shared_bytes as u32, params);
+        let (grid, threads, shared_bytes) = (grid.map(|n| n as u32), threads as u32, kernel.shared_bytes as u32);
+        let after = &mut self.lanes[self.lane].after;
+        self.script.push(self.lane, after, function, grid, threads, shared_bytes, params);
+        after.clear();
         Ok(())
     }
 
@@ -210,16 +310,28 @@ impl Queue {
         self.script.hash = (self.script.hash.rotate_left(5) ^ blocks as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 
-    /// Scratch memory of at least `bytes`, zeroed when it is new.
+    /// Whether the last launch, which is of this lane, comes after all that the lane was told to wait for: what joins it
+    /// then has waited too.
+    pub(super) fn last_has_waited(&self) -> bool {
+        let Some(last) = self.script.launches.len().checked_sub(1) else { return false };
+        let lane_of = |launch: usize| self.script.launches[launch].lane;
+        let waited = |&before: &usize| {
+            self.script.edges_of(last).iter().any(|&edge| lane_of(edge) == lane_of(before) && before <= edge)
+        };
+        // (Lanes that it is behind of are waited for by the lane's first launch, whenever the lane was told.)
+        lane_of(last) == self.lane && self.lanes[self.lane].after.iter().all(waited)
+    }
+
+    /// Scratch memory of the lane of at least `bytes`, zeroed when it is new.
     pub(super) fn scratch(&mut self, what: Use, bytes: usize) -> Result<u64> {
-        if self.scratch[what as usize].raw.bytes < bytes {
+        if self.lanes[self.lane].scratch[what as usize].raw.bytes < bytes {
             self.finish()?;
-            let scratch = &mut self.scratch[what as usize];
+            let scratch = &mut self.lanes[self.lane].scratch[what as usize];
             scratch.raw.free();
             scratch.raw = Raw::NONE;
             scratch.raw = Raw::device(bytes.next_power_of_two(), scratch.purpose)?;
         }
-        Ok(self.scratch[what as usize].raw.address)
+        Ok(self.lanes[self.lane].scratch[what as usize].raw.address)
     }
 
     /// Sends everything that waits; as a graph when `replay` says that a whole step is there.
@@ -228,20 +340,45 @@ impl Queue {
         if self.script.launches.is_empty() {
             return Ok(());
         }
-        let result = self.block.send(self.stream).and_then(|()| {
+        // What a lane waits for without having launched anything since.
+        let mut pending = [[false; LANES]; LANES];
+        for (lane, pending) in self.lanes.iter_mut().zip(&mut pending) {
+            lane.after.drain(..).for_each(|before| pending[self.script.launches[before].lane] = true);
+        }
+        let result = self.block.send(self.lanes[0].stream).and_then(|()| {
             match replay && self.script.launches.len() >= LEAST_GRAPH && self.graph()? {
                 true => Ok(()),
                 false => self.launch_each(),
             }
         });
+        for (lane, pending) in self.lanes.iter_mut().zip(pending) {
+            lane.behind.iter_mut().zip(pending).for_each(|(behind, pending)| *behind |= pending);
+        }
         self.script.clear();
+        self.scripts += 1;
         result
     }
 
+    /// Launches the script on the lanes' own streams.
     fn launch_each(&mut self) -> Result<()> {
-        let Script { launches, words, .. } = &mut self.script;
-        for launch in launches {
-            let mut params = [words[launch.params..].as_mut_ptr().cast::<c_void>()];
+        // The block was sent on the main lane's stream.
+        let side = |launch: &Launch| launch.lane != 0;
+        if self.script.launches.iter().any(side) {
+            self.lanes[1..].iter_mut().for_each(|lane| lane.behind[0] = true);
+        }
+        let mut events: Vec<Option<CUevent>> = vec![None; self.script.launches.len()];
+        for &launch in &self.script.edges {
+            events[launch] = Some(std::ptr::null_mut());
+        }
+        let mut used = OWN_EVENTS;
+        for i in 0..self.script.launches.len() {
+            let launch = self.script.launches[i];
+            self.catch_up(launch.lane)?;
+            let stream = self.lanes[launch.lane].stream;
+            for &before in self.script.edges_of(i) {
+                wait_for(stream, events[before].expect("an event for every launch that is waited for"))?;
+            }
+            let mut params = [self.script.words[launch.params..].as_mut_ptr().cast::<c_void>()];
             let [x, y, z] = launch.grid;
             // SAFETY: the kernel takes one struct by value, which lies at `params`; its addresses were valid when it was
             // enqueued, and memory is freed only after everything that waits was launched.
@@ -251,12 +388,45 @@ impl Queue {
                     (x, y, z),
                     (launch.threads, 1, 1),
                     launch.shared,
-                    self.stream,
+                    stream,
                     &mut params,
                 )
             })?;
+            if let Some(event) = &mut events[i] {
+                *event = self.record(used, launch.lane)?;
+                used += 1;
+            }
         }
         Ok(())
+    }
+
+    /// Makes the lane's stream wait for the lanes that it is behind.
+    fn catch_up(&mut self, lane: usize) -> Result<()> {
+        for other in 0..self.lanes.len() {
+            if std::mem::take(&mut self.lanes[lane].behind[other]) && other != lane {
+                // Whoever waits on an event waits for what it stood for at that moment, so one serves for all.
+                let event = self.record(CATCH_UP, other)?;
+                wait_for(self.lanes[lane].stream, event)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the `at`-th event on the lane's stream.
+    fn record(&mut self, at: usize, lane: usize) -> Result<CUevent> {
+        while at >= self.events.len() {
+            let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+            self.events.push(check("make an event", event)?);
+        }
+        // SAFETY: event and stream are alive and of one context.
+        check("record an event", unsafe { result::event::record(self.events[at], self.lanes[lane].stream) })?;
+        Ok(self.events[at])
+    }
+
+    /// Lets the main lane's stream wait for all others.
+    fn join(&mut self) -> Result<()> {
+        self.lanes[0].behind[1..].fill(true);
+        self.catch_up(0)
     }
 
     /// Launches the waiting script as a graph, if it was seen before. Returns whether it did.
@@ -287,21 +457,26 @@ impl Queue {
             }
         };
         self.graphs[at].used = self.clock;
+        self.join()?;
         // SAFETY: the graph names memory that is alive: its parameters equal those of operations enqueued just now.
-        check("launch a graph", unsafe { result::graph::launch(self.graphs[at].exec, self.stream) })?;
+        check("launch a graph", unsafe { result::graph::launch(self.graphs[at].exec, self.lanes[0].stream) })?;
+        self.lanes[1..].iter_mut().for_each(|lane| lane.behind[0] = true);
         self.replays += 1;
         Ok(true)
     }
 
-    /// The waiting script as a graph: a chain.
+    /// The waiting script as a graph: a chain for each lane, and edges between them.
     fn instantiate(&mut self) -> Result<CUgraphExec> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: writes a new graph to a local; destroyed below.
         check("make a graph", unsafe { sys::cuGraphCreate(&mut graph, 0) }.result())?;
-        let Script { launches, words, .. } = &mut self.script;
-        let mut before = None;
-        let added = launches.iter().try_for_each(|launch| {
-            let mut params = [words[launch.params..].as_mut_ptr().cast::<c_void>()];
+        let mut nodes = Vec::with_capacity(self.script.launches.len());
+        let mut last = [None; LANES];
+        let added = (0..self.script.launches.len()).try_for_each(|i| {
+            let launch = self.script.launches[i];
+            let before: Vec<_> =
+                last[launch.lane].iter().chain(self.script.edges_of(i)).map(|&before: &usize| nodes[before]).collect();
+            let mut params = [self.script.words[launch.params..].as_mut_ptr().cast::<c_void>()];
             let [x, y, z] = launch.grid;
             let node_params = CUDA_KERNEL_NODE_PARAMS {
                 func: launch.function,
@@ -316,11 +491,12 @@ impl Queue {
                 extra: std::ptr::null_mut(),
             };
             let mut node = std::ptr::null_mut();
-            let dependencies = before.as_ref().map_or(std::ptr::null(), |node| node as *const _);
-            // SAFETY: the driver copies the parameters during the call; the dependency, if any, is a node of this graph.
+            // SAFETY: the driver copies the parameters during the call; the dependencies are nodes of this graph, no two
+            // the same: one of the own lane, others of other lanes.
             let added =
-                unsafe { sys::cuGraphAddKernelNode(&mut node, graph, dependencies, before.iter().len(), &node_params) };
-            before = Some(node);
+                unsafe { sys::cuGraphAddKernelNode(&mut node, graph, before.as_ptr(), before.len(), &node_params) };
+            nodes.push(node);
+            last[launch.lane] = Some(i);
             check("build a graph", added.result())
         });
         let exec = added.and_then(|()| {
@@ -334,38 +510,49 @@ impl Queue {
 
     /// Launches everything and waits for it.
     pub(super) fn finish(&mut self) -> Result<()> {
-        let launched = self.launch(true);
+        let launched = self.launch(true).and_then(|()| self.join());
         // SAFETY: the stream is alive.
-        let waited = check("finish its work", unsafe { result::stream::synchronize(self.stream) });
+        let waited = check("finish its work", unsafe { result::stream::synchronize(self.lanes[0].stream) });
         self.block.reset();
         launched.and(waited)
     }
 
-    /// See `Backend::record`; the number of the event on this stream.
-    pub(super) fn record(&mut self) -> Result<u64> {
-        self.launch(false)?;
-        let at = (self.recorded % EVENTS as u64) as usize;
-        if at == self.events.len() {
-            let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-            self.events.push(check("make an event", event)?);
+    /// See `Backend::record`: where the lane is.
+    pub(super) fn point(&self) -> Point {
+        let launches = self.script.last[self.lane].map_or(0, |last| last + 1);
+        Point { lane: self.lane, script: self.scripts, launches }
+    }
+
+    /// See `Backend::wait`: the lane waits for a point of another lane of this queue.
+    pub(super) fn wait(&mut self, point: Point) {
+        let lane = &mut self.lanes[self.lane];
+        if point.lane == self.lane {
+            return;
         }
-        // SAFETY: event and stream are alive and of one context.
-        check("record an event", unsafe { result::event::record(self.events[at], self.stream) })?;
-        self.recorded += 1;
-        Ok(self.recorded - 1)
+        self.last_store = None;
+        if point.script == self.scripts && point.launches > 0 {
+            // The later one of a lane comes after the earlier one.
+            let launch = point.launches - 1;
+            match lane.after.iter_mut().find(|before| self.script.launches[**before].lane == point.lane) {
+                Some(before) => *before = launch.max(*before),
+                None => lane.after.push(launch),
+            }
+        } else {
+            lane.behind[point.lane] = true;
+        }
     }
 
-    /// The event of that number, or a later one of this stream.
-    pub(super) fn event(&self, number: u64) -> CUevent {
-        self.events[(number % EVENTS as u64) as usize]
-    }
-
-    /// See `Backend::wait`.
-    pub(super) fn wait(&mut self, event: CUevent) -> Result<()> {
+    /// Everything that was enqueued, as an event for other queues.
+    pub(super) fn event(&mut self) -> Result<CUevent> {
         self.launch(false)?;
-        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: event and stream are alive and of one context.
-        check("wait for an event", unsafe { result::stream::wait_event(self.stream, event, flags) })
+        self.join()?;
+        self.record(OUTER, 0)
+    }
+
+    /// See `Backend::wait`: the lane waits for another queue.
+    pub(super) fn wait_event(&mut self, event: CUevent) -> Result<()> {
+        self.launch(false)?;
+        wait_for(self.lanes[self.lane].stream, event)
     }
 
     /// See `Backend::upload`: small ones travel with the next launch, large ones at once.
@@ -379,14 +566,15 @@ impl Queue {
             let threads = (source.len() / 4).next_multiple_of(32).min(1024);
             return self.push(shared, Kernel::new(Module::Upload, "upload"), [1, 1, 1], threads, &params);
         }
-        self.launch(false)?;
+        let stream = self.stream()?;
         // SAFETY: the caller checked the target's range. From pageable memory the driver has copied the source on return.
-        check("upload", unsafe { result::memcpy_htod_async(target, source, self.stream) })
+        check("upload", unsafe { result::memcpy_htod_async(target, source, stream) })
     }
 
     /// See `Backend::download`.
     pub(super) fn download(&mut self, source: Rows<'_>, target: &mut [u8]) -> Result<()> {
         self.launch(true)?;
+        self.join()?;
         let width = source.cols() * source.dtype().bytes();
         if !target.is_empty() {
             let staged = target.len() <= STAGING;
@@ -414,7 +602,7 @@ impl Queue {
             };
             // SAFETY: the window lies inside its buffer, and `to` has room for all rows, packed. The copy ends before
             // `finish` below returns, while `target` is borrowed.
-            let copied = check("download", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }.result());
+            let copied = check("download", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.lanes[0].stream) }.result());
             let finished = self.finish();
             copied.and(finished)?;
             if staged {
@@ -429,26 +617,35 @@ impl Queue {
     /// Gives everything back. The context is current.
     pub(super) fn free(&mut self) {
         self.script.clear();
-        // SAFETY: each handle was made by this queue and is destroyed once, after the stream has finished. Errors of a
+        // SAFETY: each handle was made by this queue and is destroyed once, after the streams have finished. Errors of a
         // failed device leave nothing to do.
         unsafe {
-            let _ = result::stream::synchronize(self.stream);
+            for lane in &self.lanes {
+                let _ = result::stream::synchronize(lane.stream);
+            }
             for graph in self.graphs.drain(..) {
                 let _ = result::graph::exec_destroy(graph.exec);
             }
             for event in self.events.drain(..) {
                 let _ = result::event::destroy(event);
             }
-            let _ = result::stream::destroy(self.stream);
         }
         self.block.free();
         self.staging.free();
         self.staging = Raw::NONE;
-        for scratch in &mut self.scratch {
-            scratch.raw.free();
-            scratch.raw = Raw::NONE;
+        for lane in self.lanes.drain(..) {
+            lane.scratch.iter().for_each(|scratch| scratch.raw.free());
+            // SAFETY: as above.
+            let _ = unsafe { result::stream::destroy(lane.stream) };
         }
     }
+}
+
+/// Makes later work on the stream wait for what the event stands for.
+fn wait_for(stream: CUstream, event: CUevent) -> Result<()> {
+    let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+    // SAFETY: event and stream are alive and of one context.
+    check("wait for an event", unsafe { result::stream::wait_event(stream, event, flags) })
 }
 
 super::block::plain! {
