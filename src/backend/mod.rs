@@ -28,12 +28,17 @@ pub trait Backend: Send + Sync {
     /// One line for people: device, instruction set, threads.
     fn description(&self) -> String;
 
-    /// Whether it has what tiers beside device memory need: host memory that it reads in place, and payloads.
-    fn has_tiers(&self) -> bool {
+    /// Whether keys and values may lie in a file: the host reads there what operations have written, and the other way.
+    fn has_files(&self) -> bool {
         true
     }
 
-    /// Whether it has what speculation needs: index, rehearsals, masses of attention.
+    /// Whether attention reads host memory as fast as any. Where it does not, entries there are fetched before.
+    fn reads_host_in_place(&self) -> bool {
+        true
+    }
+
+    /// Whether it has what speculation needs: index and rehearsals.
     fn has_speculation(&self) -> bool {
         true
     }

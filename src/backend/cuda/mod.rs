@@ -365,7 +365,12 @@ impl Backend for CudaBackend {
         attention::attend(&self.shared, &mut queue, q, attention, segments, out)
     }
 
-    fn has_tiers(&self) -> bool {
+    fn has_files(&self) -> bool {
+        false
+    }
+
+    /// It could, over the link; but then the link rests while anything else is computed.
+    fn reads_host_in_place(&self) -> bool {
         false
     }
 

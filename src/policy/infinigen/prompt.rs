@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, Move, Place, Rows, Segment, Visible,
+    AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, Place, Rows, Segment, Visible,
 };
 use crate::kv::{Guard, Pool, SequenceKv, Store};
 use crate::policy::Step;
@@ -73,8 +73,7 @@ impl Prompt {
         }
         let length = step.position + step.rows;
         self.staging.reserve(length)?;
-        let moves: Vec<Move> = Move::whole(self.staging.geometry().kv_heads, length).collect();
-        store.begin_fetch(layer, &moves)?;
+        store.begin_fetch_first(layer, length)?;
         store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))
     }
 
