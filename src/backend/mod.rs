@@ -18,7 +18,7 @@ mod weights;
 use crate::Result;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
-pub use payload::{Landing, Payload, Slot};
+pub use payload::{Landing, Payload, Slot, StoredRuns};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
@@ -30,12 +30,17 @@ pub trait Backend: Send + Sync {
     /// One line for people: device, instruction set, threads.
     fn description(&self) -> String;
 
-    /// Whether it has what tiers beside device memory need: host memory that it reads in place, and payloads.
-    fn has_tiers(&self) -> bool {
+    /// Whether keys and values may lie in a file: the host reads there what operations have written, and the other way.
+    fn has_files(&self) -> bool {
         true
     }
 
-    /// Whether it has what speculation needs: index, rehearsals, masses of attention.
+    /// Whether attention reads host memory as fast as any. Where it does not, entries there are fetched before.
+    fn reads_host_in_place(&self) -> bool {
+        true
+    }
+
+    /// Whether it has what speculation needs: index and rehearsals.
     fn has_speculation(&self) -> bool {
         true
     }
@@ -169,6 +174,10 @@ pub trait Backend: Send + Sync {
         landings: &[Landing],
         to: &mut KvRunsMut<'_>,
     ) -> Result<()>;
+
+    /// Lands the first `rows` rows of every head of a layer that is fetched whole, each in the row of its own place in `to`,
+    /// widened as by [`Backend::decode_kv_rows`]. Runs of both are equally long.
+    fn fetch_kv(&self, stream: &Stream, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, rows: usize) -> Result<()>;
 
     /// Softmax attention of `q` (rows of `heads × head_dim`) over what each segment names, into `out` (same
     /// shape). Segments cover disjoint row ranges. A segment's result does not depend on the others beside it.

@@ -1,6 +1,6 @@
 //! How entries are stored where attention does not read them: as on the device, or quantized.
 
-use super::{DType, KvGeometry};
+use super::{Buffer, DType, KvGeometry};
 
 /// How entries are stored away from the device.
 ///
@@ -63,4 +63,71 @@ pub struct Landing {
     pub head: u32,
     /// Row of that head's run in the target.
     pub to: u32,
+}
+
+/// Where one layer of one sequence lies as a payload has it: as [`KvRuns`](super::KvRuns), with rows of the payload's
+/// length. An extent holds layer after layer, head after head, row after row.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredRuns<'a> {
+    extents: &'a [Buffer],
+    geometry: KvGeometry,
+    payload: Payload,
+    offset: usize,
+}
+
+impl<'a> StoredRuns<'a> {
+    /// The runs of `layer` in `extents`, each of which holds all of `geometry`'s layers.
+    pub fn new(extents: &'a [Buffer], geometry: KvGeometry, payload: Payload, layer: usize) -> StoredRuns<'a> {
+        let layer_bytes = geometry.kv_heads * geometry.extent_tokens * payload.row_bytes(&geometry);
+        assert!(layer < geometry.layers, "layer {layer} of {}", geometry.layers);
+        assert!(extents.iter().all(|e| e.bytes() >= geometry.layers * layer_bytes), "an extent is too short");
+        StoredRuns { extents, geometry, payload, offset: layer * layer_bytes }
+    }
+
+    /// The shape of the extents, with the device's element type.
+    pub fn geometry(&self) -> &KvGeometry {
+        &self.geometry
+    }
+
+    /// How rows are stored.
+    pub fn payload(&self) -> Payload {
+        self.payload
+    }
+
+    /// Bytes of a stored row.
+    pub fn row_bytes(&self) -> usize {
+        self.payload.row_bytes(&self.geometry)
+    }
+
+    /// Bytes of one run: one head of one layer in one extent.
+    pub fn run_bytes(&self) -> usize {
+        self.geometry.extent_tokens * self.row_bytes()
+    }
+
+    /// Tokens that fit the extents.
+    pub fn capacity(&self) -> usize {
+        self.extents.len() * self.geometry.extent_tokens
+    }
+
+    /// Number of extents.
+    pub fn extents(&self) -> usize {
+        self.extents.len()
+    }
+
+    /// Address of extent `extent`.
+    pub fn extent(&self, extent: usize) -> *const u8 {
+        self.extents[extent].address()
+    }
+
+    /// Bytes from an extent's start to the layer's first run.
+    pub fn layer_offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Address of the run of `head` in extent `extent`.
+    pub fn run(&self, extent: usize, head: usize) -> *const u8 {
+        assert!(head < self.geometry.kv_heads);
+        // SAFETY: `new` saw that every extent holds all runs of all layers, and `head` is below their number.
+        unsafe { self.extents[extent].address().add(self.offset + head * self.run_bytes()) }
+    }
 }

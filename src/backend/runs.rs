@@ -113,6 +113,21 @@ impl<'a> KvRunsMut<'a> {
         self.extents.len() * self.geometry.extent_tokens
     }
 
+    /// Number of extents.
+    pub fn extents(&self) -> usize {
+        self.extents.len()
+    }
+
+    /// Address of extent `extent`.
+    pub fn extent_mut(&mut self, extent: usize) -> *mut u8 {
+        self.extents[extent].address_mut()
+    }
+
+    /// Bytes from an extent's start to the layer's first run.
+    pub fn layer_offset(&self) -> usize {
+        self.offset
+    }
+
     /// Address of the run of `head` in extent `extent`.
     pub fn run_mut(&mut self, extent: usize, head: usize) -> *mut u8 {
         assert!(head < self.geometry.kv_heads);

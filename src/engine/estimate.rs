@@ -21,7 +21,7 @@ impl Estimate {
     /// For `sessions` sessions of `options` on `model`, all of them full, decoded as one batch.
     pub fn new(model: &Model, options: &SessionOptions, sessions: usize) -> Result<Estimate> {
         let resolved = options.resolve(model)?;
-        let each = policy::estimate(&resolved.policy, &resolved.geometry, resolved.capacity);
+        let each = policy::estimate(&resolved.policy, model.backend(), &resolved.geometry, resolved.capacity);
         let rows = resolved.prefill_chunk.min(resolved.capacity).max(sessions);
         let scratch =
             model.forward(|forward| Ok(forward.workspace.bytes(rows, sessions.max(super::session::LOGIT_ROWS))))?;

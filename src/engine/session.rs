@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
-use crate::kv::{EXTENT_TOKENS, KvTier, Payload};
+use crate::kv::{EXTENT_TOKENS, KvTier};
 use crate::policy::{self, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes};
 use crate::speculate::Speculation;
 use crate::{Error, ErrorCode, Result};
@@ -80,12 +80,12 @@ fn check_backend(model: &Model, options: &PolicyOptions) -> Result<()> {
             backend.description()
         )))
     };
-    if matches!(options.kind, PolicyKind::Infinigen | PolicyKind::H2o) && !backend.has_speculation() {
+    if options.kind == PolicyKind::Infinigen && !backend.has_speculation() {
         return refused(format!("policy {}", options.kind.name()));
     }
-    let away = options.tier != KvTier::Device || options.payload != Payload::Exact || options.kind == PolicyKind::Int4;
-    if away && !backend.has_tiers() {
-        return refused("KV away from the device".to_string());
+    let stores = matches!(options.kind, PolicyKind::Full | PolicyKind::Int4 | PolicyKind::Infinigen);
+    if stores && matches!(options.tier, KvTier::File(_)) && !backend.has_files() {
+        return refused("KV in a file (tier file)".to_string());
     }
     Ok(())
 }

@@ -74,6 +74,13 @@ pub trait Store: Send {
     /// as it is then, never as a mixture.
     fn begin_fetch(&mut self, layer: usize, moves: &[Move]) -> Result<()>;
 
+    /// As [`Store::begin_fetch`] of the first `rows` rows of every head, each to its own place in a target whose runs are
+    /// as long as the store's.
+    fn begin_fetch_first(&mut self, layer: usize, rows: usize) -> Result<()>;
+
+    /// Whether entries are in memory, so that [`Store::finish_fetch`] waits for nothing but enqueues operations.
+    fn in_memory(&self) -> bool;
+
     /// Waits for the layer's fetch and lands its entries in `target`, widened to its type. Nothing happens where none
     /// was begun. On an error rows of the target that were to be written are undefined.
     fn finish_fetch(

@@ -1,10 +1,13 @@
 //! `full` away from the device, and `int4`: every layer attends every token, from a store.
 //!
-//! - A store whose entries are memory that attention can read (exact ones in RAM, on the CPU) is read in place: nothing
-//!   is copied, and nothing counts as fetched.
+//! - A store whose entries are memory that attention reads as it is (exact ones in RAM, on the CPU) is read in place:
+//!   nothing is copied, and nothing counts as fetched.
 //! - Otherwise the whole of each layer is fetched into one of two staging areas, each as long as one layer of the
 //!   sequence: while a layer is computed, the next one is on its way (FlexGen's order). This is so for decode and for
 //!   prompts alike; every chunk of a prompt fetches what came before it once.
+//! - From memory a layer lands as soon as it is asked for, on the side stream for fetches; from a file when it is needed.
+//!   Two events for each area keep the streams apart: the fetch waits until the area has been attended, and attention
+//!   until the fetch has landed.
 //! - A step's own entries are put into the staging area directly. They are attended exactly in that step, whatever the
 //!   payload, and as they were stored in all later ones, as in FlexGen.
 //!
@@ -12,7 +15,7 @@
 //! those of the store, prompts included.
 
 use crate::Result;
-use crate::backend::{KvGeometry, KvRuns, Move, Rows, Visible};
+use crate::backend::{AttentionShape, Backend, Event, KvGeometry, KvRuns, Rows, Visible};
 use crate::kv::{self, KvTier, Payload, SequenceKv, Store};
 
 use super::tally::Tally;
@@ -23,9 +26,12 @@ pub(super) struct Fetched {
     store: Box<dyn Store>,
     /// Layer i in the area i mod 2.
     staging: [SequenceKv; 2],
-    /// Every entry of a layer to where it lies in the store, for a sequence of `listed` tokens.
-    moves: Vec<Move>,
-    listed: usize,
+    /// The area's last attention.
+    attended: [Option<Event>; 2],
+    /// The area's fetch, where it has been enqueued already.
+    landed: [Option<Event>; 2],
+    /// Whether the store is device memory.
+    on_device: bool,
     /// Tokens held, those of a step under way not included.
     length: usize,
     tally: Tally,
@@ -40,8 +46,9 @@ impl Fetched {
             kv_heads: geometry.kv_heads,
             staging: [staging(), staging()],
             store: kv::store(&pool, &backend, geometry, payload, &options.tier, capacity)?,
-            moves: Vec::new(),
-            listed: 0,
+            attended: [None, None],
+            landed: [None, None],
+            on_device: options.tier == KvTier::Device,
             length: 0,
             tally: Tally::default(),
         })
@@ -54,6 +61,7 @@ impl Fetched {
 
     /// Back to `length` tokens.
     fn shorten(&mut self, length: usize) {
+        self.landed = [None, None];
         self.store.abandon_fetches();
         self.store.truncate(length);
         self.staging.iter_mut().for_each(|staging| staging.truncate(length));
@@ -62,12 +70,29 @@ impl Fetched {
 }
 
 /// What [`Policy::bytes`] will say, at most, of a session of `capacity` tokens when it is full.
-pub(super) fn estimate(options: &PolicyOptions, payload: Payload, geometry: &KvGeometry, capacity: usize) -> TierBytes {
-    let (host, file) = kv::store_bytes(geometry, payload, &options.tier, capacity);
-    let in_place = payload == Payload::Exact && !matches!(options.tier, KvTier::File(_));
+pub(super) fn estimate(
+    options: &PolicyOptions,
+    payload: Payload,
+    backend: &dyn Backend,
+    geometry: &KvGeometry,
+    capacity: usize,
+) -> TierBytes {
+    let stored = kv::store_bytes(geometry, payload, &options.tier, capacity);
+    let readable = match options.tier {
+        KvTier::Device => true,
+        KvTier::Host => backend.reads_host_in_place(),
+        KvTier::File(_) => false,
+    };
     let layer = layer_of(geometry);
-    let staged = if in_place { 0 } else { 2 * layer.extents(capacity) * layer.extent_bytes() };
-    TierBytes { device: staged, pinned: host, file }
+    let staged =
+        if payload == Payload::Exact && readable { 0 } else { 2 * layer.extents(capacity) * layer.extent_bytes() };
+    bytes_of(stored, options.tier == KvTier::Device, staged)
+}
+
+/// Bytes by tier of a store (memory, file) and of what is staged.
+fn bytes_of((memory, file): (usize, usize), on_device: bool, staged: usize) -> TierBytes {
+    let (device, pinned) = if on_device { (memory, 0) } else { (0, memory) };
+    TierBytes { device: device + staged, pinned, file }
 }
 
 /// The shape of a staging area.
@@ -94,12 +119,18 @@ impl Policy for Fetched {
         if step.position == 0 || self.in_place(step.layer) {
             return Ok(());
         }
-        if self.listed != step.position {
-            self.moves.clear();
-            self.moves.extend(Move::whole(self.kv_heads, step.position));
-            self.listed = step.position;
+        self.store.begin_fetch_first(step.layer, step.position)?;
+        if !self.store.in_memory() {
+            return Ok(());
         }
-        self.store.begin_fetch(step.layer, &self.moves)
+        let area = step.layer % 2;
+        if let Some(attended) = &self.attended[area] {
+            step.backend.wait(step.fetch, attended)?;
+        }
+        let staging = &mut self.staging[area].layer_mut(0);
+        self.store.finish_fetch(step.backend, step.fetch, step.layer, staging)?;
+        self.landed[area] = Some(step.backend.record(step.fetch)?);
+        Ok(())
     }
 
     fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
@@ -108,7 +139,7 @@ impl Policy for Fetched {
         if self.in_place(step.layer) {
             return Ok(());
         }
-        // Behind the rows that the fetch under way will write.
+        // Behind the rows that the fetch under way writes.
         let staging = &mut self.staging[step.layer % 2].layer_mut(0);
         step.backend.store_kv(step.stream, keys, values, staging, step.position)
     }
@@ -121,8 +152,14 @@ impl Policy for Fetched {
             return Ok(());
         }
         self.tally.fetched(step, 0, past);
-        let staging = &mut self.staging[step.layer % 2].layer_mut(0);
-        self.store.finish_fetch(step.backend, step.stream, step.layer, staging)
+        let area = step.layer % 2;
+        match self.landed[area].take() {
+            Some(landed) => step.backend.wait(step.stream, &landed),
+            None => {
+                let staging = &mut self.staging[area].layer_mut(0);
+                self.store.finish_fetch(step.backend, step.stream, step.layer, staging)
+            }
+        }
     }
 
     fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
@@ -130,13 +167,23 @@ impl Policy for Fetched {
         (runs, Visible::Causal)
     }
 
+    fn observe(&mut self, step: &Step<'_>, _shape: &AttentionShape, _queries: Rows<'_>) -> Result<()> {
+        if !self.in_place(step.layer) {
+            self.attended[step.layer % 2] = Some(step.backend.record(step.stream)?);
+        }
+        Ok(())
+    }
+
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         self.length = step.position + step.rows;
         Ok(())
     }
 
-    fn roll_back(&mut self, _step: &Step<'_>, length: usize) -> Result<()> {
+    fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        // Nobody has waited for what the step had enqueued, and what is given back may be another session's next.
+        let finished = step.backend.synchronize(step.stream);
         self.shorten(length);
+        finished?;
         self.tally.undo();
         Ok(())
     }
@@ -147,8 +194,7 @@ impl Policy for Fetched {
     }
 
     fn bytes(&self) -> TierBytes {
-        let (host, file) = self.store.bytes();
-        TierBytes { device: self.staging.iter().map(SequenceKv::bytes).sum(), pinned: host, file }
+        bytes_of(self.store.bytes(), self.on_device, self.staging.iter().map(SequenceKv::bytes).sum())
     }
 
     fn counters(&self) -> KvCounters {

@@ -269,11 +269,11 @@ pub fn create_on_device(options: &PolicyOptions, setting: Setting) -> Result<Box
 
 /// What [`Policy::bytes`] will say of a full session of `capacity` tokens. Of the file tier's memory it is the most that
 /// can be.
-pub fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+pub fn estimate(options: &PolicyOptions, backend: &dyn Backend, geometry: &KvGeometry, capacity: usize) -> TierBytes {
     match options.kind {
         PolicyKind::Full if options.on_device() => full::estimate(geometry, capacity),
-        PolicyKind::Full => fetched::estimate(options, options.payload, geometry, capacity),
-        PolicyKind::Int4 => fetched::estimate(options, Payload::Int4, geometry, capacity),
+        PolicyKind::Full => fetched::estimate(options, options.payload, backend, geometry, capacity),
+        PolicyKind::Int4 => fetched::estimate(options, Payload::Int4, backend, geometry, capacity),
         PolicyKind::H2o => h2o::estimate(options, geometry, capacity),
         PolicyKind::Window => window::estimate(options, geometry, capacity),
         PolicyKind::Infinigen => infinigen::estimate(options, geometry, capacity),

@@ -5,7 +5,9 @@
 
 mod attention;
 mod index;
+mod mass;
 mod matrix;
+mod payload;
 mod rig;
 mod rowwise;
 mod streams;

@@ -34,7 +34,7 @@ mod view;
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
-    RowsMut, Segment, Selected, Shape, Slot, Slots, Stream, Visible,
+    RowsMut, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -329,6 +329,15 @@ impl Backend for CpuBackend {
         let fits = |l: &Landing| (l.head as usize) < geometry.kv_heads && (l.to as usize) < to.capacity();
         assert!(landings.iter().all(fits), "a row past the extents' end");
         payload::decode(self, payload, sources, landings, to);
+        Ok(())
+    }
+
+    fn fetch_kv(&self, _: &Stream, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, rows: usize) -> Result<()> {
+        let (a, b) = (from.geometry(), to.geometry());
+        assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+        assert_eq!(a.extent_tokens, b.extent_tokens, "runs of two lengths");
+        assert!(rows <= from.capacity().min(to.capacity()), "rows past the extents' end");
+        payload::fetch(self, from, to, rows);
         Ok(())
     }
 

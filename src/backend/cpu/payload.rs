@@ -6,7 +6,7 @@
 use super::CpuBackend;
 use super::simd::{Element, Kernel, LANES, Simd, for_dtype};
 use super::view::{Shared, row};
-use crate::backend::{Buffer, DType, KvGeometry, KvRunsMut, Landing, Payload, Rows, Slot};
+use crate::backend::{Buffer, DType, KvGeometry, KvRunsMut, Landing, Payload, Rows, Slot, StoredRuns};
 use half::f16;
 
 /// Rows worth a piece of parallel work: some ten microseconds.
@@ -189,6 +189,35 @@ pub(super) fn decode(
                         cpu.level.run(Decode { payload, row, place });
                     });
                 }
+            }
+        }
+    });
+}
+
+/// Widens the first `rows` rows of every head. There are as many in the runs of both, which are equally long.
+pub(super) fn fetch(cpu: &CpuBackend, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, rows: usize) {
+    let geometry = *to.geometry();
+    let (heads, tokens) = (geometry.kv_heads, geometry.extent_tokens);
+    let (read, write) = (from.row_bytes(), geometry.row_bytes());
+    let runs = rows.div_ceil(tokens) * heads;
+    let targets: Vec<Shared> = (0..runs).map(|run| Shared(to.run_mut(run / heads, run % heads))).collect();
+    let targets = &targets[..];
+    cpu.pool.split(runs, 1, &|range| {
+        for run in range {
+            let count = tokens.min(rows - run / heads * tokens);
+            // SAFETY: the first `count` rows of a run, of which there are that many: `rows` is at most what the extents
+            // hold. `to` is borrowed mutably, so that it is no memory of `from`, and no other piece of work has this run.
+            unsafe {
+                let (source, target) = (from.run(run / heads, run % heads), targets[run].get());
+                if from.payload() == Payload::Exact {
+                    std::ptr::copy_nonoverlapping(source, target, count * read);
+                    continue;
+                }
+                for_dtype!(geometry.dtype, E => for i in 0..count {
+                    let row = std::slice::from_raw_parts(source.add(i * read), read);
+                    let place = std::slice::from_raw_parts_mut(target.add(i * write).cast::<E>(), 2 * geometry.head_dim);
+                    cpu.level.run(Decode { payload: from.payload(), row, place });
+                });
             }
         }
     });

@@ -64,7 +64,7 @@ plain! {
 }
 
 /// Widest head that the kernels hold.
-const MOST_HEAD_DIM: usize = 256;
+pub(super) const MOST_HEAD_DIM: usize = 256;
 
 /// Threads of a decode block, and its longest chunk (`attend_decode.cuh`).
 const DECODE_THREADS: usize = 128;
@@ -131,14 +131,14 @@ fn runs_of(runs: &KvRuns<'_>) -> Runs {
 }
 
 /// Addresses of a sequence's extents; zeros behind them, so that the table's length changes rarely.
-fn extent_table(runs: &KvRuns<'_>) -> Vec<u64> {
+pub(super) fn extent_table(runs: &KvRuns<'_>) -> Vec<u64> {
     let mut table: Vec<u64> = (0..runs.extents()).map(|i| address(runs.extent(i))).collect();
     table.resize(table.len().next_power_of_two().max(16), 0);
     table
 }
 
 /// Whether a key, and a value behind it, can be read 16 bytes at a time.
-fn in_vectors(geometry: &KvGeometry) -> bool {
+pub(super) fn in_vectors(geometry: &KvGeometry) -> bool {
     (geometry.head_dim * geometry.dtype.bytes()).is_multiple_of(16)
 }
 
@@ -197,15 +197,8 @@ fn decode(
     let counters = queue.scratch(Use::Counters, segments.len() * shape.kv_heads * passes * 4)?;
 
     let tables: Vec<Vec<u64>> = segments.iter().map(|s| extent_table(&s.runs)).collect();
-    let listed_bytes = |s: &Segment<'_>| match s.visible {
-        Visible::Causal | Visible::Slots(_) => 0,
-        Visible::First(counts) => counts.len() * size_of::<Listed>(),
-        Visible::Listed(rows) => {
-            rows.iter().map(|rows| 4 * rows.len() + 16).sum::<usize>() + rows.len() * size_of::<Listed>()
-        }
-    };
     let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
-        + segments.iter().map(|s| listed_bytes(s)).sum::<usize>()
+        + segments.iter().map(|s| listed_bytes(&s.visible)).sum::<usize>()
         + segments.len() * size_of::<DecodeSegment>();
     queue.reserve(bytes, 3 * segments.len() + 1)?;
     let described: Vec<DecodeSegment> = segments
@@ -243,8 +236,19 @@ fn decode(
 
 const _: () = assert!(size_of::<Listed>() == 4 * SlotGeometry::COUNT);
 
+/// Bytes, at most, that [`push_listed`] puts into the block.
+pub(super) fn listed_bytes(visible: &Visible<'_>) -> usize {
+    match visible {
+        Visible::Causal | Visible::Slots(_) => 0,
+        Visible::First(counts) => counts.len() * size_of::<Listed>(),
+        Visible::Listed(rows) => {
+            rows.iter().map(|rows| 4 * rows.len() + 16).sum::<usize>() + rows.len() * size_of::<Listed>()
+        }
+    }
+}
+
 /// Puts the rows that a segment attends into the block, 0 where they are all rows up to a position.
-fn push_listed(queue: &mut Queue, visible: &Visible<'_>) -> u64 {
+pub(super) fn push_listed(queue: &mut Queue, visible: &Visible<'_>) -> u64 {
     let listed: Vec<Listed> = match visible {
         Visible::Causal => return 0,
         // The tables begin with what `Listed` is.

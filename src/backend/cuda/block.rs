@@ -73,6 +73,14 @@ impl Block {
         self.device.address + at as u64
     }
 
+    /// Writes over what [`Block::push`] has put at `address`, if none of it has been sent.
+    pub(super) fn rewrite(&mut self, address: u64, bytes: &[u8]) {
+        let at = (address - self.device.address) as usize;
+        assert!(self.sent <= at && at + bytes.len() <= self.used, "what was sent is not rewritten");
+        // SAFETY: the range lies inside the pinned allocation, and the device has not been sent it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.host.host().add(at), bytes.len()) };
+    }
+
     /// As [`Block::push`] for a table that other operations of the step may have put here before.
     pub(super) fn push_table(&mut self, bytes: &[u8]) -> u64 {
         for &(at, length) in &self.tables {

@@ -31,6 +31,7 @@ macro_rules! modules {
 
 modules! {
     Activate: "activate";
+    AttentionMass: "attention_mass";
     AttendDecodeF32: "attend_decode_f32";
     AttendDecodeF16: "attend_decode_f16";
     AttendDecodeBf16: "attend_decode_bf16";
@@ -44,6 +45,7 @@ modules! {
     Norm: "norm";
     ProjectHeads: "project_heads";
     Rehearse: "rehearse";
+    Payload: "payload";
     Rotary: "rotary";
     StoreKv: "store_kv";
     Upload: "upload";

@@ -14,8 +14,10 @@ mod block;
 mod context;
 mod index;
 mod kernels;
+mod mass;
 mod matmul;
 mod memory;
+mod payload;
 mod queue;
 mod rehearse;
 mod rowwise;
@@ -28,7 +30,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
     KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, Slots, Stream,
+    Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -145,6 +147,12 @@ fn unsupported(operation: &str) -> Error {
 /// Asserts that a window holds activations.
 macro_rules! assert_activations {
     ($($x:ident),*) => { $(assert_eq!($x.dtype(), DType::F32, concat!(stringify!($x), " must be activations"));)* };
+}
+
+/// Asserts that rows of `bytes` bytes lie inside their buffers.
+fn assert_slots(mut slots: impl Iterator<Item = Slot>, bytes: usize, buffers: &[Buffer]) {
+    let inside = |s: Slot| s.offset.checked_add(bytes).is_some_and(|end| end <= buffers[s.buffer].bytes());
+    assert!(slots.all(inside), "a stored row past its buffer's end");
 }
 
 impl Backend for CudaBackend {
@@ -359,7 +367,12 @@ impl Backend for CudaBackend {
         attention::attend(&self.shared, &mut queue, q, attention, segments, out)
     }
 
-    fn has_tiers(&self) -> bool {
+    fn has_files(&self) -> bool {
+        false
+    }
+
+    /// It could, over the link; but then the link rests while anything else is computed.
+    fn reads_host_in_place(&self) -> bool {
         false
     }
 
@@ -369,37 +382,84 @@ impl Backend for CudaBackend {
 
     fn encode_kv(
         &self,
-        _stream: &Stream,
-        _keys: Rows<'_>,
-        _values: Rows<'_>,
-        _payload: Payload,
-        _geometry: &KvGeometry,
-        _slots: &[Slot],
-        _targets: &mut [Buffer],
+        stream: &Stream,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        payload: Payload,
+        geometry: &KvGeometry,
+        slots: &[Slot],
+        targets: &mut [Buffer],
     ) -> Result<()> {
-        Err(unsupported("encode_kv"))
+        assert_activations!(keys, values);
+        assert_eq!((keys.rows(), keys.cols()), (values.rows(), values.cols()));
+        assert_eq!(keys.cols(), geometry.kv_heads * geometry.head_dim);
+        assert_eq!(slots.len(), keys.rows() * geometry.kv_heads);
+        assert_slots(slots.iter().copied(), payload.row_bytes(geometry), targets);
+        let (mut queue, _entered) = self.enter(stream)?;
+        payload::encode(&self.shared, &mut queue, [keys, values], payload, geometry, slots, targets)
     }
 
     fn decode_kv_rows(
         &self,
-        _stream: &Stream,
-        _payload: Payload,
-        _sources: &[Buffer],
-        _landings: &[Landing],
-        _to: &mut KvRunsMut<'_>,
+        stream: &Stream,
+        payload: Payload,
+        sources: &[Buffer],
+        landings: &[Landing],
+        to: &mut KvRunsMut<'_>,
     ) -> Result<()> {
-        Err(unsupported("decode_kv_rows"))
+        let geometry = to.geometry();
+        assert_slots(landings.iter().map(|l| l.from), payload.row_bytes(geometry), sources);
+        let fits = |l: &Landing| (l.head as usize) < geometry.kv_heads && (l.to as usize) < to.capacity();
+        assert!(landings.iter().all(fits), "a row past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        payload::decode(&self.shared, &mut queue, payload, sources, landings, to)
+    }
+
+    fn fetch_kv(&self, stream: &Stream, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, rows: usize) -> Result<()> {
+        let (a, b) = (from.geometry(), to.geometry());
+        assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+        assert_eq!(a.extent_tokens, b.extent_tokens, "runs of two lengths");
+        assert!(rows <= from.capacity().min(to.capacity()), "rows past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        payload::fetch(&self.shared, &mut queue, from, to, rows)
     }
 
     fn attention_mass(
         &self,
-        _stream: &Stream,
-        _q: Rows<'_>,
-        _attention: &AttentionShape,
-        _segment: &Segment<'_>,
-        _out: RowsMut<'_>,
+        stream: &Stream,
+        q: Rows<'_>,
+        attention: &AttentionShape,
+        segment: &Segment<'_>,
+        out: RowsMut<'_>,
     ) -> Result<()> {
-        Err(unsupported("attention_mass"))
+        assert_activations!(q, out);
+        assert_eq!((q.cols(), out.rows()), (attention.heads * attention.head_dim, attention.kv_heads));
+        assert!(attention.kv_heads > 0 && attention.heads.is_multiple_of(attention.kv_heads) && attention.head_dim > 0);
+        assert!(attention.window != Some(0), "a window of no tokens");
+        let geometry = segment.runs.geometry();
+        assert_eq!((geometry.kv_heads, geometry.head_dim), (attention.kv_heads, attention.head_dim));
+        assert!(segment.row + segment.rows <= q.rows());
+        let capacity = segment.runs.capacity();
+        let columns = match segment.visible {
+            Visible::Causal => {
+                assert!(segment.position + segment.rows <= capacity, "tokens past the extents' end");
+                segment.position + segment.rows
+            }
+            Visible::First(counts) => {
+                assert_eq!((segment.rows, counts.len()), (1, attention.kv_heads));
+                assert!(counts.iter().all(|&n| n as usize <= capacity), "rows past the extents' end");
+                counts.iter().map(|&n| n as usize).max().unwrap_or(0)
+            }
+            Visible::Listed(rows) => {
+                assert_eq!((segment.rows, rows.len()), (1, attention.kv_heads));
+                assert!(rows.iter().flatten().all(|&row| (row as usize) < capacity), "rows past the extents' end");
+                rows.iter().map(Vec::len).max().unwrap_or(0)
+            }
+            Visible::Slots(_) => unreachable!("slots are not ranked"),
+        };
+        assert!(out.cols() >= columns, "{} columns cannot take the masses of {columns} tokens", out.cols());
+        let (mut queue, _entered) = self.enter(stream)?;
+        mass::mass(&self.shared, &mut queue, q, attention, segment, &out)
     }
 
     fn project_heads(&self, stream: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {

@@ -198,6 +198,8 @@ pub(super) struct Queue {
     staging: Raw,
     /// The last launch, if it was a store that may be extended; see `store_kv`.
     pub(super) last_store: Option<super::store_kv::LastStore>,
+    /// The last launch, if it was a fetch that another sequence may join; see `payload`.
+    pub(super) last_fetch: Option<super::payload::LastFetch>,
 }
 
 /// What scratch memory is for.
@@ -234,6 +236,7 @@ impl Queue {
             clock: 0,
             staging: Raw::NONE,
             last_store: None,
+            last_fetch: None,
         })
     }
 
@@ -251,7 +254,7 @@ impl Queue {
         assert!(lane < self.lanes.len(), "a stream that was never made");
         if self.lane != lane {
             self.lane = lane;
-            self.last_store = None;
+            (self.last_store, self.last_fetch) = (None, None);
         }
     }
 
@@ -290,7 +293,7 @@ impl Queue {
         threads: usize,
         params: &P,
     ) -> Result<()> {
-        self.last_store = None;
+        (self.last_store, self.last_fetch) = (None, None);
         if grid.contains(&0) {
             return Ok(());
         }
@@ -317,6 +320,18 @@ impl Queue {
         self.script.hash = (self.script.hash.rotate_left(5) ^ blocks as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 
+    /// Whether the last launch, which is of this lane, comes after all that the lane was told to wait for: what joins it
+    /// then has waited too.
+    pub(super) fn last_has_waited(&self) -> bool {
+        let Some(last) = self.script.launches.len().checked_sub(1) else { return false };
+        let lane_of = |launch: usize| self.script.launches[launch].lane;
+        let waited = |&before: &usize| {
+            self.script.edges_of(last).iter().any(|&edge| lane_of(edge) == lane_of(before) && before <= edge)
+        };
+        // (Lanes that it is behind of are waited for by the lane's first launch, whenever the lane was told.)
+        lane_of(last) == self.lane && self.lanes[self.lane].after.iter().all(waited)
+    }
+
     /// Scratch memory of the lane of at least `bytes`, zeroed when it is new.
     pub(super) fn scratch(&mut self, what: Use, bytes: usize) -> Result<u64> {
         if self.lanes[self.lane].scratch[what as usize].raw.bytes < bytes {
@@ -331,7 +346,7 @@ impl Queue {
 
     /// Sends everything that waits; as a graph when `replay` says that a whole step is there.
     pub(super) fn launch(&mut self, replay: bool) -> Result<()> {
-        self.last_store = None;
+        (self.last_store, self.last_fetch) = (None, None);
         if self.script.launches.is_empty() {
             return Ok(());
         }

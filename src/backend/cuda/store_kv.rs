@@ -32,13 +32,33 @@ const MOVES: usize = 1 << 14;
 
 /// The launch that waits last, when it was a store: the next sequence's rows of the same batch may join it.
 pub(super) struct LastStore {
+    kernel: &'static str,
     geometry: KvGeometry,
     stride: usize,
     /// Where the next row's keys and values would lie.
     keys: u64,
     values: u64,
     /// Bytes of the block that are in use: its table ends there.
-    end: usize,
+    pub(super) end: usize,
+}
+
+impl LastStore {
+    /// A launch of these rows, whose table ends the block (`end`) when it has been put there.
+    pub(super) fn after(kernel: &'static str, geometry: &KvGeometry, keys: Rows<'_>, values: Rows<'_>) -> LastStore {
+        let end = |x: Rows<'_>| address(x.base()) + (x.rows() * x.stride() * 4) as u64;
+        LastStore { kernel, geometry: *geometry, stride: keys.stride(), keys: end(keys), values: end(values), end: 0 }
+    }
+}
+
+/// Whether rows may be added to the last launch by widening it and extending its table by `bytes`; `next` is what it
+/// would be afterwards.
+pub(super) fn joins(queue: &Queue, next: &LastStore, keys: Rows<'_>, values: Rows<'_>, bytes: usize) -> bool {
+    queue.last_store.as_ref().is_some_and(|before| {
+        (before.kernel, before.geometry, before.stride) == (next.kernel, next.geometry, next.stride)
+            && (before.keys, before.values) == (address(keys.base()), address(values.base()))
+            && before.end == queue.block.used()
+            && queue.block.fits(bytes, 1)
+    })
 }
 
 fn kernel(dtype: DType) -> Kernel {
@@ -77,21 +97,9 @@ pub(super) fn store(
         })
         .collect();
     let targets = bytes_of(&targets);
-    let row_bytes = (keys.stride() * 4) as u64;
-    let mut last = LastStore {
-        geometry,
-        stride: keys.stride(),
-        keys: address(keys.base()) + keys.rows() as u64 * row_bytes,
-        values: address(values.base()) + keys.rows() as u64 * row_bytes,
-        end: 0,
-    };
-    let joins = queue.last_store.as_ref().is_some_and(|before| {
-        (before.geometry, before.stride) == (geometry, keys.stride())
-            && (before.keys, before.values) == (address(keys.base()), address(values.base()))
-            && before.end == queue.block.used()
-            && queue.block.fits(targets.len(), 1)
-    });
-    if joins {
+    let kernel = kernel(geometry.dtype);
+    let mut last = LastStore::after(kernel.name, &geometry, keys, values);
+    if joins(queue, &last, keys, values, targets.len()) {
         queue.block.extend(targets);
         queue.widen_last(keys.rows());
     } else {
@@ -107,7 +115,7 @@ pub(super) fn store(
             per_head: 0,
             unused: 0,
         };
-        queue.push(shared, kernel(geometry.dtype), [keys.rows(), 1, 1], threads(keys), &params)?;
+        queue.push(shared, kernel, [keys.rows(), 1, 1], threads(keys), &params)?;
     }
     last.end = queue.block.used();
     queue.last_store = Some(last);

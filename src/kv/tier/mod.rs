@@ -13,7 +13,7 @@ mod tests;
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{Backend, KvGeometry, Payload};
+use crate::backend::{Backend, KvGeometry, Payload, Place};
 
 use super::{KvTier, Pool, Store};
 #[cfg(unix)]
@@ -33,7 +33,10 @@ pub fn store(
     capacity_rows: usize,
 ) -> Result<Box<dyn Store>> {
     match tier {
-        KvTier::Device | KvTier::Host => Ok(Box::new(RamStore::new(Arc::clone(pool), geometry, payload))),
+        KvTier::Device | KvTier::Host => {
+            let place = if *tier == KvTier::Host { Place::Pinned } else { Place::Device };
+            Ok(Box::new(RamStore::new(Arc::clone(pool), &**backend, geometry, payload, place)))
+        }
         #[cfg(unix)]
         KvTier::File(options) => {
             Ok(Box::new(FileStore::new(Arc::clone(backend), geometry, payload, options, capacity_rows)?))

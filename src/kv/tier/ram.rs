@@ -3,33 +3,54 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{Backend, Buffer, KvGeometry, KvRuns, KvRunsMut, Landing, Move, Payload, Rows, Slot, Stream};
+use crate::backend::{
+    Backend, Buffer, KvGeometry, KvRuns, KvRunsMut, Landing, Move, Payload, Place as Memory, Rows, Slot, StoredRuns,
+    Stream,
+};
 
 use super::super::{FetchCounters, Place, Pool, Store};
 
-/// A store in extents from the pool. Stored exactly, its runs are read in place; quantized, its rows have the same order
-/// with shorter rows: layer by layer, head by head, row by row.
+/// A store in extents from the pool. Stored exactly, its runs are read in place where attention can; quantized, its rows
+/// have the same order with shorter rows: layer by layer, head by head, row by row.
 pub struct RamStore {
     pool: Arc<Pool>,
     geometry: KvGeometry,
     payload: Payload,
+    place: Memory,
+    in_place: bool,
     extents: Vec<Buffer>,
-    /// Moves of the fetches under way.
-    fetches: Vec<(usize, Vec<Move>)>,
+    /// The fetches under way, by layer.
+    fetches: Vec<(usize, Wanted)>,
     /// Where rows lie, kept for the next call.
     slots: Vec<Slot>,
     landings: Vec<Landing>,
     counters: FetchCounters,
 }
 
+/// What a fetch brings.
+enum Wanted {
+    Moves(Vec<Move>),
+    /// The first rows of every head.
+    First(usize),
+}
+
 impl RamStore {
-    /// An empty store whose extents will come from `pool`. `geometry` has the store's number of layers and the device's
-    /// element type.
-    pub fn new(pool: Arc<Pool>, geometry: KvGeometry, payload: Payload) -> RamStore {
+    /// An empty store whose extents will come from `pool`, in `place`. `geometry` has the store's number of layers and the
+    /// device's element type; `backend` is the pool's.
+    pub fn new(
+        pool: Arc<Pool>,
+        backend: &dyn Backend,
+        geometry: KvGeometry,
+        payload: Payload,
+        place: Memory,
+    ) -> RamStore {
+        let readable = place == Memory::Device || backend.reads_host_in_place();
         RamStore {
             pool,
             geometry,
             payload,
+            place,
+            in_place: payload == Payload::Exact && readable,
             extents: Vec::new(),
             fetches: Vec::new(),
             slots: Vec::new(),
@@ -83,7 +104,7 @@ impl Store for RamStore {
     fn reserve(&mut self, rows: usize) -> Result<()> {
         let missing = self.geometry.extents(rows).saturating_sub(self.extents.len());
         if missing > 0 {
-            let mut new = self.pool.acquire(self.extent_bytes(), missing)?;
+            let mut new = self.pool.acquire_in(self.place, self.extent_bytes(), missing)?;
             self.extents.append(&mut new);
         }
         Ok(())
@@ -123,14 +144,25 @@ impl Store for RamStore {
     }
 
     fn runs(&self, layer: usize) -> Option<KvRuns<'_>> {
-        (self.payload == Payload::Exact).then(|| KvRuns::new(&self.extents, self.geometry, layer))
+        self.in_place.then(|| KvRuns::new(&self.extents, self.geometry, layer))
     }
 
     fn begin_fetch(&mut self, layer: usize, moves: &[Move]) -> Result<()> {
         assert!(self.fetches.iter().all(|(other, _)| *other != layer), "layer {layer} is being fetched already");
         moves.iter().for_each(|m| self.check_row(m.from as usize));
-        self.fetches.push((layer, moves.to_vec()));
+        self.fetches.push((layer, Wanted::Moves(moves.to_vec())));
         Ok(())
+    }
+
+    fn begin_fetch_first(&mut self, layer: usize, rows: usize) -> Result<()> {
+        assert!(self.fetches.iter().all(|(other, _)| *other != layer), "layer {layer} is being fetched already");
+        assert!(rows <= self.capacity(), "{rows} rows of a store with room for {}", self.capacity());
+        self.fetches.push((layer, Wanted::First(rows)));
+        Ok(())
+    }
+
+    fn in_memory(&self) -> bool {
+        true
     }
 
     fn finish_fetch(
@@ -141,7 +173,15 @@ impl Store for RamStore {
         target: &mut KvRunsMut<'_>,
     ) -> Result<()> {
         let Some(at) = self.fetches.iter().position(|(other, _)| *other == layer) else { return Ok(()) };
-        let (_, moves) = self.fetches.swap_remove(at);
+        let moves = match self.fetches.swap_remove(at).1 {
+            Wanted::Moves(moves) => moves,
+            Wanted::First(rows) => {
+                let from = StoredRuns::new(&self.extents, self.geometry, self.payload, layer);
+                backend.fetch_kv(stream, &from, target, rows)?;
+                self.counters.host_bytes += (self.geometry.kv_heads * rows * self.row_bytes()) as u64;
+                return Ok(());
+            }
+        };
         if self.payload == Payload::Exact {
             let runs = KvRuns::new(&self.extents, self.geometry, layer);
             backend.copy_kv_rows(stream, &runs, target, &moves)?;

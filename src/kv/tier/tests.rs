@@ -84,6 +84,8 @@ pub(super) struct Checked {
     entries: HashMap<(usize, usize, usize), Vec<u8>>,
     /// Open fetches: the layer, and of every move what may arrive.
     open: Vec<(usize, Vec<Awaited>)>,
+    /// Layers of which the first rows are being fetched, whose targets have runs as long as the store's.
+    whole: Vec<usize>,
 }
 
 /// Rows of the targets.
@@ -97,7 +99,8 @@ impl Checked {
         payload: Payload,
     ) -> Checked {
         let rows = vec![0; geometry.layers];
-        Checked { backend, store, geometry, payload, rows, entries: HashMap::new(), open: Vec::new() }
+        let (open, whole) = (Vec::new(), Vec::new());
+        Checked { backend, store, geometry, payload, rows, entries: HashMap::new(), open, whole }
     }
 
     fn activations(&self, values: &[f32]) -> Buffer {
@@ -163,8 +166,21 @@ impl Checked {
         Ok(())
     }
 
+    /// Begins a fetch of the layer's first rows, all of them or some.
+    fn begin_first(&mut self, random: &mut Random, layer: usize) -> Result<()> {
+        let rows = random.below(self.rows[layer] + 1).min(TARGET);
+        self.store.begin_fetch_first(layer, rows)?;
+        let may = |m: &Move| vec![self.entries[&(layer, m.head as usize, m.from as usize)].clone()];
+        self.open.push((layer, Move::whole(self.geometry.kv_heads, rows).map(|m| (m, may(&m))).collect()));
+        self.whole.push(layer);
+        Ok(())
+    }
+
     pub(super) fn finish(&mut self, layer: usize) -> Result<()> {
-        let geometry = KvGeometry { layers: 1, extent_tokens: 100, ..self.geometry };
+        let whole = self.whole.contains(&layer);
+        self.whole.retain(|&other| other != layer);
+        let tokens = if whole { self.geometry.extent_tokens } else { 100 };
+        let geometry = KvGeometry { layers: 1, extent_tokens: tokens, ..self.geometry };
         let mut target: Vec<Buffer> = (0..geometry.extents(TARGET))
             .map(|_| {
                 let mut buffer = self.backend.allocate(geometry.extent_bytes(), Memory::Device, "a test").unwrap();
@@ -180,9 +196,10 @@ impl Checked {
         for head in 0..geometry.kv_heads {
             for row in 0..TARGET {
                 let bytes = geometry.row_bytes();
-                // SAFETY: row `row % 100` of a run of 100 rows.
-                let got =
-                    unsafe { std::slice::from_raw_parts(runs.run_mut(row / 100, head).add(row % 100 * bytes), bytes) };
+                // SAFETY: row `row % tokens` of a run of `tokens` rows.
+                let got = unsafe {
+                    std::slice::from_raw_parts(runs.run_mut(row / tokens, head).add(row % tokens * bytes), bytes)
+                };
                 match wanted.get(&(head, row)) {
                     Some((m, may)) => assert!(may.iter().any(|may| may == got), "layer {layer}, {m:?} is wrong"),
                     None => assert!(got.iter().all(|&b| b == 0xa5), "row {row} of head {head} was touched"),
@@ -195,6 +212,7 @@ impl Checked {
     fn truncate(&mut self, rows: usize) {
         self.store.truncate(rows);
         self.open.clear();
+        self.whole.clear();
         self.entries.retain(|&(_, _, row), _| row < rows);
         self.rows.iter_mut().for_each(|r| *r = rows.min(*r));
     }
@@ -202,6 +220,7 @@ impl Checked {
     fn abandon(&mut self) {
         self.store.abandon_fetches();
         self.open.clear();
+        self.whole.clear();
     }
 
     /// One random call.
@@ -219,6 +238,7 @@ impl Checked {
                 let sparse = 1 + random.below(4);
                 self.begin(random, layer, sparse)
             }
+            13 | 14 if !open => self.begin_first(random, layer),
             8..=10 => self.finish(layer),
             11 => {
                 let rows = random.below(capacity);
@@ -247,7 +267,7 @@ impl Checked {
 }
 
 pub(super) fn calls() -> impl Strategy<Value = Vec<(u8, u64)>> {
-    proptest::collection::vec((0u8..13, any::<u64>()), 1..60)
+    proptest::collection::vec((0u8..15, any::<u64>()), 1..60)
 }
 
 pub(super) fn payloads() -> impl Strategy<Value = Payload> {
@@ -293,8 +313,8 @@ fn stores_of_all_shapes_share_a_limit() {
     let backend = backend();
     let geometry = KvGeometry { layers: 1, kv_heads: 1, head_dim: 64, extent_tokens: 64, dtype: DType::BF16 };
     let pool = Arc::new(Pool::new(Arc::clone(&backend), 64 * 256 + 64 * 136));
-    let mut exact = RamStore::new(Arc::clone(&pool), geometry, Payload::Exact);
-    let mut int8 = RamStore::new(Arc::clone(&pool), geometry, Payload::Int8);
+    let mut exact = RamStore::new(Arc::clone(&pool), &*backend, geometry, Payload::Exact, Memory::Pinned);
+    let mut int8 = RamStore::new(Arc::clone(&pool), &*backend, geometry, Payload::Int8, Memory::Device);
     exact.reserve(64).unwrap();
     int8.reserve(64).unwrap();
     let error = int8.reserve(65).unwrap_err();

@@ -5,7 +5,7 @@
 //! attention waits for them. The store is host memory that the device reads and writes in place.
 
 use crate::Result;
-use crate::backend::{Admission, AttentionShape, Event, KvRuns, Prefetch, Rows, Visible};
+use crate::backend::{Admission, AttentionShape, Event, KvRuns, Place, Prefetch, Rows, Visible};
 use crate::kv::{self, DeviceCache, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
 use super::plan::Plan;
@@ -40,10 +40,11 @@ impl OnDevice {
         let Setting { backend, pool, geometry, capacity, .. } = setting;
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
+        let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
         let (slots, most) = (plan.slots(capacity), plan.most_selected(capacity));
         Ok(OnDevice {
             resident: SequenceKv::new(pool.clone(), resident),
-            store: RamStore::new(pool.clone(), stored, Payload::Exact),
+            store: RamStore::new(pool.clone(), &*backend, stored, Payload::Exact, place),
             index: SequenceIndex::new(pool.clone(), index),
             cache: DeviceCache::new(&*backend, pool.clone(), stored, slots, capacity, most)?,
             prompt: Prompt::new(pool, stored),
@@ -228,9 +229,8 @@ impl Policy for OnDevice {
 
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.store.abandon_fetches();
-        // What is under way on the side stream writes where the undo will.
-        let fetched = step.backend.record(step.fetch)?;
-        step.backend.wait(step.stream, &fetched)?;
+        // What is under way on the side stream writes where the undo will, and into what is given back.
+        step.backend.synchronize(step.stream)?;
         self.fetches.iter_mut().for_each(|fetch| *fetch = None);
         self.prompt.roll_back();
         self.counters = self.counted;

@@ -75,8 +75,7 @@ impl Prompt {
         }
         let length = step.position + step.rows;
         self.staging.reserve(length)?;
-        let moves: Vec<Move> = Move::whole(self.staging.geometry().kv_heads, length).collect();
-        store.begin_fetch(layer, &moves)?;
+        store.begin_fetch_first(layer, length)?;
         store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))
     }
 

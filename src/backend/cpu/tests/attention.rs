@@ -306,6 +306,7 @@ fn first_and_listed_rows_equal_the_reference_beside_causal_ones() {
                             Visible::Causal => (tokens - tokens / 2..tokens).collect(),
                             Visible::First(counts) => (0..counts[g] as usize).collect(),
                             Visible::Listed(lists) => lists[g].iter().map(|&row| row as usize).collect(),
+                            Visible::Slots(_) => unreachable!("not among them"),
                         };
                         let q = &q[row * cols + head * head_dim..][..head_dim];
                         want.extend(sequence.reference_over(&shape, q, head, &rows).0);
@@ -370,6 +371,7 @@ fn masses_are_the_sums_of_probabilities() {
                                 Visible::Causal => ((first..=position + j).collect(), first),
                                 Visible::First(counts) => ((0..counts[g] as usize).collect(), 0),
                                 Visible::Listed(lists) => (lists[g].iter().map(|&row| row as usize).collect(), 0),
+                                Visible::Slots(_) => unreachable!("not among them"),
                             };
                             let q = &q[(1 + j) * cols + head * head_dim..][..head_dim];
                             let (_, p) = sequence.reference_over(&shape, q, head, &seen);

@@ -1,7 +1,7 @@
 //! Payloads: the same bytes at every level, and values within their bounds of the exact ones.
 
 use super::*;
-use crate::backend::{KvGeometry, KvRunsMut, Landing, Payload, Slot};
+use crate::backend::{KvGeometry, KvRunsMut, Landing, Payload, Slot, StoredRuns};
 
 const PAYLOADS: [Payload; 3] = [Payload::Exact, Payload::Int8, Payload::Int4];
 
@@ -105,6 +105,50 @@ fn payloads_are_the_same_everywhere_and_close_to_exact() {
                         None => expected = Some(all),
                         Some(expected) => assert!(*expected == all, "{case}: bytes differ from the first level's"),
                     }
+                }
+            }
+        }
+    }
+}
+
+/// A layer fetched whole is what its rows are one by one, and nothing else is touched.
+#[test]
+fn whole_layers_are_their_rows() {
+    for payload in PAYLOADS {
+        for dtype in STORED {
+            for (kv_heads, d, extent_tokens, rows) in [(1, 1, 1, 3), (2, 61, 7, 20), (3, 64, 64, 128), (2, 100, 33, 1)]
+            {
+                let stored = KvGeometry { layers: 3, kv_heads, head_dim: d, extent_tokens, dtype };
+                let staging = KvGeometry { layers: 1, ..stored };
+                let (layer, bytes) = (1, payload.row_bytes(&stored));
+                let mut random = Random(d as u64);
+                for (name, b) in backends() {
+                    let cols = kv_heads * d;
+                    let kv = [(); 2].map(|()| buffer(&b, DType::F32, &vectors(&mut random, rows * kv_heads, d)));
+                    let [k, v] = [0, 1].map(|i| kv[i].rows(DType::F32, rows, cols));
+                    let slot = |row: usize, head: usize| Slot {
+                        buffer: row / extent_tokens,
+                        offset: ((layer * kv_heads + head) * extent_tokens + row % extent_tokens) * bytes,
+                    };
+                    let slots: Vec<Slot> = (0..rows * kv_heads).map(|i| slot(i / kv_heads, i % kv_heads)).collect();
+                    let mut extents: Vec<Buffer> = (0..stored.extents(rows))
+                        .map(|_| b.allocate(3 * kv_heads * extent_tokens * bytes, Place::Pinned, "a test").unwrap())
+                        .collect();
+                    b.encode_kv(&Stream(0), k, v, payload, &stored, &slots, &mut extents).unwrap();
+                    let target = || -> Vec<Buffer> {
+                        let poison = vec![-77.0; staging.extent_bytes() / dtype.bytes()];
+                        (0..staging.extents(rows)).map(|_| buffer(&b, dtype, &poison)).collect()
+                    };
+                    let (mut whole, mut singly) = (target(), target());
+                    let landing =
+                        |i: usize| Landing { from: slots[i], head: (i % kv_heads) as u32, to: (i / kv_heads) as u32 };
+                    let landings: Vec<Landing> = (0..rows * kv_heads).map(landing).collect();
+                    let mut to = KvRunsMut::new(&mut singly, staging, 0);
+                    b.decode_kv_rows(&Stream(0), payload, &extents, &landings, &mut to).unwrap();
+                    let from = StoredRuns::new(&extents, stored, payload, layer);
+                    b.fetch_kv(&Stream(0), &from, &mut KvRunsMut::new(&mut whole, staging, 0), rows).unwrap();
+                    let case = format!("{name} {payload:?} {dtype} {rows}x{kv_heads}x{d}");
+                    assert!(contents(&b, &whole) == contents(&b, &singly), "{case}");
                 }
             }
         }

@@ -71,15 +71,20 @@ impl FileStore {
         })
     }
 
-    /// Sorts the moves into rows at hand and reads.
-    pub(super) fn plan_fetch(&mut self, layer: usize, moves: &[Move]) -> Result<Fetch> {
+    /// Sorts the moves, `count` of them, into rows at hand and reads.
+    pub(super) fn plan_fetch(
+        &mut self,
+        layer: usize,
+        count: usize,
+        moves: impl Iterator<Item = Move>,
+    ) -> Result<Fetch> {
         self.next += 1;
         let mut fetch = Fetch {
             id: self.next,
             layer,
             ready: Vec::new(),
             ready_pages: Vec::new(),
-            rows: Vec::with_capacity(moves.len()),
+            rows: Vec::with_capacity(count),
             pieces: Vec::new(),
             submitted: 0,
             pages: 0,
@@ -91,7 +96,7 @@ impl FileStore {
         let most = (self.tuning.piece / block_bytes).max(1);
         // What is known of the block of the last move.
         let mut current = None;
-        for &m in moves {
+        for m in moves {
             let (head, from) = (m.head as usize, m.from as usize);
             assert!(head < self.geometry.kv_heads && from < self.blocks.capacity(), "no such row: {m:?}");
             let (block, row) = self.blocks.locate(layer, head, from);

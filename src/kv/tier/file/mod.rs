@@ -220,6 +220,22 @@ impl FileStore {
         self.lasting(submitted)
     }
 
+    /// Starts to fetch `count` rows.
+    fn begin(&mut self, layer: usize, count: usize, moves: impl Iterator<Item = Move>) -> Result<()> {
+        self.usable()?;
+        assert!(self.fetches.iter().all(|f| f.layer != layer), "layer {layer} is being fetched already");
+        self.poll(false)?;
+        let fetch = self.plan_fetch(layer, count, moves)?;
+        self.fetches.push(fetch);
+        let begun = self.read_ahead(self.fetches.len() - 1);
+        if begun.is_err()
+            && let Some(fetch) = self.fetches.pop()
+        {
+            self.drop_fetch(fetch);
+        }
+        begun
+    }
+
     /// Counts reads of fetches under way.
     fn reading(&mut self, more: isize) {
         if self.reads == 0 {
@@ -343,18 +359,16 @@ impl Store for FileStore {
     }
 
     fn begin_fetch(&mut self, layer: usize, moves: &[Move]) -> Result<()> {
-        self.usable()?;
-        assert!(self.fetches.iter().all(|f| f.layer != layer), "layer {layer} is being fetched already");
-        self.poll(false)?;
-        let fetch = self.plan_fetch(layer, moves)?;
-        self.fetches.push(fetch);
-        let begun = self.read_ahead(self.fetches.len() - 1);
-        if begun.is_err()
-            && let Some(fetch) = self.fetches.pop()
-        {
-            self.drop_fetch(fetch);
-        }
-        begun
+        self.begin(layer, moves.len(), moves.iter().copied())
+    }
+
+    fn begin_fetch_first(&mut self, layer: usize, rows: usize) -> Result<()> {
+        let heads = self.geometry.kv_heads;
+        self.begin(layer, heads * rows, Move::whole(heads, rows))
+    }
+
+    fn in_memory(&self) -> bool {
+        false
     }
 
     fn finish_fetch(
