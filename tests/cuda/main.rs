@@ -10,6 +10,7 @@ mod matrix;
 mod payload;
 mod rig;
 mod rowwise;
+mod slots;
 mod streams;
 
 use kvahead::ErrorCode;

@@ -115,6 +115,7 @@ impl Case {
                     Visible::Causal => ((first..=at).collect(), first),
                     Visible::First(counts) => ((0..counts[g] as usize).collect(), 0),
                     Visible::Listed(lists) => (lists[g].iter().map(|&row| row as usize).collect(), 0),
+                    Visible::Slots(_) => unreachable!("not among them"),
                 };
                 let q = &inputs.q[(1 + j) * (self.heads * d + 5) + head * d..][..d];
                 let scores: Vec<f64> = seen

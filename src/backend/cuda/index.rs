@@ -8,6 +8,16 @@ use crate::Result;
 use crate::backend::{HeadMaps, IndexBits, IndexGeometry, IndexRunsMut, Rows, RowsMut};
 
 plain! {
+    /// How a run holds rows (`kernels/index.cuh`).
+    pub(super) struct Layout {
+        layer_offset: u64,
+        run_bytes: u64,
+        extent_tokens: u32,
+        columns: u32,
+        words: u32,
+        bits: u32,
+    }
+
     struct Place {
         extents: u64,
         rows: u64,
@@ -19,13 +29,8 @@ plain! {
         keys: u64,
         place: u64,
         stride: u64,
-        layer_offset: u64,
-        run_bytes: u64,
-        extent_tokens: u32,
+        layout: Layout,
         kv_heads: u32,
-        columns: u32,
-        words: u32,
-        bits: u32,
         count: u32,
     }
 
@@ -59,6 +64,18 @@ pub(super) fn bits(geometry: &IndexGeometry) -> usize {
         IndexBits::Four => 4,
         IndexBits::Eight => 8,
         IndexBits::Full => 32,
+    }
+}
+
+/// How the runs of a layer hold rows, as the kernels have it.
+pub(super) fn layout(geometry: &IndexGeometry, layer_offset: usize) -> Layout {
+    Layout {
+        layer_offset: layer_offset as u64,
+        run_bytes: geometry.run_bytes() as u64,
+        extent_tokens: geometry.extent_tokens as u32,
+        columns: geometry.columns as u32,
+        words: (geometry.row_bytes() / 4) as u32,
+        bits: bits(geometry) as u32,
     }
 }
 
@@ -114,13 +131,8 @@ fn store(
         keys: address(keys.base()),
         place: queue.block.push(bytes_of(&[place])),
         stride: keys.stride() as u64,
-        layer_offset: runs.layer_offset() as u64,
-        run_bytes: geometry.run_bytes() as u64,
-        extent_tokens: geometry.extent_tokens as u32,
+        layout: layout(&geometry, runs.layer_offset()),
         kv_heads: geometry.kv_heads as u32,
-        columns: geometry.columns as u32,
-        words: (geometry.row_bytes() / 4) as u32,
-        bits: bits(&geometry) as u32,
         count: count as u32,
     };
     let warps = 4;

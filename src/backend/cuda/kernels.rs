@@ -47,6 +47,7 @@ modules! {
     Rehearse: "rehearse";
     Payload: "payload";
     Rotary: "rotary";
+    Slots: "slots";
     StoreKv: "store_kv";
     Upload: "upload";
 }

@@ -21,6 +21,7 @@ mod payload;
 mod queue;
 mod rehearse;
 mod rowwise;
+mod slots;
 mod store_kv;
 
 use std::sync::Arc;
@@ -30,7 +31,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
     KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
+    Selected, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -139,11 +140,6 @@ fn address(pointer: *const u8) -> u64 {
     pointer.expose_provenance() as u64
 }
 
-/// What the backend cannot do yet.
-fn unsupported(operation: &str) -> Error {
-    Error::unsupported(format!("the CUDA backend does not have the operation {operation} yet; use device=cpu"))
-}
-
 /// Asserts that a window holds activations.
 macro_rules! assert_activations {
     ($($x:ident),*) => { $(assert_eq!($x.dtype(), DType::F32, concat!(stringify!($x), " must be activations"));)* };
@@ -153,6 +149,23 @@ macro_rules! assert_activations {
 fn assert_slots(mut slots: impl Iterator<Item = Slot>, bytes: usize, buffers: &[Buffer]) {
     let inside = |s: Slot| s.offset.checked_add(bytes).is_some_and(|end| end <= buffers[s.buffer].bytes());
     assert!(slots.all(inside), "a stored row past its buffer's end");
+}
+
+/// Asserts that a rehearsal fits its queries and its index.
+fn assert_rehearsal(queries: Rows<'_>, rehearsal: &Rehearsal<'_>) {
+    let geometry = rehearsal.runs.geometry();
+    index::assert_index(geometry);
+    let heads = queries.cols() / geometry.columns;
+    assert!(queries.cols().is_multiple_of(geometry.columns));
+    assert!(heads.is_multiple_of(geometry.kv_heads) && heads > 0);
+    assert!(rehearsal.row < queries.rows());
+    assert!(rehearsal.rows <= rehearsal.runs.capacity(), "rows past the extents' end");
+    assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
+}
+
+/// Asserts that tables are as long as their shape says.
+fn assert_tables(tables: &Buffer, geometry: &SlotGeometry, layer: usize) {
+    assert!(tables.bytes() >= geometry.bytes() && layer < geometry.layers, "tables that are too short");
 }
 
 impl Backend for CudaBackend {
@@ -376,8 +389,8 @@ impl Backend for CudaBackend {
         false
     }
 
-    fn has_speculation(&self) -> bool {
-        false
+    fn selects_on_device(&self) -> bool {
+        true
     }
 
     fn encode_kv(
@@ -506,30 +519,52 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         assert_activations!(queries);
         assert_eq!(rehearsals.len(), selected.len());
-        for rehearsal in rehearsals {
-            let geometry = rehearsal.runs.geometry();
-            index::assert_index(geometry);
-            let heads = queries.cols() / geometry.columns;
-            assert!(queries.cols().is_multiple_of(geometry.columns));
-            assert!(heads.is_multiple_of(geometry.kv_heads) && heads > 0);
-            assert!(rehearsal.row < queries.rows());
-            assert!(rehearsal.rows <= rehearsal.runs.capacity(), "rows past the extents' end");
-            assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
-        }
+        rehearsals.iter().for_each(|rehearsal| assert_rehearsal(queries, rehearsal));
         let (mut queue, _entered) = self.enter(stream)?;
         rehearse::rehearse(&self.shared, &mut queue, queries, rehearsals, selected)
     }
 
-    fn prefetch(&self, _stream: &Stream, _queries: Rows<'_>, _sequences: &mut [Prefetch<'_>]) -> Result<()> {
-        Err(unsupported("prefetch"))
+    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+        assert_activations!(queries);
+        for Prefetch { rehearsal, slots, from, to } in &*sequences {
+            assert_rehearsal(queries, rehearsal);
+            assert_tables(slots.tables, &slots.geometry, slots.layer);
+            let (a, b) = (from.geometry(), to.geometry());
+            assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+            assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
+            assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
+        }
+        let (mut queue, _entered) = self.enter(stream)?;
+        slots::prefetch(&self.shared, &mut queue, queries, sequences)
     }
 
-    fn admit(&self, _stream: &Stream, _keys: Rows<'_>, _values: Rows<'_>, _admission: Admission<'_>) -> Result<()> {
-        Err(unsupported("admit"))
+    fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
+        assert_activations!(keys, values);
+        let Admission { row, slots, store, cache, index, maps } = &admission;
+        assert_tables(slots.tables, &slots.geometry, slots.layer);
+        let (a, b) = (store.geometry(), cache.geometry());
+        assert_eq!(
+            (a.kv_heads, a.head_dim, a.dtype, a.extent_tokens),
+            (b.kv_heads, b.head_dim, b.dtype, b.extent_tokens)
+        );
+        assert_eq!(
+            (keys.rows(), values.rows(), keys.cols(), values.cols()),
+            (1, 1, a.kv_heads * a.head_dim, keys.cols())
+        );
+        assert_eq!((maps.kv_heads, maps.inputs, maps.outputs), (a.kv_heads, a.head_dim, index.geometry().columns));
+        assert_eq!((index.geometry().kv_heads, slots.geometry.kv_heads), (a.kv_heads, a.kv_heads));
+        assert!(*row < store.capacity() && *row < index.capacity() && *row < slots.geometry.rows, "a row past the end");
+        assert!(slots.limit > 0 && slots.limit <= slots.geometry.slots.min(cache.capacity()), "slots past the end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        slots::admit(&self.shared, &mut queue, keys, values, admission)
     }
 
-    fn refill(&self, _stream: &Stream, _slots: Slots<'_>, _from: &KvRuns<'_>, _to: &mut KvRunsMut<'_>) -> Result<()> {
-        Err(unsupported("refill"))
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
+        assert_tables(slots.tables, &slots.geometry, slots.layer);
+        let (a, b) = (from.geometry(), to.geometry());
+        assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+        let (mut queue, _entered) = self.enter(stream)?;
+        slots::refill(&self.shared, &mut queue, slots, from, to)
     }
 
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

@@ -198,6 +198,8 @@ pub(super) struct Queue {
     staging: Raw,
     /// The last launch, if it was a store that may be extended; see `store_kv`.
     pub(super) last_store: Option<super::store_kv::LastStore>,
+    /// As `last_store`; see `slots`.
+    pub(super) last_admit: Option<super::slots::LastAdmit>,
     /// The last launch, if it was a fetch that another sequence may join; see `payload`.
     pub(super) last_fetch: Option<super::payload::LastFetch>,
 }
@@ -236,8 +238,14 @@ impl Queue {
             clock: 0,
             staging: Raw::NONE,
             last_store: None,
+            last_admit: None,
             last_fetch: None,
         })
+    }
+
+    /// Nothing may join the last launch any more.
+    fn last_alone(&mut self) {
+        (self.last_store, self.last_fetch, self.last_admit) = (None, None, None);
     }
 
     /// One more lane, or an error where there are no more.
@@ -254,7 +262,7 @@ impl Queue {
         assert!(lane < self.lanes.len(), "a stream that was never made");
         if self.lane != lane {
             self.lane = lane;
-            (self.last_store, self.last_fetch) = (None, None);
+            self.last_alone();
         }
     }
 
@@ -293,7 +301,7 @@ impl Queue {
         threads: usize,
         params: &P,
     ) -> Result<()> {
-        (self.last_store, self.last_fetch) = (None, None);
+        self.last_alone();
         if grid.contains(&0) {
             return Ok(());
         }
@@ -346,7 +354,7 @@ impl Queue {
 
     /// Sends everything that waits; as a graph when `replay` says that a whole step is there.
     pub(super) fn launch(&mut self, replay: bool) -> Result<()> {
-        (self.last_store, self.last_fetch) = (None, None);
+        self.last_alone();
         if self.script.launches.is_empty() {
             return Ok(());
         }
@@ -535,11 +543,11 @@ impl Queue {
 
     /// See `Backend::wait`: the lane waits for a point of another lane of this queue.
     pub(super) fn wait(&mut self, point: Point) {
-        let lane = &mut self.lanes[self.lane];
         if point.lane == self.lane {
             return;
         }
-        self.last_store = None;
+        self.last_alone();
+        let lane = &mut self.lanes[self.lane];
         if point.script == self.scripts && point.launches > 0 {
             // The later one of a lane comes after the earlier one.
             let launch = point.launches - 1;

@@ -1,0 +1,395 @@
+// The hot cache's tables where the device keeps them: lookup of what a rehearsal selected, victims, and new tokens.
+// (Where what lies is in src/backend/slots.rs, and a plain version of the same in src/backend/cpu/slots.rs.)
+//
+// A block a KV head and sequence. Misses, victims and journal have one order whatever the threads do: rows ascending,
+// slots ascending.
+#include "index.cuh"
+
+constexpr u32 NONE = 0xffffffffu;
+
+enum Header : u32 { STEP = 0, CHANGES = 1, SELECTED = 2, MISSED = 3, ALL_SELECTED = 4, ALL_MISSED = 6, ALL_ATTENDED = 8,
+                    ATTENDED = 10, HEADER = 12 };
+constexpr u32 COUNT = 4, CHANGE = 3;
+
+// One sequence's tables of a layer. Addresses are those of the first KV head; strides are words from head to head.
+struct Tables {
+    u32 *counts;   // COUNT words a head, the third of which counts
+    u32 *headers;  // HEADER words a head
+    u32 *used;     // `stride` words a head; behind them rows, slots of rows, journal
+    u32 *selected_counts;
+    u32 *selected;
+    u32 *move_counts;
+    u32 *moves;
+    u64 stride;
+    u32 slots;     // room in a table
+    u32 rows;
+    u32 most;      // room for selected rows
+    u32 limit;     // slots that may be used
+    u32 below;     // guarded rows: below this, and from that on
+    u32 from;
+    u32 step;
+    u32 row;       // of a new token
+};
+
+struct Table {
+    u32 &count;
+    u32 *header;
+    u32 *used, *rows, *slots, *journal;
+
+    __device__ Table(const Tables &t, u32 head)
+        : count(t.counts[COUNT * head + 2]), header(t.headers + HEADER * head), used(t.used + head * t.stride),
+          rows(used + t.slots), slots(rows + t.slots), journal(slots + t.rows) {}
+
+    __device__ void change(u32 i, u32 slot, u32 row, u32 last) {
+        u32 *to = journal + CHANGE * i;
+        to[0] = slot;
+        to[1] = row;
+        to[2] = last;
+    }
+
+    // Adds to a number of two words.
+    __device__ void add(u32 which, u32 more) {
+        const u64 sum = (u64(header[which + 1]) << 32 | header[which]) + more;
+        header[which] = u32(sum);
+        header[which + 1] = u32(sum >> 32);
+    }
+
+    // The first call of a step begins its counts. By one thread.
+    __device__ void begin(u32 step) {
+        if (header[STEP] == step) return;
+        header[STEP] = step;
+        header[CHANGES] = header[SELECTED] = header[MISSED] = header[ATTENDED] = 0;
+    }
+};
+
+constexpr u32 THREADS = 512, WARPS = THREADS / WARP;
+
+// Sum of what the threads before this one have, and of all. Every thread calls it.
+__device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    u32 sum = x;
+#pragma unroll
+    for (u32 step = 1; step < WARP; step *= 2) {
+        const u32 before = __shfl_up_sync(FULL, sum, step);
+        if (lane >= step) sum += before;
+    }
+    __syncthreads();  // the last call's totals have been read
+    if (lane == WARP - 1) totals[warp] = sum;
+    __syncthreads();
+    u32 before = 0;
+    total = 0;
+#pragma unroll
+    for (u32 w = 0; w < WARPS; w++) {
+        before += w < warp ? totals[w] : 0;
+        total += totals[w];
+    }
+    return before + sum - x;
+}
+
+// Whether a slot may be given away in this step.
+__device__ __forceinline__ bool gives_way(const Tables &t, u32 used, u32 row) {
+    return used < t.step && row >= t.below && row < t.from;
+}
+
+struct Request {
+    const Tables *sequences;
+};
+
+// grid: KV heads × sequences.
+extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
+    __shared__ u32 totals[WARPS], histogram[256], found[2];
+    const Tables t = p.sequences[blockIdx.y];
+    const u32 head = blockIdx.x, tid = threadIdx.x;
+    Table table(t, head);
+    if (tid == 0) table.begin(t.step);
+    const u32 count = min(t.selected_counts[head], t.most);
+    const u32 *selected = t.selected + head * t.most;
+    u32 *moves = t.moves + 2 * head * t.most;
+
+    // Hits are marked; misses move up: their row, and for now their place among the selected.
+    u32 missed = 0;
+    for (u32 first = 0; first < count; first += THREADS) {
+        const u32 i = first + tid;
+        const u32 row = i < count ? selected[i] : NONE, slot = i < count ? table.slots[row] : NONE;
+        const bool miss = i < count && slot == NONE;
+        if (i < count && !miss) {
+            table.change(i, slot, row, table.used[slot]);
+            table.used[slot] = t.step;
+        }
+        u32 total;
+        const u32 at = missed + scan(miss, totals, total);
+        if (miss) {
+            moves[2 * at] = row;
+            moves[2 * at + 1] = i;
+        }
+        missed += total;
+    }
+    __syncthreads();
+
+    const u32 held = table.count, room = t.limit > held ? t.limit - held : 0;
+    const u32 pushed = min(missed, room), wanted = missed - pushed;
+    if (wanted > 0) {
+        // The last use of the wanted-th oldest slot that may give way, digit by digit.
+        u32 prefix = 0, older = 0;
+        for (int shift = 24; shift >= 0; shift -= 8) {
+            if (tid < 256) histogram[tid] = 0;
+            __syncthreads();
+            for (u32 slot = tid; slot < held; slot += THREADS) {
+                const u32 used = table.used[slot];
+                if (gives_way(t, used, table.rows[slot]) && (shift == 24 || used >> (shift + 8) == prefix)) {
+                    atomicAdd(&histogram[used >> shift & 255], 1);
+                }
+            }
+            __syncthreads();
+            u32 total;
+            const u32 here = tid < 256 ? histogram[tid] : 0, before = older + scan(here, totals, total);
+            if (tid == 0) found[0] = found[1] = NONE;
+            __syncthreads();
+            if (here && before < wanted && before + here >= wanted) {
+                found[0] = tid;
+                found[1] = before;
+            }
+            __syncthreads();
+            if (found[0] == NONE) break;  // fewer slots than promised: as many as there are
+            prefix = prefix << 8 | found[0];
+            older = found[1];
+        }
+        // Slots used before that, and of those used then the first ones, in their order.
+        const u32 equal = wanted - older;
+        u32 victims = 0, equals = 0;
+        for (u32 first = 0; first < held; first += THREADS) {
+            const u32 slot = first + tid;
+            const u32 used = slot < held ? table.used[slot] : NONE;
+            const bool may = slot < held && gives_way(t, used, table.rows[slot]);
+            const bool old = may && used < prefix, same = may && used == prefix;
+            u32 both;
+            const u32 before = scan(u32(old) | u32(same) << 16, totals, both);
+            const u32 equal_before = equals + (before >> 16);
+            const u32 at = victims + (before & 0xffff) + min(equal_before, equal) ;
+            if (old || (same && equal_before < equal)) {
+                u32 *move = moves + 2 * (pushed + at);
+                const u32 i = move[1], row = move[0], gone = table.rows[slot];
+                table.change(i, slot, gone, used);
+                table.slots[gone] = NONE;
+                table.rows[slot] = row;
+                table.used[slot] = t.step;
+                table.slots[row] = slot;
+                move[1] = slot;
+            }
+            victims += both & 0xffff;
+            equals += both >> 16;
+            if (victims + min(equals, equal) >= wanted) break;
+        }
+    }
+    for (u32 m = tid; m < pushed; m += THREADS) {
+        const u32 slot = held + m, i = moves[2 * m + 1], row = moves[2 * m];
+        table.change(i, slot, NONE, 0);
+        table.rows[slot] = row;
+        table.used[slot] = t.step;
+        table.slots[row] = slot;
+        moves[2 * m + 1] = slot;
+    }
+    __syncthreads();  // everyone has read the count
+    if (tid == 0) {
+        table.count = held + pushed;
+        table.header[CHANGES] = count;
+        table.header[SELECTED] = count;
+        table.header[MISSED] = missed;
+        table.add(ALL_SELECTED, count);
+        table.add(ALL_MISSED, missed);
+        t.move_counts[head] = missed;
+    }
+}
+
+// Where entries lie, by row or by slot.
+struct Runs {
+    const u64 *extents;
+    u64 layer_offset;
+    u64 run_bytes;
+    u64 extent_tokens;
+};
+
+__device__ __forceinline__ u64 row_of(const Runs &runs, u32 head, u32 row, u32 bytes) {
+    const u32 tokens = u32(runs.extent_tokens);
+    return runs.extents[row / tokens] + runs.layer_offset + head * runs.run_bytes + u64(row % tokens) * bytes;
+}
+
+struct Gathered {
+    const u32 *counts;  // moves of each KV head, `count_stride` words apart
+    const u32 *rows;    // of the first KV head; `list_stride` words from head to head, `step` from move to move
+    const u32 *slots;   // null: move i goes to slot i
+    Runs from;
+    Runs to;
+    u32 count_stride;
+    u32 step;
+    u64 list_stride;
+};
+
+struct Gather {
+    const Gathered *sequences;
+    u32 count;  // sequences
+    u32 kv_heads;
+    u32 row_bytes;
+    u32 unused;
+};
+
+constexpr u32 LISTS = 1024;  // that are counted together
+constexpr u32 IN_FLIGHT = 4;  // rows of a warp
+
+// A few blocks copy all rows that are wanted, a warp a row, list by list in ascending order: neighbours are read together.
+template <class Unit> __device__ void gather(const Gather &p) {
+    __shared__ u32 ends[LISTS], totals[WARPS];
+    const u32 lists = p.count * p.kv_heads, tid = threadIdx.x;
+    const u32 warp = blockIdx.x * WARPS + tid / WARP, warps = gridDim.x * WARPS, lane = tid % WARP;
+    for (u32 first = 0; first < lists; first += LISTS) {
+        const u32 here = min(LISTS, lists - first);
+        u32 all = 0;
+        for (u32 l0 = 0; l0 < here; l0 += THREADS) {
+            const u32 list = first + l0 + tid;
+            const bool real = l0 + tid < here;
+            u32 count = 0;
+            if (real) {
+                const Gathered &g = p.sequences[list / p.kv_heads];
+                count = g.counts[list % p.kv_heads * g.count_stride];
+            }
+            u32 total;
+            const u32 before = all + scan(count, totals, total);
+            if (real) ends[l0 + tid] = before + count;
+            all += total;
+        }
+        __syncthreads();
+        // Each warp has a stretch of consecutive rows.
+        const u32 share = (all + warps - 1) / warps, begin = min(all, warp * share), end = min(all, begin + share);
+        u32 list = 0;
+        for (u32 low = 0, high = here; low < high;) {  // the first list that ends past `begin`
+            const u32 middle = (low + high) / 2;
+            if (ends[middle] > begin) high = middle;
+            else low = middle + 1;
+            list = low;
+        }
+        const u32 units = p.row_bytes / sizeof(Unit);
+        for (u32 i0 = begin; i0 < end; i0 += IN_FLIGHT) {
+            const Unit *from[IN_FLIGHT];
+            Unit *to[IN_FLIGHT];
+#pragma unroll
+            for (u32 k = 0; k < IN_FLIGHT; k++) {
+                const u32 i = min(i0 + k, end - 1);
+                while (ends[list] <= i) list++;
+                const Gathered &g = p.sequences[(first + list) / p.kv_heads];
+                const u32 head = (first + list) % p.kv_heads, at = i - (list ? ends[list - 1] : 0);
+                const u64 move = head * g.list_stride + u64(at) * g.step;
+                const u32 slot = g.slots ? g.slots[move] : at;
+                from[k] = reinterpret_cast<const Unit *>(row_of(g.from, head, g.rows[move], p.row_bytes));
+                to[k] = reinterpret_cast<Unit *>(row_of(g.to, head, slot, p.row_bytes));
+            }
+            for (u32 u = lane; u < units; u += WARP) {
+                Unit values[IN_FLIGHT];
+#pragma unroll
+                for (u32 k = 0; k < IN_FLIGHT; k++) values[k] = from[k][u];
+#pragma unroll
+                for (u32 k = 0; k < IN_FLIGHT; k++) {
+                    if (i0 + k < end) to[k][u] = values[k];
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512) slots_gather_16(Gather p) { gather<uint4>(p); }
+extern "C" __global__ void __launch_bounds__(512) slots_gather_4(Gather p) { gather<u32>(p); }
+
+// A new token of one sequence.
+struct Token {
+    Tables tables;
+    const float *keys;  // all KV heads
+    const float *values;
+    const u64 *store;  // addresses of extents
+    const u64 *cache;
+    const u64 *index;
+};
+
+struct Admit {
+    const Token *tokens;
+    const float *maps;  // KV heads × columns × head_dim
+    Layout index;
+    u64 store_offset;  // bytes from an extent's start to the layer's first run
+    u64 store_run_bytes;
+    u64 cache_offset;
+    u64 cache_run_bytes;
+    u32 extent_tokens;  // of store and cache
+    u32 head_dim;
+    u32 row_bytes;
+    u32 unused;
+};
+
+// grid: sequences × KV heads. A slot for the new token, its entry into slot and store, its partial key into the index.
+template <class T> __device__ void admit(const Admit &p) {
+    extern __shared__ __align__(16) float partial[];  // columns
+    __shared__ u64 best[WARPS];
+    __shared__ u32 taken;
+    const Token &token = p.tokens[blockIdx.x];
+    const Tables t = token.tables;
+    const u32 head = blockIdx.y, tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
+    const float *key = token.keys + head * p.head_dim, *value = token.values + head * p.head_dim;
+    Table table(t, head);
+    const u32 held = table.count;
+    if (held >= t.limit) {
+        u64 oldest = ~0ull;
+        for (u32 slot = tid; slot < held; slot += THREADS) {
+            const u32 used = table.used[slot];
+            if (gives_way(t, used, table.rows[slot])) oldest = min(oldest, u64(used) << 32 | slot);
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) oldest = min(oldest, __shfl_xor_sync(FULL, oldest, step));
+        if (lane == 0) best[warp] = oldest;
+    }
+    for (u32 c = warp; c < p.index.columns; c += WARPS) {
+        const float *map = p.maps + (u64(head) * p.index.columns + c) * p.head_dim;
+        float sum = 0;
+        for (u32 i = lane; i < p.head_dim; i += WARP) sum = fmaf(map[i], key[i], sum);
+        sum = warp_sum(sum);
+        if (lane == 0) partial[c] = sum;
+    }
+    __syncthreads();
+    if (tid == 0) {
+        table.begin(t.step);
+        const u32 change = table.header[CHANGES];
+        u32 slot = held;
+        if (held < t.limit) {
+            table.change(change, slot, NONE, 0);
+            table.count = held + 1;
+        } else {
+            u64 oldest = best[0];
+            for (u32 w = 1; w < WARPS; w++) oldest = min(oldest, best[w]);
+            slot = min(u32(oldest), held - 1);  // there is one, as promised
+            const u32 gone = table.rows[slot];
+            table.change(change, slot, gone, table.used[slot]);
+            table.slots[gone] = NONE;
+        }
+        table.rows[slot] = t.row;
+        table.used[slot] = t.step;
+        table.slots[t.row] = slot;
+        table.header[CHANGES] = change + 1;
+        table.header[ATTENDED] = table.count;
+        table.add(ALL_ATTENDED, table.count);
+        taken = slot;
+    }
+    __syncthreads();
+    const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
+    const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
+    T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));
+    T *store = reinterpret_cast<T *>(row_of(stored, head, t.row, p.row_bytes));
+    for (u32 c = tid; c < p.head_dim; c += THREADS) {
+        const T k = narrow<T>(key[c]), v = narrow<T>(value[c]);
+        cache[c] = k;
+        cache[p.head_dim + c] = v;
+        store[c] = k;
+        store[p.head_dim + c] = v;
+    }
+    if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, t.row), t.row % p.index.extent_tokens, partial);
+}
+
+extern "C" __global__ void __launch_bounds__(512) slots_admit_f32(Admit p) { admit<float>(p); }
+extern "C" __global__ void __launch_bounds__(512) slots_admit_f16(Admit p) { admit<f16>(p); }
+extern "C" __global__ void __launch_bounds__(512) slots_admit_bf16(Admit p) { admit<bf16>(p); }

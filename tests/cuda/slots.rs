@@ -1,0 +1,300 @@
+//! The hot cache's tables on the device: every step leaves the tables, the journal and the entries that the CPU's plain
+//! version leaves.
+
+use kvahead::backend::{
+    Admission, AttentionShape, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
+    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Place, Prefetch, Rehearsal, Segment, Selection, SlotGeometry, Slots,
+    SlotsMut, Visible,
+};
+
+use crate::rig::*;
+
+const LAYERS: usize = 2;
+
+#[derive(Clone, Copy)]
+struct Shape {
+    kv: KvGeometry,
+    index: IndexGeometry,
+    slots: SlotGeometry,
+    group: usize,
+}
+
+impl Shape {
+    fn new(kv_heads: usize, group: usize, head_dim: usize, dtype: DType, slots: usize, selected: usize) -> Shape {
+        let (layers, rows, columns) = (LAYERS, 640, head_dim / 2);
+        Shape {
+            kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
+            index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
+            slots: SlotGeometry { layers, kv_heads, slots, rows, selected },
+            group,
+        }
+    }
+}
+
+/// One sequence on one backend.
+struct Sequence {
+    store: Vec<Buffer>,
+    cache: Vec<Buffer>,
+    index: Vec<Buffer>,
+    tables: Buffer,
+    length: usize,
+}
+
+impl Sequence {
+    fn new(rig: &Rig<'_>, shape: &Shape, words: &[u32], length: usize) -> Sequence {
+        let extents = |count: usize, bytes: usize, place: Place| -> Vec<Buffer> {
+            (0..count).map(|_| rig.b.allocate(bytes, place, "a test").unwrap()).collect()
+        };
+        let mut tables = rig.b.allocate(shape.slots.bytes(), Place::Device, "a test").unwrap();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        rig.b.upload(&rig.stream, &bytes, &mut tables, 0).unwrap();
+        Sequence {
+            store: extents(shape.slots.rows.div_ceil(64), shape.kv.extent_bytes(), Place::Pinned),
+            cache: extents(shape.slots.slots.div_ceil(64), shape.kv.extent_bytes(), Place::Device),
+            index: extents(shape.slots.rows.div_ceil(64), shape.index.extent_bytes(), Place::Device),
+            tables,
+            length,
+        }
+    }
+
+    fn words(&self, rig: &Rig<'_>) -> Vec<u32> {
+        let bytes = rig.bytes(&self.tables);
+        bytes.chunks_exact(4).map(|b| u32::from_ne_bytes(b.try_into().unwrap())).collect()
+    }
+
+    fn slots_mut<'a>(
+        tables: &'a mut Buffer,
+        shape: &Shape,
+        layer: usize,
+        length: usize,
+        limit: usize,
+        step: u32,
+    ) -> SlotsMut<'a> {
+        let guard = Guard { below: 3, from: length.saturating_sub(9) as u32 };
+        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step }
+    }
+}
+
+/// Tables of empty slots.
+fn empty(shape: &SlotGeometry) -> Vec<u32> {
+    let mut words = vec![0; shape.words()];
+    for table in 0..shape.tables() {
+        words[shape.slots_at(table)..][..shape.rows].fill(SlotGeometry::NONE);
+    }
+    words
+}
+
+/// Some rows in some slots: all that are guarded, and others.
+fn filled(shape: &SlotGeometry, length: usize, count: usize, random: &mut Random) -> Vec<u32> {
+    let mut words = empty(shape);
+    for table in 0..shape.tables() {
+        let mut rows: Vec<u32> = (0..3).chain(length as u32 - 9..length as u32).collect();
+        while rows.len() < count {
+            let row = random.below(length) as u32;
+            if !rows.contains(&row) {
+                rows.push(row);
+            }
+        }
+        for i in (1..rows.len()).rev() {
+            rows.swap(i, random.below(i + 1));
+        }
+        for (slot, &row) in rows.iter().enumerate() {
+            words[shape.rows_at(table) + slot] = row;
+            // Few different steps, so that many are equally old.
+            words[shape.used_at(table) + slot] = random.below(5) as u32 + 1;
+            words[shape.slots_at(table) + row as usize] = slot as u32;
+        }
+        words[shape.count_at(table)] = rows.len() as u32;
+    }
+    words
+}
+
+/// Sets words to zero that mean nothing: room that is not in use.
+fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
+    for table in 0..shape.tables() {
+        let count = words[shape.count_at(table)] as usize;
+        let changes = words[shape.header_at(table) + Header::Changes as usize] as usize;
+        words[shape.used_at(table) + count..shape.used_at(table) + shape.slots].fill(0);
+        words[shape.rows_at(table) + count..shape.rows_at(table) + shape.slots].fill(0);
+        let journal = shape.journal_at(table);
+        words[journal + SlotGeometry::CHANGE * changes..journal + SlotGeometry::CHANGE * (shape.selected + 1)].fill(0);
+    }
+    words.truncate(shape.selected_counts_at());
+    words
+}
+
+fn entries(rig: &Rig<'_>, extents: &[Buffer]) -> Vec<u8> {
+    extents.iter().flat_map(|extent| rig.bytes(extent)).collect()
+}
+
+/// The first columns as they are: partial keys then round alike everywhere.
+fn maps(rig: &Rig<'_>, shape: &Shape) -> HeadMaps {
+    let (d, columns) = (shape.kv.head_dim, shape.index.columns);
+    let values: Vec<f32> = (0..shape.kv.kv_heads * columns * d).map(|i| f32::from(i % d == i / d % columns)).collect();
+    HeadMaps { kv_heads: shape.kv.kv_heads, inputs: d, outputs: columns, data: rig.buffer(DType::F32, &values) }
+}
+
+fn prefetch(
+    rig: &Rig<'_>,
+    shape: &Shape,
+    sequences: &mut [Sequence],
+    layer: usize,
+    limit: usize,
+    step: u32,
+    q: &[f32],
+) {
+    let width = shape.group * shape.kv.kv_heads * shape.index.columns;
+    let queries = rig.buffer(DType::F32, q);
+    let mut all: Vec<Prefetch<'_>> = sequences
+        .iter_mut()
+        .enumerate()
+        .map(|(row, s)| {
+            let position = s.length;
+            let to = position.saturating_sub(8);
+            let selection = match row % 2 {
+                0 => Selection::Count { count: shape.slots.selected },
+                _ => Selection::Probability { below: 5.0, least: 1, most: shape.slots.selected },
+            };
+            let runs = IndexRuns::new(&s.index, shape.index, layer);
+            Prefetch {
+                rehearsal: Rehearsal { row, runs, rows: position, from: 3.min(to), to, scale: 0.3, selection },
+                slots: Sequence::slots_mut(&mut s.tables, shape, layer, position + 1, limit, step),
+                from: KvRuns::new(&s.store, shape.kv, layer),
+                to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+            }
+        })
+        .collect();
+    rig.b.prefetch(&rig.stream, queries.rows(DType::F32, q.len() / width, width), &mut all).unwrap();
+}
+
+fn admit(
+    rig: &Rig<'_>,
+    shape: &Shape,
+    sequences: &mut [Sequence],
+    layer: usize,
+    limit: usize,
+    step: u32,
+    kv: &[f32],
+    maps: &HeadMaps,
+) {
+    let width = shape.kv.kv_heads * shape.kv.head_dim;
+    let rows = rig.buffer(DType::F32, kv);
+    let rows = rows.rows(DType::F32, sequences.len(), 2 * width);
+    for (i, s) in sequences.iter_mut().enumerate() {
+        let own = rows.row_range(i, 1);
+        let admission = Admission {
+            row: s.length,
+            slots: Sequence::slots_mut(&mut s.tables, shape, layer, s.length + 1, limit, step),
+            store: KvRunsMut::new(&mut s.store, shape.kv, layer),
+            cache: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+            index: IndexRunsMut::new(&mut s.index, shape.index, layer),
+            maps,
+        };
+        rig.b.admit(&rig.stream, own.col_range(0, width), own.col_range(width, width), admission).unwrap();
+    }
+}
+
+#[test]
+fn steps_leave_what_the_cpu_leaves() {
+    with_both(|cuda, cpu| {
+        let shapes = [
+            (Shape::new(3, 3, 64, DType::F32, 90, 20), 90, 60),
+            (Shape::new(1, 8, 128, DType::BF16, 40, 11), 37, 20),
+            (Shape::new(5, 1, 80, DType::F16, 320, 120), 300, 290),
+            (Shape::new(2, 4, 62, DType::BF16, 200, 64), 180, 180),
+        ];
+        for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
+            let mut random = Random(77 + number as u64);
+            let lengths = [400, 310, 333];
+            let rigs = [cuda, cpu];
+            let maps: Vec<HeadMaps> = rigs.iter().map(|rig| maps(rig, &shape)).collect();
+            let width = shape.kv.kv_heads * shape.kv.head_dim;
+            let mut both: [Vec<Sequence>; 2] = [Vec::new(), Vec::new()];
+            for length in lengths {
+                let words = filled(&shape.slots, length, held, &mut random);
+                for (rig, sequences) in rigs.iter().zip(&mut both) {
+                    sequences.push(Sequence::new(rig, &shape, &words, length));
+                }
+                for layer in 0..LAYERS {
+                    let (keys, values) = (random.normals(length * width), random.normals(length * width));
+                    let partial: Vec<f32> = keys
+                        .chunks_exact(shape.kv.head_dim)
+                        .flat_map(|key| key[..shape.index.columns].iter().copied())
+                        .collect();
+                    for (rig, sequences) in rigs.iter().zip(&mut both) {
+                        let s = sequences.last_mut().unwrap();
+                        let (k, v) = (rig.buffer(DType::F32, &keys), rig.buffer(DType::F32, &values));
+                        let (k, v) = (k.rows(DType::F32, length, width), v.rows(DType::F32, length, width));
+                        let runs = &mut KvRunsMut::new(&mut s.store, shape.kv, layer);
+                        rig.b.store_kv(&rig.stream, k, v, runs, 0).unwrap();
+                        let p = rig.buffer(DType::F32, &partial);
+                        let p = p.rows(DType::F32, length, partial.len() / length);
+                        let runs = &mut IndexRunsMut::new(&mut s.index, shape.index, layer);
+                        rig.b.index_append(&rig.stream, p, runs, 0).unwrap();
+                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit };
+                        let from = KvRuns::new(&s.store, shape.kv, layer);
+                        let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
+                        rig.b.refill(&rig.stream, slots, &from, to).unwrap();
+                    }
+                }
+            }
+            for step in 10..42 {
+                for layer in 0..LAYERS {
+                    let q = random.normals(lengths.len() * shape.group * shape.kv.kv_heads * shape.index.columns);
+                    let kv = random.normals(lengths.len() * 2 * width);
+                    for ((rig, sequences), maps) in rigs.iter().zip(&mut both).zip(&maps) {
+                        if step % 5 != 0 {
+                            prefetch(rig, &shape, sequences, layer, limit, step, &q);
+                        }
+                        admit(rig, &shape, sequences, layer, limit, step, &kv, maps);
+                    }
+                }
+                for (i, (a, b)) in both[0].iter().zip(&both[1]).enumerate() {
+                    let case = format!("shape {number}, step {step}, sequence {i}");
+                    let got = meaningful(&shape.slots, a.words(cuda));
+                    let want = meaningful(&shape.slots, b.words(cpu));
+                    let differs = got.iter().zip(&want).position(|(a, b)| a != b);
+                    assert_eq!(differs, None, "{case}: word {differs:?} of the tables");
+                    assert!(entries(cuda, &a.cache) == entries(cpu, &b.cache), "{case}: entries in slots differ");
+                    assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
+                }
+                both.iter_mut().flatten().for_each(|s| s.length += 1);
+            }
+            attends_its_slots(cuda, cpu, &shape, &both, limit, &mut random);
+        }
+    });
+}
+
+fn attends_its_slots(
+    cuda: &Rig<'_>,
+    cpu: &Rig<'_>,
+    shape: &Shape,
+    both: &[Vec<Sequence>; 2],
+    limit: usize,
+    random: &mut Random,
+) {
+    let (kv_heads, head_dim) = (shape.kv.kv_heads, shape.kv.head_dim);
+    let heads = kv_heads * shape.group;
+    let q = random.normals(both[0].len() * heads * head_dim);
+    let attention = AttentionShape { heads, kv_heads, head_dim, scale: 0.1, window: None };
+    let attend = |rig: &Rig<'_>, sequences: &[Sequence]| {
+        let queries = rig.buffer(DType::F32, &q);
+        let mut out = rig.poisoned(q.len());
+        let segments: Vec<Segment<'_>> = sequences
+            .iter()
+            .enumerate()
+            .map(|(row, s)| Segment {
+                row,
+                rows: 1,
+                position: s.length,
+                runs: KvRuns::new(&s.cache, shape.kv, 1),
+                visible: Visible::Slots(Slots { tables: &s.tables, geometry: shape.slots, layer: 1, limit }),
+            })
+            .collect();
+        let (rows, width) = (sequences.len(), heads * head_dim);
+        let queries = queries.rows(DType::F32, rows, width);
+        rig.b.attend(&rig.stream, queries, &attention, &segments, out.rows_mut(DType::F32, rows, width)).unwrap();
+        rig.floats(out.rows(DType::F32, rows, width))
+    };
+    assert_close("attention over slots", &attend(cuda, &both[0]), &attend(cpu, &both[1]), 1e-4);
+}
