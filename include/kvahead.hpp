@@ -977,6 +977,11 @@ class Session {
     return scores;
   }
 
+  /// Fills an empty session with `count` tokens whose keys and values are random; nothing is computed. For measuring.
+  Result<void> fill(std::size_t count, std::uint64_t seed = 0) {
+    return detail::check(kva_session_fill(get(), count, seed));
+  }
+
   /// Appends one token; `logits` as in `prefill`.
   Result<void> decode(std::uint32_t token, Logits logits = {}) {
     return detail::check(kva_session_decode(get(), token, logits.data(), logits.size()));

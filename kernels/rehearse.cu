@@ -32,10 +32,12 @@ struct Sequence {
     u32 most;
     float limit;       // the rule's, in logits
     float scale;
-    u32 unused;
+    u32 seed;          // of rule RANDOM
+    u32 step;
+    u32 period;
 };
 
-enum Rule : u32 { COUNT = 0, PROBABILITY = 1, PAPER = 2 };
+enum Rule : u32 { COUNT = 0, PROBABILITY = 1, PAPER = 2, RANDOM = 3 };
 
 struct Rehearse {
     const float *queries;
@@ -325,6 +327,22 @@ __device__ __forceinline__ uint4 keys_at(const u32 *keys, u32 row, u32 to) {
     return row < to ? *reinterpret_cast<const uint4 *>(keys + row) : make_uint4(0, 0, 0, 0);
 }
 
+__device__ __forceinline__ u32 scramble(u32 x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+// As `random_row` in src/backend/index.rs.
+__device__ __forceinline__ u32 random_row(const Sequence &s, u32 head, u32 j, u32 count) {
+    const u32 part = scramble(s.seed ^ scramble(head << 20 ^ j)), turn = (s.step + part % s.period) / s.period;
+    u32 span = s.to - s.from;
+    if (span >= max(2048u, count)) span = span / 1024 * 1024;
+    span = max(span, count);
+    const u32 begin = u32(u64(span) * j / count), end = u32(u64(span) * (j + 1) / count);
+    return s.from + begin + scramble(part ^ scramble(turn)) % (end - begin);
+}
+
 extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
     __shared__ u32 histogram[BINS], totals[2][WARP], found[2];
     const Sequence s = p.sequences[blockIdx.z];
@@ -418,5 +436,9 @@ extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
         larger_before += total & 0xffff;
         equal_before += total >> 16;
         if (larger_before + min(equal_before, equal) >= count) break;
+    }
+    if (s.rule == RANDOM) {
+        __syncthreads();  // what was selected has been written
+        for (u32 j = tid; j < count; j += SELECT) out[j] = random_row(s, kv_head, j, count);
     }
 }

@@ -169,6 +169,39 @@ pub enum Selection {
         /// Most rows a KV head.
         most: usize,
     },
+    /// Random rows, the same for the same numbers; see [`super::Backend::rehearse`]. Scores are computed and not used.
+    Random {
+        /// Rows a KV head.
+        count: usize,
+        /// Where random numbers begin.
+        seed: u32,
+        /// Which step it is.
+        step: u32,
+        /// Steps after which a row has given way to another: 1 and all are others in every step.
+        period: u32,
+    },
+}
+
+/// Which rows [`Selection::Random`] selects: the `j`-th of `count` for a KV head, of rows `from..to`. Every backend
+/// selects the same. The rows are in `count` parts, of each of which one is selected; a part's choice lasts for `period`
+/// steps, and in every step about as many choose anew.
+pub(super) fn random_row(seed: u32, head: u32, j: u32, count: u32, step: u32, period: u32, from: u32, to: u32) -> u32 {
+    let part = scramble(seed ^ scramble(head << 20 ^ j));
+    let turn = (step + part % period) / period;
+    // Parts stay where they are while a sequence grows by a few tokens.
+    let span = to - from;
+    let span = if span >= 2048.max(count) { span / 1024 * 1024 } else { span };
+    let span = span.max(count);
+    let begin = (u64::from(span) * u64::from(j) / u64::from(count)) as u32;
+    let end = (u64::from(span) * u64::from(j + 1) / u64::from(count)) as u32;
+    from + begin + scramble(part ^ scramble(turn)) % (end - begin)
+}
+
+/// A hash of 32 bits.
+const fn scramble(x: u32) -> u32 {
+    let x = (x ^ x >> 16).wrapping_mul(0x7feb_352d);
+    let x = (x ^ x >> 15).wrapping_mul(0x846c_a68b);
+    x ^ x >> 16
 }
 
 /// One sequence in a rehearsal.

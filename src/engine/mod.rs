@@ -15,6 +15,7 @@ mod calibrate;
 mod control;
 mod device;
 mod estimate;
+mod fill;
 mod forward;
 pub mod generate;
 mod model;

@@ -89,6 +89,7 @@ struct Inner {
     parameters: u64,
     weight_bytes: u64,
     load_seconds: f64,
+    random: bool,
     logger: Option<Logger>,
     calibration: Calibration,
     /// Held for the length of one step, or of one chunk of a prefill.
@@ -137,6 +138,7 @@ impl Model {
             dtype: decoder.blocks.first().map_or(decoder.embedding.dtype, |block| block.attention.qkv.dtype),
             pool: Arc::new(Pool::new(backend.clone(), options.kv_limit)),
             load_seconds: start.elapsed().as_secs_f64(),
+            random: path.is_none(),
             logger: options.logger,
             calibration: Calibration::new(options.calibration_text, folders, options.threads),
             config,
@@ -268,6 +270,11 @@ impl Model {
         let layout = super::calibrate::layout(self);
         let inner = Arc::get_mut(&mut self.inner).expect("a model of one handle");
         crate::speculate::fold(&*inner.backend, &mut inner.decoder, layout, &speculation)
+    }
+
+    /// Whether it is one of [`Model::random`].
+    pub(super) fn has_random_weights(&self) -> bool {
+        self.inner.random
     }
 
     pub(super) fn decoder(&self) -> &Decoder {

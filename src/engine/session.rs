@@ -321,22 +321,12 @@ impl Session {
 
     fn append(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>) -> Result<()> {
         let start = Instant::now();
-        self.usable()?;
-        self.check_tokens(tokens)?;
-        self.control.check()?;
-        let (before, total) = (self.tokens.len(), self.tokens.len() + tokens.len());
-        self.policy.reserve(total)?;
+        let before = self.tokens.len();
         let mut logits = vec![0.0; self.model.dimensions().vocabulary];
-        let whole = self.policy.prefills(before);
-        let result = if whole {
-            self.run_prompt(tokens, scores.as_deref_mut(), &mut logits)
-        } else {
-            self.run_singly(tokens, scores.as_deref_mut(), &mut logits)
-        };
-        let result = result.and_then(|()| self.end(before, tokens.len(), |policy, step| policy.commit(step)));
-        if let Err(error) = result {
-            return Err(self.roll_back(error));
-        }
+        self.transaction(tokens, |session| match session.policy.prefills(before) {
+            true => session.run_prompt(tokens, scores.as_deref_mut(), &mut logits),
+            false => session.run_singly(tokens, scores.as_deref_mut(), &mut logits),
+        })?;
         if let Some(scores) = scores {
             scores[0] = sampling::log_probability(&self.logits, tokens[0]);
         }
@@ -344,6 +334,28 @@ impl Session {
         self.statistics.prefill_tokens += tokens.len() as u64;
         self.statistics.prefill_seconds += start.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    /// Appends `tokens`, whose entries `work` gives to the policy; the logits after them are zeros.
+    pub(super) fn prompt(
+        &mut self,
+        tokens: &[u32],
+        work: impl FnOnce(&mut dyn Policy, &Control) -> Result<()>,
+    ) -> Result<()> {
+        self.transaction(tokens, |session| work(&mut *session.policy, &session.control))?;
+        self.commit(tokens, vec![0.0; self.model.dimensions().vocabulary]);
+        Ok(())
+    }
+
+    /// Runs `work`, which gives the policy the entries of `tokens`; undone where it fails.
+    fn transaction(&mut self, tokens: &[u32], work: impl FnOnce(&mut Session) -> Result<()>) -> Result<()> {
+        self.usable()?;
+        self.check_tokens(tokens)?;
+        self.control.check()?;
+        let before = self.tokens.len();
+        self.policy.reserve(before + tokens.len())?;
+        let result = work(self).and_then(|()| self.end(before, tokens.len(), |policy, step| policy.commit(step)));
+        result.map_err(|error| self.roll_back(error))
     }
 
     /// Runs a prompt in chunks of many rows.

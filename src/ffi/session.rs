@@ -352,6 +352,20 @@ pub unsafe extern "C" fn kva_session_prefill(
     })
 }
 
+/// Fills an empty session with `count` tokens of id 0 whose keys and values are random numbers from `seed`; nothing is
+/// computed, and the logits are zeros. For measuring decode at lengths whose prefill would take too long: what is decoded
+/// afterwards means nothing.
+///
+/// Threads: any, one at a time. Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, no tokens, a session that is not empty), else
+/// as `kva_session_prefill`. After an error: the session is as it was before the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kva_session_fill(session: *mut kva_session, count: usize, seed: u64) -> Option<Box<kva_error>> {
+    guard(|| {
+        // SAFETY: the caller's promise: NULL, or a session.
+        unsafe { lock(session) }?.fill(count, seed)
+    })
+}
+
 /// Appends `count` tokens (at least one), as `kva_session_prefill`, and writes to `log_probabilities[i]` the
 /// natural logarithm of the probability of `tokens[i]` after everything before it. The first token of an empty
 /// session has nothing before it: its place gets NaN.

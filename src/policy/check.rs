@@ -81,6 +81,12 @@ impl InfinigenOptions {
                 check_positive("alpha", alpha)?;
                 check_share("select_cap", most)?;
             }
+            Rule::Random { count, renewed } => {
+                if let Budget::Share(share) = count {
+                    check_share("select_share", share)?;
+                }
+                check_share("select_renewed", renewed)?;
+            }
         }
         if self.resident_layers == 0 && self.predictor != Predictor::Exact {
             return Err(Error::invalid_argument(

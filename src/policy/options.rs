@@ -78,6 +78,14 @@ pub enum Rule {
         /// Most, as a share of the tokens.
         most: f32,
     },
+    /// Random tokens, spread evenly over the sequence, whatever the scores say (which are computed all the same). For
+    /// measuring: random weights have scores that say nothing.
+    Random {
+        /// How many.
+        count: Budget,
+        /// How many of them are others in the next step, as a share of them.
+        renewed: f32,
+    },
 }
 
 /// Settings of `infinigen`.

@@ -6,7 +6,9 @@ use parking_lot::Mutex;
 
 use crate::Result;
 use crate::backend::{Backend, Buffer, DType, HeadMaps, Linear, Place, Stream, Vector};
-use crate::model::decoder::Attention;
+use crate::model::decoder::{Attention, Block};
+
+use super::Layout;
 
 /// Maps of queries and keys to the columns of an index: (map_q · q)·(map_k · k) approximates q·k.
 #[derive(Debug)]
@@ -66,6 +68,28 @@ impl Speculation {
     /// The products of every layer; layer 0 has none, because nothing comes before it.
     pub fn new(backend: Arc<dyn Backend>, layers: Vec<Option<LayerSpeculation>>) -> Speculation {
         Speculation { backend, layers, cuts: Mutex::default() }
+    }
+
+    /// Products of a model whose weights are random, from which there is nothing to learn: each layer's own query weight
+    /// predicts, and bases are the heads' own columns. For measuring speed.
+    pub fn plain(backend: Arc<dyn Backend>, blocks: &[Block], layout: Layout) -> Result<Speculation> {
+        let (kv_heads, d) = (layout.kv_heads, layout.head_dim);
+        let stream = backend.stream()?;
+        let identity: Vec<u8> =
+            (0..kv_heads * d * d).flat_map(|i| f32::from(i / d % d == i % d).to_ne_bytes()).collect();
+        let maps = || -> Result<HeadMaps> {
+            let mut data = backend.allocate(identity.len(), Place::Device, "speculation basis")?;
+            backend.upload(&stream, &identity, &mut data, 0)?;
+            Ok(HeadMaps { kv_heads, inputs: d, outputs: d, data })
+        };
+        let of = |block: &Block| -> Result<LayerSpeculation> {
+            let fitted = query_part(&*backend, &block.attention, layout.heads * d)?;
+            Ok(LayerSpeculation::new(fitted, maps()?, IndexMaps { query: maps()?, key: maps()? }))
+        };
+        let layers = (0..blocks.len()).map(|i| if i == 0 { Ok(None) } else { of(&blocks[i]).map(Some) });
+        let layers = layers.collect::<Result<_>>()?;
+        backend.synchronize(&stream)?;
+        Ok(Speculation::new(backend, layers))
     }
 
     /// Products by layer.

@@ -31,7 +31,9 @@ plain! {
         most: u32,
         limit: f32,
         scale: f32,
-        unused: u32,
+        seed: u32,
+        step: u32,
+        period: u32,
     }
 
     struct Rehearse {
@@ -197,6 +199,11 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         Selection::Count { count } => (0, 0.0, number(count), number(count)),
         Selection::Probability { below, least, most } => (1, below, number(least), number(most)),
         Selection::Paper { alpha, most } => (2, alpha, 1, number(most)),
+        Selection::Random { count, .. } => (3, 0.0, number(count), number(count)),
+    };
+    let (seed, step, period) = match rehearsal.selection {
+        Selection::Random { seed, step, period, .. } => (seed, step, period),
+        _ => (0, 0, 1),
     };
     Sequence {
         extents,
@@ -217,7 +224,9 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         most,
         limit,
         scale: rehearsal.scale,
-        unused: 0,
+        seed,
+        step,
+        period,
     }
 }
 

@@ -133,6 +133,9 @@ fn random_tokens(vocabulary: usize) -> Vec<u32> {
 fn run(model: &Model, progress: &mut dyn FnMut(f32) -> bool) -> Result<Speculation> {
     let start = Instant::now();
     go_on(progress, 0.0)?;
+    if model.has_random_weights() {
+        return Speculation::plain(model.shared_backend().clone(), &model.decoder().blocks, layout(model));
+    }
     let tokens = calibration_tokens(model)?;
     let key = Key::of(model.backend(), model.config(), model.decoder(), &tokens)?;
     let format = Format::new(key, layout(model), model.decoder());

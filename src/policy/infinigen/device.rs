@@ -131,7 +131,7 @@ impl Policy for OnDevice {
         let stored = self.stored(layer)?;
         let length = position + 1;
         let (slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
-        let rehearsal = self.plan.rehearsal(self.index.layer(stored), position);
+        let rehearsal = self.plan.rehearsal(layer, self.index.layer(stored), position);
         Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to }))
     }
 

@@ -159,7 +159,7 @@ impl Policy for Infinigen {
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
-        let rehearsal = self.plan.rehearsal(self.index.layer(stored), position);
+        let rehearsal = self.plan.rehearsal(layer, self.index.layer(stored), position);
         Some(Ahead::Select(rehearsal, &mut self.selected[stored]))
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::backend::{HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
 use crate::kv::{Eviction, Guard};
-use crate::policy::{IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting};
+use crate::policy::{Budget, IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting};
 use crate::speculate::{IndexMaps, Speculation};
 use crate::{Error, Result};
 
@@ -99,8 +99,8 @@ impl Plan {
         Lookahead { source, maps: self.query_maps(layer) }
     }
 
-    /// The rehearsal of a layer with this index for the token at `position`.
-    pub(super) fn rehearsal<'a>(&self, runs: IndexRuns<'a>, position: usize) -> Rehearsal<'a> {
+    /// The rehearsal of a layer of the model with this index for the token at `position`.
+    pub(super) fn rehearsal<'a>(&self, layer: usize, runs: IndexRuns<'a>, position: usize) -> Rehearsal<'a> {
         let length = position + 1;
         let guard = self.guard(length);
         let from = (guard.below as usize).min(position);
@@ -109,6 +109,10 @@ impl Plan {
             Rule::Share(_) => Selection::Count { count: most },
             Rule::Probability { below, .. } => Selection::Probability { below, least: 1, most },
             Rule::Paper { alpha, .. } => Selection::Paper { alpha, most },
+            Rule::Random { renewed, .. } => {
+                let period = (1.0 / renewed).round().clamp(1.0, 1e6) as u32;
+                Selection::Random { count: most, seed: layer as u32, step: position as u32, period }
+            }
         };
         let to = (guard.from as usize).clamp(from, position);
         Rehearsal { row: 0, runs, rows: position, from, to, scale: self.scale, selection }
@@ -156,11 +160,12 @@ pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
 
 /// Most rows that a rehearsal selects: the rule's share, as far as the slots go beside what is always attended.
 fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
-    let share = match options.rule {
-        Rule::Share(share) => share,
-        Rule::Probability { most, .. } | Rule::Paper { most, .. } => most,
+    let most = match options.rule {
+        Rule::Share(share) => Budget::Share(share),
+        Rule::Probability { most, .. } | Rule::Paper { most, .. } => Budget::Share(most),
+        Rule::Random { count, .. } => count,
     };
-    let wanted = (f64::from(share) * length as f64).round() as usize;
+    let wanted = most.tokens(length);
     wanted.min(slots(options, length).saturating_sub(always(options))).max(1)
 }
 

@@ -18,6 +18,7 @@ use super::CpuBackend;
 use super::simd::LANES;
 use super::view::{Shared, row};
 use crate::Result;
+use crate::backend::index::random_row;
 use crate::backend::{IndexBits, IndexRunsMut, Rehearsal, Rows, Selected, Selection};
 use dots::Dots;
 use layout::{BLOCK, GROUP_BYTES};
@@ -270,9 +271,16 @@ pub(super) fn rehearse(
                     let (sum, heads) = (counts[at].load(Ordering::Relaxed), plan.kv_heads * plan.group);
                     ((2 * sum + heads) / (2 * heads)).max(1).min(most)
                 }
+                Selection::Random { count, .. } => count,
             };
             let work = Workspace { ranks, largest: blocks, values, rows: numbers, first };
             select::best(cpu.level, work, from, to, count, &mut slot);
+            if let Selection::Random { seed, step, period, .. } = selection {
+                let count = slot.len() as u32;
+                let row = |j| random_row(seed, head as u32, j, count, step, period, from as u32, to as u32);
+                slot.clear();
+                slot.extend((0..count).map(row));
+            }
         }
     });
     Ok(())
