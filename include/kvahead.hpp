@@ -298,6 +298,7 @@ enum class Rule : std::int32_t {
   share = KVA_RULE_SHARE,              ///< a fixed share of the tokens
   probability = KVA_RULE_PROBABILITY,  ///< every token whose log-probability is above a threshold
   paper = KVA_RULE_PAPER,              ///< within alpha of the greatest score, equally many in each head
+  random = KVA_RULE_RANDOM,  ///< random tokens, for measuring
 };
 
 enum class LogLevel : std::int32_t {
@@ -481,6 +482,8 @@ struct InfinigenOptions {
   float select_below = 0;                 ///< `Rule::probability`: how far below 1, as a natural logarithm
   float alpha = 0;                        ///< `Rule::paper`: how far below the greatest score
   float select_cap = 0;                   ///< the latter two: most to select, as a share
+  Budget random;                          ///< `Rule::random`: tokens to select
+  float random_renewed = 1;               ///< `Rule::random`: share of them that are others in the next step
   std::uint32_t sinks = 0;                ///< first tokens, always attended
   std::uint32_t window = 0;               ///< last tokens, always attended
   std::uint32_t resident_layers = 0;      ///< first layers, attended in full from device memory
@@ -500,6 +503,8 @@ struct InfinigenOptions {
       select_below = c->select_below;
       alpha = c->alpha;
       select_cap = c->select_cap;
+      random = Budget{c->select_share, c->select_tokens};
+      random_renewed = c->select_renewed;
       sinks = c->sinks;
       window = c->window;
       resident_layers = c->resident_layers;
@@ -521,6 +526,11 @@ struct InfinigenOptions {
       c->select_below = select_below;
       c->alpha = alpha;
       c->select_cap = select_cap;
+      if (rule == Rule::random) {
+        c->select_share = random.share;
+        c->select_tokens = random.tokens;
+        c->select_renewed = random_renewed;
+      }
       c->sinks = sinks;
       c->window = window;
       c->resident_layers = resident_layers;

@@ -143,6 +143,25 @@ template <int BITS, int U, int G> __device__ void score(const Rehearse &p) {
     if (begin >= s.rows) return;
     const u32 heads = min(u32(G), p.group - pass * G), head0 = kv_head * p.group + pass * G;
     const u32 query_words = p.words * PER_WORD<BITS>, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    // Of each row its tile, and its place there; past the end, the last row is read again.
+    const u32 *rows[ROWS];
+    float scales[ROWS];
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const u32 row = min(begin + i * THREADS + threadIdx.x, s.rows - 1);
+        const u32 token = row % p.extent_tokens;
+        const u64 run = s.extents[row / p.extent_tokens] + p.layer_offset + kv_head * p.run_bytes;
+        const u32 *start = reinterpret_cast<const u32 *>(run);
+        rows[i] = start + u64(token / TILE) * TILE * p.words + token % TILE * U;
+        scales[i] = BITS == 32 ? 1.0f : __uint_as_float(start[u64(p.extent_tokens) * p.words + token]);
+    }
+    u32 words[ROWS][U];
+    auto load_rows = [&](u32 unit) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) load_words<U>(rows[i] + unit * TILE * U, words[i]);
+    };
+    load_rows(0);  // on their way while the queries are prepared
+
     for (u32 g = warp; g < G; g += WARPS) {
         // Past the group's end, the last head is computed again and not stored.
         const float *query = p.queries + s.row * p.queries_stride + u64(head0 + min(g, heads - 1)) * p.columns;
@@ -156,18 +175,6 @@ template <int BITS, int U, int G> __device__ void score(const Rehearse &p) {
     }
     __syncthreads();
 
-    // Of each row its tile, and its place there; past the end, the last row is read again.
-    const u32 *rows[ROWS];
-    float scales[ROWS];
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const u32 row = min(begin + i * THREADS + threadIdx.x, s.rows - 1);
-        const u32 token = row % p.extent_tokens;
-        const u64 run = s.extents[row / p.extent_tokens] + p.layer_offset + kv_head * p.run_bytes;
-        const u32 *words = reinterpret_cast<const u32 *>(run);
-        rows[i] = words + u64(token / TILE) * TILE * p.words + token % TILE * U;
-        scales[i] = BITS == 32 ? 1.0f : __uint_as_float(words[u64(p.extent_tokens) * p.words + token]);
-    }
     S sums[ROWS][G];
 #pragma unroll
     for (int g = 0; g < G; g++) {
@@ -175,9 +182,7 @@ template <int BITS, int U, int G> __device__ void score(const Rehearse &p) {
         for (int i = 0; i < ROWS; i++) sums[i][g] = S(-offsets[g]);
     }
     for (u32 unit = 0; unit < p.words / U; unit++) {
-        u32 words[ROWS][U];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) load_words<U>(rows[i] + unit * TILE * U, words[i]);
+        if (unit > 0) load_rows(unit);
 #pragma unroll
         for (int g = 0; g < G; g++) {
             u32 query[U * PER_WORD<BITS>];
@@ -251,6 +256,10 @@ extern "C" __global__ void __launch_bounds__(256) rehearse_rank(Rehearse p) {
     const u32 begin = blockIdx.x * CHUNK, kv_head = blockIdx.y;
     if (begin >= s.to || begin + CHUNK <= s.from) return;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 row0 = begin + ROWS * threadIdx.x;
+    float *scores = s.scores + u64(kv_head * p.group) * s.stride + row0;
+    float next[ROWS];  // on its way while the chunks are merged
+    load_floats<ROWS>(scores, next);
     const u32 chunks = (s.rows + CHUNK - 1) / CHUNK;
     for (u32 g = warp; g < p.group; g += WARPS) {
         const float2 *stats = s.stats + u64(kv_head * p.group + g) * (s.stride / CHUNK);
@@ -264,15 +273,15 @@ extern "C" __global__ void __launch_bounds__(256) rehearse_rank(Rehearse p) {
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;
     __syncthreads();
 
-    const u32 row0 = begin + ROWS * threadIdx.x;
-    float *scores = s.scores + u64(kv_head * p.group) * s.stride + row0;
     float ranks[ROWS];
     u32 counted = 0;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) ranks[i] = -CUDART_INF_F;
     for (u32 g = 0; g < p.group; g++) {
         float logits[ROWS];
-        load_floats<ROWS>(scores + u64(g) * s.stride, logits);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) logits[i] = next[i];
+        if (g + 1 < p.group) load_floats<ROWS>(scores + u64(g + 1) * s.stride, next);
         const float limit = shifts[g] - s.limit;
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {

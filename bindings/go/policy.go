@@ -99,6 +99,7 @@ const (
 	ShareRule       Rule = C.KVA_RULE_SHARE       // a fixed share of the tokens
 	ProbabilityRule Rule = C.KVA_RULE_PROBABILITY // every token whose log-probability is above a threshold
 	PaperRule       Rule = C.KVA_RULE_PAPER       // within Alpha of the greatest score, equally many in each head
+	RandomRule      Rule = C.KVA_RULE_RANDOM      // random tokens, for measuring
 )
 
 // Budget is a number of tokens: a share of those that a session holds, or, if Tokens is not 0, a fixed number.
@@ -120,6 +121,8 @@ type InfinigenOptions struct {
 	SelectBelow    float32 // ProbabilityRule: how far below 1, as a natural logarithm
 	Alpha          float32 // PaperRule: how far below the greatest score
 	SelectCap      float32 // the latter two: most to select, as a share
+	Random         Budget  // RandomRule: tokens to select
+	RandomRenewed  float32 // RandomRule: share of them that are others in the next step
 	Sinks          uint32  // first tokens, always attended
 	Window         uint32  // last tokens, always attended
 	ResidentLayers uint32  // first layers, attended in full from device memory
@@ -145,6 +148,8 @@ func NewInfinigenOptions(mode InfinigenMode) (*InfinigenOptions, error) {
 		SelectBelow:    float32(c.select_below),
 		Alpha:          float32(c.alpha),
 		SelectCap:      float32(c.select_cap),
+		Random:         Budget{float32(c.select_share), uint64(c.select_tokens)},
+		RandomRenewed:  float32(c.select_renewed),
 		Sinks:          uint32(c.sinks),
 		Window:         uint32(c.window),
 		ResidentLayers: uint32(c.resident_layers),
@@ -171,6 +176,11 @@ func (a *arena) infinigen(o *InfinigenOptions) (*C.kva_infinigen_options, error)
 	c.select_below = C.float(o.SelectBelow)
 	c.alpha = C.float(o.Alpha)
 	c.select_cap = C.float(o.SelectCap)
+	if o.Rule == RandomRule {
+		c.select_share = C.float(o.Random.Share)
+		c.select_tokens = C.uint64_t(o.Random.Tokens)
+		c.select_renewed = C.float(o.RandomRenewed)
+	}
 	c.sinks = C.uint32_t(o.Sinks)
 	c.window = C.uint32_t(o.Window)
 	c.resident_layers = C.uint32_t(o.ResidentLayers)

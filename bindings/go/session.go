@@ -180,6 +180,15 @@ func (s *Session) Prefill(ctx context.Context, tokens []uint32, logits []float32
 	})
 }
 
+// Fill fills an empty session with count tokens whose keys and values are random numbers from seed. Nothing is computed: it
+// is for measuring decode at lengths that take too long to prefill.
+func (s *Session) Fill(count int, seed uint64) error {
+	if count < 0 {
+		return &Error{Code: ErrInvalidArgument, Message: fmt.Sprintf("cannot fill a session with %d tokens", count)}
+	}
+	return s.use(func() *C.kva_error { return C.kva_session_fill(s.handle, C.size_t(count), C.uint64_t(seed)) })
+}
+
 // Score appends tokens, and returns the log-probability of each after everything before it: NaN for the first token of an
 // empty session.
 func (s *Session) Score(ctx context.Context, tokens []uint32) ([]float32, error) {

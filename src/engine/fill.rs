@@ -6,7 +6,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use super::Control;
 use super::forward::Forward;
 use super::session::Session;
-use crate::backend::{AttentionShape, Buffer, DType, Place, Rows};
+use crate::backend::{AttentionShape, Buffer, DType, Place};
 use crate::model::config::Config;
 use crate::policy::{Phase, Policy, Step};
 use crate::{Error, Result};
@@ -61,7 +61,8 @@ fn entries(
     let most = CHUNK.min(length);
     let (keys, values) = (upload(most + OFFSETS, kv_width)?, upload(most + OFFSETS, kv_width)?);
     let queries = upload(most, q_width)?;
-    let all = |buffer: &'_ Buffer| -> Rows<'_> { buffer.rows(DType::F32, most + OFFSETS, kv_width) };
+    let keys = keys.rows(DType::F32, most + OFFSETS, kv_width);
+    let values = values.rows(DType::F32, most + OFFSETS, kv_width);
     for layer in 0..config.layers {
         for (chunk, position) in (0..length).step_by(CHUNK).enumerate() {
             control.check()?;
@@ -69,7 +70,7 @@ fn entries(
             let last = position + rows == length;
             let step = Step { backend, stream, fetch, layer, position, rows, phase: Phase::Prefill { last } };
             let at = (7 * layer + 3 * chunk) % OFFSETS;
-            policy.append(&step, all(&keys).row_range(at, rows), all(&values).row_range(at, rows))?;
+            policy.append(&step, keys.row_range(at, rows), values.row_range(at, rows))?;
             if last {
                 policy.land(&step)?;
                 policy.observe(&step, &shape, queries.rows(DType::F32, most, q_width).row_range(0, rows))?;

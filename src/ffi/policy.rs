@@ -79,6 +79,9 @@ pub const KVA_RULE_PROBABILITY: i32 = 1;
 /// As many tokens in each head as the heads have on average within `alpha` of their greatest speculated score, at most
 /// `select_cap`.
 pub const KVA_RULE_PAPER: i32 = 2;
+/// Random tokens, spread evenly over the sequence, whatever the scores say (which are computed all the same). For
+/// measuring: random weights have scores that say nothing.
+pub const KVA_RULE_RANDOM: i32 = 3;
 
 /// b of the probability rule where nobody has said.
 const DEFAULT_BELOW: f32 = 7.0;
@@ -108,15 +111,17 @@ pub struct kva_infinigen_options {
     /// What predicts a layer's queries from the layer before, one of `KVA_PREDICTOR_...`. Default:
     /// `KVA_PREDICTOR_FITTED`; paper: `KVA_PREDICTOR_OWN`.
     pub predictor: i32,
-    /// How tokens are selected, one of `KVA_RULE_...`. Default: `KVA_RULE_SHARE`; paper: `KVA_RULE_PAPER`.
+    /// How tokens are selected, one of `KVA_RULE_...`. Default:
+    /// `KVA_RULE_PROBABILITY`; paper: `KVA_RULE_PAPER`.
     pub rule: i32,
-    /// `KVA_RULE_SHARE`: share of the tokens to select, at most 1. Default: 0.02.
+    /// `KVA_RULE_SHARE`, `KVA_RULE_RANDOM`: share of the tokens to select, at most 1. Default: 0.02.
     pub select_share: f32,
     /// `KVA_RULE_PROBABILITY`: how far below 1 a probability may lie, as a natural logarithm. Default: 7.
     pub select_below: f32,
     /// `KVA_RULE_PAPER`: how far below the greatest a score may lie. Default: 4.
     pub alpha: f32,
-    /// The latter two: most to select, as a share of the tokens, at most 1. Default: 0.2.
+    /// `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
+    /// 0.2.
     pub select_cap: f32,
     /// First tokens, always attended. Default: 4; paper: 0.
     pub sinks: u32,
@@ -133,9 +138,15 @@ pub struct kva_infinigen_options {
     pub cache_tokens: u64,
     /// The cache holds at least this many tokens: a shorter sequence is attended in full. Default: 320; paper: 64.
     pub cache_least: u64,
+    /// `KVA_RULE_RANDOM`, in place of `select_share`: a number of tokens; 0 (the default) for the share.
+    pub select_tokens: u64,
+    /// `KVA_RULE_RANDOM`: how many of the selected tokens are others in the next step, as a share of them. Default: 1.
+    pub select_renewed: f32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
-sized32!(kva_infinigen_options, last: cache_least: u64);
+sized32!(kva_infinigen_options, last: reserved: u32);
 
 impl Options for kva_infinigen_options {
     fn defaults() -> Self {
@@ -146,6 +157,7 @@ impl Options for kva_infinigen_options {
 impl From<InfinigenOptions> for kva_infinigen_options {
     fn from(options: InfinigenOptions) -> Self {
         let mut select = (DEFAULT_SHARE, DEFAULT_BELOW, DEFAULT_ALPHA, DEFAULT_CAP);
+        let mut random = (0, 1.0);
         let rule = match options.rule {
             Rule::Share(share) => {
                 select.0 = share;
@@ -158,6 +170,14 @@ impl From<InfinigenOptions> for kva_infinigen_options {
             Rule::Paper { alpha, most } => {
                 (select.2, select.3) = (alpha, most);
                 KVA_RULE_PAPER
+            }
+            Rule::Random { count, renewed } => {
+                random.1 = renewed;
+                match count {
+                    Budget::Share(share) => select.0 = share,
+                    Budget::Tokens(tokens) => random.0 = tokens as u64,
+                }
+                KVA_RULE_RANDOM
             }
         };
         let (cache_share, cache_tokens) = match options.cache {
@@ -195,6 +215,9 @@ impl From<InfinigenOptions> for kva_infinigen_options {
             attend_cache: options.attend_cache.into(),
             cache_tokens,
             cache_least: options.cache_least as u64,
+            select_tokens: random.0,
+            select_renewed: random.1,
+            reserved: 0,
         }
     }
 }
@@ -245,6 +268,10 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
                 KVA_RULE_SHARE => Rule::Share(options.select_share),
                 KVA_RULE_PROBABILITY => Rule::Probability { below: options.select_below, most: options.select_cap },
                 KVA_RULE_PAPER => Rule::Paper { alpha: options.alpha, most: options.select_cap },
+                KVA_RULE_RANDOM => Rule::Random {
+                    count: budget(options.select_share, options.select_tokens),
+                    renewed: options.select_renewed,
+                },
                 rule => return Err(unknown("options.infinigen.rule", rule, "KVA_RULE")),
             },
             sinks: options.sinks as usize,

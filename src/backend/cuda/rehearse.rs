@@ -260,9 +260,10 @@ pub(super) fn rehearse(
     }
     let longest = |r: &Rehearsal<'_>| {
         let most = match r.selection {
-            Selection::Count { count: most } | Selection::Probability { most, .. } | Selection::Paper { most, .. } => {
-                most
-            }
+            Selection::Count { count: most }
+            | Selection::Probability { most, .. }
+            | Selection::Paper { most, .. }
+            | Selection::Random { count: most, .. } => most,
         };
         most.min(r.to - r.from)
     };

@@ -37,7 +37,7 @@ class Contestant {
         vocabulary_(model.info().value().vocabulary_size),
         logits_(static_cast<std::size_t>(batch) * vocabulary_) {}
 
-  /// Makes the sequences anew; returns the seconds of their prefills.
+  /// Makes the sequences anew; returns the seconds of their prefills (0 where they are filled instead).
   double prefill(const Show& show) {
     sessions_.clear();  // gives its KV back before more is taken
     double time = 0;
@@ -45,8 +45,12 @@ class Contestant {
       show("prefill");
       sessions_.push_back(kva::Session::create(*model_, session_options_).value());
       if (context_ == 0) continue;
-      const auto prompt = random_tokens(context_, vocabulary_, options_->seed + i);
       const interrupt::Watch watch(sessions_.back());
+      if (options_->fill) {
+        sessions_.back().fill(context_, options_->seed + i).value();
+        continue;
+      }
+      const auto prompt = random_tokens(context_, vocabulary_, options_->seed + i);
       time += seconds([&] { sessions_.back().prefill(prompt, {logits_.data(), vocabulary_}).value(); });
     }
     return time;
@@ -141,7 +145,7 @@ std::vector<Row> measure(const kva::Model& model, const Options& options, std::u
       };
       if (repetition == 0 || !options.prefill_once) {
         const double time = contestants[i].prefill(show);
-        if (context != 0) rows[i].prefill.samples.push_back(static_cast<double>(context * batch) / time);
+        if (context != 0 && !options.fill) rows[i].prefill.samples.push_back(static_cast<double>(context * batch) / time);
       } else {
         contestants[i].cut_back();
       }

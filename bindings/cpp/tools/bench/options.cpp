@@ -20,6 +20,8 @@ bool parse(int argc, char** argv, Options& options) {
   parser.option("--repeat", "R", "repetitions (default 3)", options.repetitions);
   parser.flag("--no-prefill-repeat", "prefill once; later repetitions cut the sequences back to their prompts",
               options.prefill_once);
+  parser.flag("--fill", "in place of each prefill, fill the KV with random numbers: decode at lengths that take too long to prefill",
+              options.fill);
   parser.repeated("--compare", "SPEC",
                   "measure several policies in turn, within each repetition: flags without their dashes, as "
                   "'policy=infinigen;select=0.02'; may be given many times. Ratios are to the first",

@@ -21,6 +21,7 @@ struct Options {
   std::uint64_t steps = 32;
   std::uint64_t repetitions = 3;
   bool prefill_once = false;
+  bool fill = false;
   std::uint64_t seed = 0;
   std::string json;
   bool interactive = false;

@@ -42,7 +42,7 @@ Words<kva::Predictor> predictors() {
           {"exact", kva::Predictor::exact}};
 }
 Words<kva::Rule> rules() {
-  return {{"share", kva::Rule::share}, {"probability", kva::Rule::probability}, {"paper", kva::Rule::paper}};
+  return {{"share", kva::Rule::share}, {"probability", kva::Rule::probability}, {"paper", kva::Rule::paper}, {"random", kva::Rule::random}};
 }
 
 /// The words of an enum, for a flag that may be absent.
@@ -88,10 +88,13 @@ kva::InfinigenOptions infinigen(const Flags& flags) {
   if (flags.select) options.rule = kva::Rule::share;
   if (flags.probability) options.rule = kva::Rule::probability;
   if (flags.alpha) options.rule = kva::Rule::paper;
+  if (flags.random) options.rule = kva::Rule::random;
   take(flags.select, options.select_share);
   take(flags.probability, options.select_below);
   take(flags.alpha, options.alpha);
   take(flags.cap, options.select_cap);
+  take(flags.random, options.random);
+  take(flags.renew, options.random_renewed);
   take(flags.ratio, options.ratio);
   take(flags.index, options.basis);
   take(flags.index_bits, options.index_bits);
@@ -141,6 +144,8 @@ void Flags::declare(args::Parser& parser) {
   parser.option("--probability", "B", "instead: select every token whose log-probability is above -B (default 7)", probability);
   parser.option("--alpha", "A", "instead: the paper's rule, within A of the greatest score (default 4 in paper mode)", alpha);
   parser.option("--cap", "SHARE", "most that --probability and --alpha select (default 0.2)", cap);
+  tokens("--random", "instead, for measuring: this many random tokens, whatever their scores", random);
+  parser.option("--renew", "SHARE", "share of --random that are others in the next step (default 1)", renew);
   parser.choice("--index", "basis of the index (default balanced; skewed in paper mode)", optional(bases()), index);
   parser.option("--ratio", "R", "columns of the index, as a share of the head dimension (default 0.5; 0.3 in paper mode)", ratio);
   parser.choice("--index-bits", "bits of a number in the index (default 4; 32 in paper mode)",
@@ -183,6 +188,8 @@ void Flags::check() const {
       needs_infinigen("--probability", probability.has_value()),
       needs_infinigen("--alpha", alpha.has_value()),
       needs_infinigen("--cap", cap.has_value()),
+      needs_infinigen("--random", random.has_value()),
+      {"--renew", renew.has_value(), random.has_value(), "--random"},
       needs_infinigen("--index", index.has_value()),
       needs_infinigen("--ratio", ratio.has_value()),
       needs_infinigen("--index-bits", index_bits.has_value()),
@@ -192,15 +199,16 @@ void Flags::check() const {
       needs_infinigen("--cache", cache.has_value()),
       needs_infinigen("--no-attend-cache", no_attend_cache),
       needs_infinigen("--eviction", eviction != kva::Eviction::off),
-      {"--cap", cap.has_value(), settings.rule != kva::Rule::share, "--probability or --alpha"},
+      {"--cap", cap.has_value(), settings.rule == kva::Rule::probability || settings.rule == kva::Rule::paper,
+       "--probability or --alpha"},
       {"--kv-file", !file.empty(), in_file, "--kv-tier file"},
       {"--kv-file-limit", file_limit != 0, in_file, "--kv-tier file"},
       {"--kv-keep", file_keep, in_file && !file.empty(), "--kv-tier file and --kv-file PATH"},
       {"--kv-buffered", file_buffered, in_file, "--kv-tier file"},
       {"--kv-checksum", file_checksum, in_file, "--kv-tier file"},
   });
-  if (int{select.has_value()} + int{probability.has_value()} + int{alpha.has_value()} > 1) {
-    throw args::UsageError("--select, --probability and --alpha exclude each other: each is a rule of its own");
+  if (int{select.has_value()} + int{probability.has_value()} + int{alpha.has_value()} + int{random.has_value()} > 1) {
+    throw args::UsageError("--select, --probability, --alpha and --random exclude each other: each is a rule of its own");
   }
 }
 
@@ -260,6 +268,9 @@ nlohmann::json Flags::json() const {
                  {"attend_cache", infinigen.attend_cache}});
   if (infinigen.rule == kva::Rule::share) {
     result["select"] = program::rounded(infinigen.select_share);
+  } else if (infinigen.rule == kva::Rule::random) {
+    result["random"] = policy::json(infinigen.random);
+    result["renew"] = program::rounded(infinigen.random_renewed);
   } else {
     result["cap"] = program::rounded(infinigen.select_cap);
     if (infinigen.rule == kva::Rule::paper) result["alpha"] = program::rounded(infinigen.alpha);

@@ -36,6 +36,8 @@ struct Flags {
   std::optional<float> probability;
   std::optional<float> alpha;
   std::optional<float> cap;
+  std::optional<kva::Budget> random;
+  std::optional<float> renew;
   std::optional<float> ratio;
   std::optional<kva::IndexBasis> index;
   std::optional<std::uint32_t> index_bits;
