@@ -241,6 +241,43 @@ fn a_cancelled_batch_leaves_every_session_as_it_was() {
     }
 }
 
+/// Sessions of several lengths, past the end of an extent, that fetch everything in every step: what a batch fetches
+/// together is what each fetches alone, step after step.
+#[test]
+fn a_batch_fetches_what_its_sessions_would() {
+    let (model, _) = model("smollm2");
+    let host = |payload| PolicyOptions { tier: KvTier::Host, payload, ..of(PolicyKind::Full) };
+    for policy in [host(Payload::Exact), host(Payload::Int8), host(Payload::Int4)] {
+        let prompts = [250, 3, 255, 256, 511 - 24];
+        let sessions = || -> Vec<Session> {
+            prompts
+                .into_iter()
+                .map(|length| {
+                    let mut session = session(&model, &policy);
+                    session.prefill(&(0..length).map(|i| (i * i + length) % 50).collect::<Vec<u32>>()).unwrap();
+                    session
+                })
+                .collect()
+        };
+        let (mut together, mut alone) = (sessions(), sessions());
+        let mut full = session(&model, &of(PolicyKind::Full));
+        full.prefill(together[0].tokens()).unwrap();
+        for step in 0..24 {
+            let tokens: Vec<u32> = (0..prompts.len() as u32).map(|i| (7 * step + i) % 50).collect();
+            decode_batch(&mut together.iter_mut().collect::<Vec<_>>(), &tokens).unwrap();
+            for ((i, session), &token) in alone.iter_mut().enumerate().zip(&tokens) {
+                session.decode(token).unwrap();
+                let (one, all) = (session.logits().unwrap(), together[i].logits().unwrap());
+                assert!(one == all, "{policy:?}: step {step}, session {i}");
+            }
+            full.decode(tokens[0]).unwrap();
+            if policy.payload == Payload::Exact {
+                assert!(full.logits().unwrap() == together[0].logits().unwrap(), "step {step}");
+            }
+        }
+    }
+}
+
 /// A batch in which one session finds no room: those before it are undone, those after it have not begun.
 #[test]
 fn a_batch_without_room_leaves_every_session_as_it_was() {
