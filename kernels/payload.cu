@@ -51,6 +51,16 @@ __device__ __forceinline__ float word(const u8 *at) {
 }
 __device__ __forceinline__ f16 half_word(const u8 *at) { return __ushort_as_half(u32(at[0]) | u32(at[1]) << 8); }
 
+// Four consecutive elements, aligned to the whole of them.
+template <class T> __device__ __forceinline__ void store_four(const float (&x)[4], T *to) {
+    if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<float4 *>(to) = make_float4(x[0], x[1], x[2], x[3]);
+    } else {
+        __align__(8) T four[4] = {narrow<T>(x[0]), narrow<T>(x[1]), narrow<T>(x[2]), narrow<T>(x[3])};
+        *reinterpret_cast<uint2 *>(to) = *reinterpret_cast<const uint2 *>(four);
+    }
+}
+
 // As on the device. A warp calls these, with the row in shared memory.
 template <class T> struct Exact {
     static __device__ void encode(const float *key, const float *value, u32 d, u32 lane, u8 *row) {
@@ -80,6 +90,17 @@ struct Int8 {
     }
     template <class T> static __device__ void decode(const u8 *row, u32 d, u32 lane, T *to) {
         const float of_key = word(row), of_value = word(row + 4);
+        if (d % 4 == 0) {  // all rows are aligned to four then
+            for (u32 i = 4 * lane; i < 2 * d; i += 4 * WARP) {
+                const u32 codes = *reinterpret_cast<const u32 *>(row + 8 + i);
+                const float scale = i < d ? of_key : of_value;
+                float x[4];
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) x[j] = __fmul_rn(float(static_cast<signed char>(codes >> 8 * j)), scale);
+                store_four(x, to + i);
+            }
+            return;
+        }
         for (u32 i = lane; i < 2 * d; i += WARP) {
             const float code = float(static_cast<signed char>(row[8 + i]));
             to[i] = narrow<T>(__fmul_rn(code, i < d ? of_key : of_value));
@@ -122,6 +143,25 @@ struct Int4 {
         encode_vector(value, d, lane, row + vector_bytes(d));
     }
     template <class T> static __device__ void decode(const u8 *row, u32 d, u32 lane, T *to) {
+        if (d % GROUP == 0) {  // all rows are aligned to four then, and eight lanes share a group
+            const u32 groups = d / GROUP;
+            for (u32 i = lane / 8; i < 2 * groups; i += WARP / 8) {
+                const u32 group = i % groups, at = lane % 8 * 4;
+                const u8 *vector = row + i / groups * vector_bytes(d);
+                const u32 both = *reinterpret_cast<const u32 *>(vector + 4 * groups + group * (GROUP / 2) + at);
+                const float scale = __half2float(half_word(vector + 4 * group));
+                const float minimum = __half2float(half_word(vector + 4 * group + 2));
+                float low[4], high[4];
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) {
+                    low[j] = __fadd_rn(__fmul_rn(float(both >> 8 * j & 15), scale), minimum);
+                    high[j] = __fadd_rn(__fmul_rn(float(both >> (8 * j + 4) & 15), scale), minimum);
+                }
+                store_four(low, to + i * GROUP + at);
+                store_four(high, to + i * GROUP + GROUP / 2 + at);
+            }
+            return;
+        }
         for (u32 vector = 0; vector < 2; vector++, row += vector_bytes(d), to += d) {
             const u8 *parameters = row, *codes = row + (d + GROUP - 1) / GROUP * 4;
             for (u32 from = 0; from < d; from += GROUP) {

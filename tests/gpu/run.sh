@@ -5,8 +5,9 @@
 #   tests/gpu/run.sh --pack FILE.tar    builds, and packs what a machine with a GPU needs: it wants no compiler there,
 #                                       only `tar xf FILE.tar && kvahead-gpu/run.sh [part ...]`
 #
-# Parts: operations (each against the CPU backend), golden (logits of every architecture), real (the real model, where
-# .cache holds it), bench (speed; never asserted). Default: all of them. Logs go to $OUT, or a temporary folder.
+# Parts: operations (each against the CPU backend), golden (logits of every architecture), policies (against each other and
+# against naive ones), real (the real model, where .cache holds it), bench (speed; never asserted). Default: all of them.
+# Logs go to $OUT, or a temporary folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -15,7 +16,8 @@ build() {
     cd "$here/../.."
     mkdir -p "$1"
     # One line of JSON an artifact; of the tests, the file to run.
-    cargo test --release --locked --no-run --message-format=json --test cuda --test golden_logits --test real_model |
+    cargo test --release --locked --no-run --message-format=json --test cuda --test golden_logits --test policies \
+        --test real_model |
         python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
@@ -55,7 +57,7 @@ fi
 out=${OUT:-$(mktemp -d)}
 export KVAHEAD_TEST_DEVICE=cuda KVAHEAD_TEST_ROOT="$here/root" LD_LIBRARY_PATH="$here${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(operations golden real bench)
+[ ${#parts[@]} -gt 0 ] || parts=(operations golden policies real bench)
 failed=0
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 
@@ -74,6 +76,7 @@ for part in "${parts[@]}"; do
     case $part in
         operations) run operations "$here/cuda" ;;
         golden) run golden "$here/golden_logits" ;;
+        policies) run policies "$here/policies" ;;
         real)
             if [ -e "$KVAHEAD_TEST_ROOT/.cache/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
                 run real "$here/real_model" --nocapture

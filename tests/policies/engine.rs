@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvahead::backend::DType;
+use kvahead::backend::{Backend, DType};
 use kvahead::engine::{Estimate, Model, Session, SessionOptions, decode_batch};
 use kvahead::kv::{FileOptions, KvTier, Payload};
 use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
@@ -29,16 +29,30 @@ fn budget(kind: PolicyKind, budget: Budget) -> PolicyOptions {
     PolicyOptions { budget, ..of(kind) }
 }
 
-/// One of each way that a policy can be.
-fn every() -> Vec<PolicyOptions> {
+/// Whether the model's device has what the policy needs.
+fn there(model: &Model, policy: &PolicyOptions) -> bool {
+    let backend: &dyn Backend = model.backend();
+    let in_file = matches!(policy.tier, KvTier::File(_));
+    (backend.has_files() || !in_file) && (backend.has_speculation() || policy.kind != PolicyKind::Infinigen)
+}
+
+/// Whether entries may lie there.
+fn on(model: &Model, tier: &KvTier) -> bool {
+    there(model, &PolicyOptions { tier: tier.clone(), ..of(PolicyKind::Full) })
+}
+
+/// One of each way that a policy can be on the model's device.
+fn every(model: &Model) -> Vec<PolicyOptions> {
     let full = || of(PolicyKind::Full);
-    vec![
+    let all = vec![
         full(),
         PolicyOptions { tier: KvTier::Host, ..full() },
         PolicyOptions { tier: file(true), ..full() },
         PolicyOptions { tier: file(false), payload: Payload::Int8, ..full() },
         PolicyOptions { payload: Payload::Int8, ..full() },
+        PolicyOptions { tier: KvTier::Host, payload: Payload::Int8, ..full() },
         of(PolicyKind::Int4),
+        PolicyOptions { tier: KvTier::Host, ..of(PolicyKind::Int4) },
         PolicyOptions { tier: file(true), ..of(PolicyKind::Int4) },
         budget(PolicyKind::Window, Budget::Tokens(9)),
         budget(PolicyKind::Window, Budget::Share(0.4)),
@@ -48,7 +62,8 @@ fn every() -> Vec<PolicyOptions> {
         PolicyOptions { tier: file(false), ..infinigen(InfinigenMode::Default) },
         PolicyOptions { tier: KvTier::Host, payload: Payload::Int8, ..infinigen(InfinigenMode::Default) },
         infinigen(InfinigenMode::Paper),
-    ]
+    ];
+    all.into_iter().filter(|policy| there(model, policy)).collect()
 }
 
 /// Small enough that a golden text does not fit the cache.
@@ -104,7 +119,8 @@ fn exact_entries_give_the_same_bits_wherever_they_are() {
                 run(&mut session, &golden.tokens)
             };
             let expected = with(KvTier::Device);
-            for tier in [KvTier::Host, file(true), file(false)] {
+            let tiers = [KvTier::Host, file(true), file(false)];
+            for tier in tiers.into_iter().filter(|tier| on(&model, tier)) {
                 assert!(with(tier.clone()) == expected, "{name}: {tier:?}, chunks of {prefill_chunk}");
             }
         }
@@ -126,7 +142,7 @@ fn quantized_entries_stay_near() {
         let error = logits.iter().zip(&expected).map(|(a, b)| relative_error(a, b)).fold(0.0, f32::max);
         assert!(error > 0.0 && error < most, "{:?}: {error}", policy.payload);
         errors.push(error);
-        for tier in [KvTier::Host, file(true)] {
+        for tier in [KvTier::Host, file(true)].into_iter().filter(|tier| on(&model, tier)) {
             let elsewhere = run(&mut session(&model, &PolicyOptions { tier, ..policy.clone() }), &golden.tokens);
             assert!(elsewhere == logits, "{:?} differs in another tier", policy.payload);
         }
@@ -170,7 +186,7 @@ fn a_budget_for_everything_is_full() {
 fn a_step_that_fails_leaves_the_session_as_it_was() {
     let (model, golden) = model("smollm2");
     let tokens = &golden.tokens[..28];
-    for policy in every() {
+    for policy in every(&model) {
         let expected = run(&mut session(&model, &policy), tokens);
         let left = Arc::new(AtomicUsize::new(0));
         let mut failing = Session::with_policy(&model, &options(&policy), |setting| {
@@ -203,7 +219,7 @@ fn a_step_that_fails_leaves_the_session_as_it_was() {
 #[test]
 fn a_cancelled_batch_leaves_every_session_as_it_was() {
     let (model, golden) = model("smollm2");
-    let policies = every();
+    let policies = every(&model);
     let mut sessions: Vec<Session> = policies.iter().map(|policy| session(&model, policy)).collect();
     let mut alone: Vec<Session> = policies.iter().map(|policy| session(&model, policy)).collect();
     for (i, session) in sessions.iter_mut().chain(&mut alone).enumerate() {
@@ -225,11 +241,48 @@ fn a_cancelled_batch_leaves_every_session_as_it_was() {
     }
 }
 
+/// Sessions of several lengths, past the end of an extent, that fetch everything in every step: what a batch fetches
+/// together is what each fetches alone, step after step.
+#[test]
+fn a_batch_fetches_what_its_sessions_would() {
+    let (model, _) = model("smollm2");
+    let host = |payload| PolicyOptions { tier: KvTier::Host, payload, ..of(PolicyKind::Full) };
+    for policy in [host(Payload::Exact), host(Payload::Int8), host(Payload::Int4)] {
+        let prompts = [250, 3, 255, 256, 511 - 24];
+        let sessions = || -> Vec<Session> {
+            prompts
+                .into_iter()
+                .map(|length| {
+                    let mut session = session(&model, &policy);
+                    session.prefill(&(0..length).map(|i| (i * i + length) % 50).collect::<Vec<u32>>()).unwrap();
+                    session
+                })
+                .collect()
+        };
+        let (mut together, mut alone) = (sessions(), sessions());
+        let mut full = session(&model, &of(PolicyKind::Full));
+        full.prefill(together[0].tokens()).unwrap();
+        for step in 0..24 {
+            let tokens: Vec<u32> = (0..prompts.len() as u32).map(|i| (7 * step + i) % 50).collect();
+            decode_batch(&mut together.iter_mut().collect::<Vec<_>>(), &tokens).unwrap();
+            for ((i, session), &token) in alone.iter_mut().enumerate().zip(&tokens) {
+                session.decode(token).unwrap();
+                let (one, all) = (session.logits().unwrap(), together[i].logits().unwrap());
+                assert!(one == all, "{policy:?}: step {step}, session {i}");
+            }
+            full.decode(tokens[0]).unwrap();
+            if policy.payload == Payload::Exact {
+                assert!(full.logits().unwrap() == together[0].logits().unwrap(), "step {step}");
+            }
+        }
+    }
+}
+
 /// A batch in which one session finds no room: those before it are undone, those after it have not begun.
 #[test]
 fn a_batch_without_room_leaves_every_session_as_it_was() {
     let (model, golden) = model("smollm2");
-    let policies = every();
+    let policies = every(&model);
     let mut alone: Vec<Session> = policies.iter().map(|policy| session(&model, policy)).collect();
     let left = Arc::new(AtomicUsize::new(0));
     let mut sessions: Vec<Session> = policies
@@ -262,7 +315,7 @@ fn a_batch_without_room_leaves_every_session_as_it_was() {
 fn truncation_is_exact_or_refused() {
     let (model, golden) = model("smollm2");
     let tokens = &golden.tokens[..32];
-    for policy in every() {
+    for policy in every(&model) {
         for length in [0, 3, 12, 15, 30, 31] {
             let mut long = session(&model, &policy);
             long.prefill(&tokens[..16]).unwrap();
@@ -347,7 +400,8 @@ fn what_is_dropped_is_given_back() {
 #[test]
 fn a_model_with_a_window_of_its_own_is_refused() {
     let (model, golden) = model("mistral-window");
-    for kind in [PolicyKind::Window, PolicyKind::H2o, PolicyKind::Infinigen] {
+    let kinds = [PolicyKind::Window, PolicyKind::H2o, PolicyKind::Infinigen];
+    for kind in kinds.into_iter().filter(|&kind| there(&model, &of(kind))) {
         let error: Error = Session::new(&model, &options(&of(kind))).err().expect("refused");
         assert_eq!(error.code(), ErrorCode::Unsupported, "{error}");
         assert!(error.message().contains("sliding window of 32 tokens"), "{error}");
@@ -362,7 +416,7 @@ fn a_model_with_a_window_of_its_own_is_refused() {
 #[test]
 fn estimates_are_what_a_full_session_holds() {
     let (model, _) = model("smollm2");
-    for policy in every().into_iter().chain([budget(PolicyKind::H2o, Budget::Tokens(300))]) {
+    for policy in every(&model).into_iter().chain([budget(PolicyKind::H2o, Budget::Tokens(300))]) {
         for capacity in [1, 200, 256, 512] {
             let options = SessionOptions { capacity, ..options(&policy) };
             let estimate = Estimate::new(&model, &options, 3).unwrap().kv;

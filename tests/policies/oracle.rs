@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use kvahead::backend::cpu::{CpuBackend, CpuOptions};
+use kvahead::backend::cuda::CudaBackend;
 use kvahead::backend::{AttentionShape, Backend, Buffer, DType, KvGeometry, Place, Segment, Stream};
+use kvahead::engine::Device;
 use kvahead::kv::Pool;
 use kvahead::policy::{self, Budget, Phase, Policy, PolicyKind, PolicyOptions, Setting, Step};
 
@@ -33,6 +35,14 @@ impl Random {
     /// Uniform, −2 to 2.
     fn values(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| (self.next() >> 40) as f32 / (1 << 22) as f32 - 2.0).collect()
+    }
+}
+
+/// Of the device that tests compute on.
+fn backend() -> Arc<dyn Backend> {
+    match crate::common::device() {
+        Device::Cuda => Arc::new(CudaBackend::new(0).unwrap()),
+        _ => Arc::new(CpuBackend::new(CpuOptions { threads: 2, level: None }).unwrap()),
     }
 }
 
@@ -259,7 +269,7 @@ fn compare(got: &[f32], expected: &[f64], what: &str) {
 
 fn check(options: &PolicyOptions, naive: &mut dyn Naive, prompt: usize, total: usize, seed: u64) {
     let mut random = Random(seed);
-    let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(CpuOptions { threads: 2, level: None }).unwrap());
+    let backend = backend();
     let geometry = KvGeometry { layers: LAYERS, kv_heads: KV_HEADS, head_dim: D, extent_tokens: 64, dtype: DType::F32 };
     let setting = Setting {
         pool: Arc::new(Pool::new(backend.clone(), 0)),

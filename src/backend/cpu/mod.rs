@@ -55,6 +55,11 @@ pub struct CpuOptions {
     pub level: Option<Level>,
 }
 
+/// Host memory as the CPU backend has it: zeroed, aligned, in huge pages where it is large.
+pub(super) fn host_memory(bytes: usize, purpose: &str) -> Result<Buffer> {
+    memory::allocate(bytes, Place::Pinned, purpose)
+}
+
 /// Computes on the processor. May be shared by threads; their operations take turns.
 pub struct CpuBackend {
     level: Proven,

@@ -61,9 +61,9 @@ const LANDINGS: usize = 1 << 14;
 /// Threads of a block that decodes rows, a warp each.
 const DECODE_THREADS: usize = 128;
 
-/// Blocks that fetch, and their threads: a link is full with a quarter of a MiB under way, and the rest of the
+/// Blocks that fetch, and their threads: a link is full with half a MiB under way, and the rest of the
 /// multiprocessors compute. Widening quantized rows is work too, so more take part in it.
-const COPY_BLOCKS: usize = 16;
+const COPY_BLOCKS: usize = 32;
 const WIDEN_BLOCKS: usize = 48;
 const FETCH_THREADS: usize = 256;
 
