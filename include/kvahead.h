@@ -377,6 +377,12 @@
 #define KVA_RULE_PAPER 2
 
 /**
+ * Random tokens, spread evenly over the sequence, whatever the scores say (which are computed all the same). For
+ * measuring: random weights have scores that say nothing.
+ */
+#define KVA_RULE_RANDOM 3
+
+/**
  * The model ended the text with a stop token, which is neither emitted nor kept.
  */
 #define KVA_FINISH_STOP_TOKEN 1
@@ -640,11 +646,12 @@ typedef struct {
    */
   int32_t predictor;
   /**
-   * How tokens are selected, one of `KVA_RULE_...`. Default: `KVA_RULE_SHARE`; paper: `KVA_RULE_PAPER`.
+   * How tokens are selected, one of `KVA_RULE_...`. Default:
+   * `KVA_RULE_PROBABILITY`; paper: `KVA_RULE_PAPER`.
    */
   int32_t rule;
   /**
-   * `KVA_RULE_SHARE`: share of the tokens to select, at most 1. Default: 0.02.
+   * `KVA_RULE_SHARE`, `KVA_RULE_RANDOM`: share of the tokens to select, at most 1. Default: 0.02.
    */
   float select_share;
   /**
@@ -656,7 +663,8 @@ typedef struct {
    */
   float alpha;
   /**
-   * The latter two: most to select, as a share of the tokens, at most 1. Default: 0.2.
+   * `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
+   * 0.2.
    */
   float select_cap;
   /**
@@ -688,6 +696,18 @@ typedef struct {
    * The cache holds at least this many tokens: a shorter sequence is attended in full. Default: 320; paper: 64.
    */
   uint64_t cache_least;
+  /**
+   * `KVA_RULE_RANDOM`, in place of `select_share`: a number of tokens; 0 (the default) for the share.
+   */
+  uint64_t select_tokens;
+  /**
+   * `KVA_RULE_RANDOM`: how many of the selected tokens are others in the next step, as a share of them. Default: 1.
+   */
+  float select_renewed;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
 } kva_infinigen_options;
 
 /**
@@ -1436,6 +1456,18 @@ kva_error *kva_session_prefill(kva_session *session,
                                size_t count,
                                float *logits,
                                size_t logits_len);
+
+/**
+ * Fills an empty session with `count` tokens of id 0 whose keys and values are random numbers from `seed`; nothing is
+ * computed, and the logits are zeros. For measuring decode at lengths whose prefill would take too long: what is decoded
+ * afterwards means nothing.
+ *
+ * Threads: any, one at a time. Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, no tokens, a session that is not empty), else
+ * as `kva_session_prefill`. After an error: the session is as it was before the call.
+ */
+kva_error *kva_session_fill(kva_session *session,
+                            size_t count,
+                            uint64_t seed);
 
 /**
  * Appends `count` tokens (at least one), as `kva_session_prefill`, and writes to `log_probabilities[i]` the

@@ -359,7 +359,11 @@ pub unsafe extern "C" fn kva_session_prefill(
 /// Threads: any, one at a time. Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, no tokens, a session that is not empty), else
 /// as `kva_session_prefill`. After an error: the session is as it was before the call.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kva_session_fill(session: *mut kva_session, count: usize, seed: u64) -> Option<Box<kva_error>> {
+pub unsafe extern "C" fn kva_session_fill(
+    session: *mut kva_session,
+    count: usize,
+    seed: u64,
+) -> Option<Box<kva_error>> {
     guard(|| {
         // SAFETY: the caller's promise: NULL, or a session.
         unsafe { lock(session) }?.fill(count, seed)

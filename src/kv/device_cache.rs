@@ -13,11 +13,16 @@ use crate::backend::{
 
 use super::{HotCache, Pool, RamStore, SequenceKv};
 
+/// What the tables' memory is for.
+const TABLES: &str = "the hot cache's tables";
+
 /// Slots of every layer and KV head of one sequence.
 pub struct DeviceCache {
     kv: SequenceKv,
     geometry: SlotGeometry,
     tables: Buffer,
+    /// Tables with more room, which become ours at the next chance.
+    grown: Option<(SlotGeometry, Buffer)>,
     /// Whether the tables hold anything that means something.
     ready: bool,
     /// The number of this step.
@@ -43,20 +48,13 @@ pub struct CacheTotals {
 }
 
 impl DeviceCache {
-    /// An empty cache of the layers of `kv`, with tables of up to `slots` slots for sequences of up to `rows` tokens of
-    /// which a step selects up to `selected`.
-    pub fn new(
-        backend: &dyn Backend,
-        pool: Arc<Pool>,
-        kv: KvGeometry,
-        slots: usize,
-        rows: usize,
-        selected: usize,
-    ) -> Result<DeviceCache> {
-        let geometry = SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots, rows, selected };
+    /// An empty cache of the layers of `kv`, without room.
+    pub fn new(backend: &dyn Backend, pool: Arc<Pool>, kv: KvGeometry) -> Result<DeviceCache> {
+        let geometry = SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots: 0, rows: 0, selected: 0 };
         Ok(DeviceCache {
-            tables: backend.allocate(geometry.bytes(), Place::Device, "the hot cache's tables")?,
+            tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
+            grown: None,
             ready: false,
             step: 1,
             host: HotCache::new(pool.clone(), kv),
@@ -66,9 +64,44 @@ impl DeviceCache {
         })
     }
 
+    /// Rows that the tables have room for.
+    pub fn rows(&self) -> usize {
+        self.grown.as_ref().map_or(self.geometry.rows, |(geometry, _)| geometry.rows)
+    }
+
     /// Makes room for the entries of `slots` slots. On an error nothing has changed.
     pub fn reserve(&mut self, slots: usize) -> Result<()> {
         self.kv.reserve(slots)
+    }
+
+    /// Makes room in the tables for sequences of `rows` tokens, of which up to `slots` have slots and a step selects up to
+    /// `selected`. On an error nothing has changed.
+    pub fn reserve_tables(&mut self, backend: &dyn Backend, rows: usize, slots: usize, selected: usize) -> Result<()> {
+        let geometry = SlotGeometry { slots, rows, selected, ..self.geometry };
+        self.grown = Some((geometry, backend.allocate(geometry.bytes(), Place::Device, TABLES)?));
+        Ok(())
+    }
+
+    /// Moves into tables that have been reserved. To be called before anything else in a step.
+    pub fn grow(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        let Some((geometry, buffer)) = self.grown.take() else { return Ok(()) };
+        let old = if self.ready { Some(self.get(backend, stream)?) } else { None };
+        let before = std::mem::replace(&mut self.geometry, geometry);
+        self.tables = buffer;
+        let Some(old) = old else { return Ok(()) };
+        let mut words = self.empty();
+        for table in 0..geometry.tables() {
+            words[geometry.count_at(table)] = old[before.count_at(table)];
+            for (to, from, length) in [
+                (geometry.header_at(table), before.header_at(table), SlotGeometry::HEADER),
+                (geometry.used_at(table), before.used_at(table), before.slots),
+                (geometry.rows_at(table), before.rows_at(table), before.slots),
+                (geometry.slots_at(table), before.slots_at(table), before.rows),
+            ] {
+                words[to..to + length].copy_from_slice(&old[from..from + length]);
+            }
+        }
+        self.put(backend, stream, &words)
     }
 
     /// Gives back the room past the first `slots` slots.
@@ -78,7 +111,7 @@ impl DeviceCache {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.kv.bytes() + self.tables.bytes()
+        self.kv.bytes() + self.tables.bytes() + self.grown.as_ref().map_or(0, |(_, buffer)| buffer.bytes())
     }
 
     /// A new step begins; the last one can no longer be undone.
@@ -119,6 +152,7 @@ impl DeviceCache {
         store: &RamStore,
         change: impl FnOnce(&mut HotCache),
     ) -> Result<()> {
+        self.grow(backend, stream)?;
         let before = if self.ready { Some(self.get(backend, stream)?) } else { None };
         let mut words = before.clone().unwrap_or_else(|| self.empty());
         self.before.get_or_insert(before);

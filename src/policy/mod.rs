@@ -276,7 +276,7 @@ pub fn estimate(options: &PolicyOptions, backend: &dyn Backend, geometry: &KvGeo
         PolicyKind::Int4 => fetched::estimate(options, Payload::Int4, backend, geometry, capacity),
         PolicyKind::H2o => h2o::estimate(options, geometry, capacity),
         PolicyKind::Window => window::estimate(options, geometry, capacity),
-        PolicyKind::Infinigen => infinigen::estimate(options, geometry, capacity),
+        PolicyKind::Infinigen => infinigen::estimate(options, backend, geometry, capacity),
     }
 }
 

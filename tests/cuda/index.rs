@@ -162,6 +162,7 @@ fn expected(index: &Index, query: &[f32], rehearsal: &Rehearsal<'_>) -> Vec<Expe
                     let mean = (count as f64 / heads as f64).round() as usize;
                     (mean.max(1).min(most), if near == 0 { 0 } else { near / heads + 1 })
                 }
+                Selection::Random { .. } => unreachable!("there is nothing to rank"),
             };
             Expected { ranks, count: count.min(selectable.len()), slack }
         })
@@ -493,6 +494,28 @@ fn heads_go_through_their_maps() {
             for row in [0, rows - 1] {
                 let alone = project(&x[row * cols..][..cols], 4);
                 assert_same(&case, &alone, &got[row * heads * outputs..][..heads * outputs]);
+            }
+        }
+    });
+}
+
+/// The choice is made of numbers alone: every backend's is the same.
+#[test]
+fn random_rows_are_those_of_the_cpu() {
+    with_both(|cuda, cpu| {
+        let mut random = Random(12);
+        let geometry = IndexGeometry { layers: 2, kv_heads: 5, columns: 16, extent_tokens: 128, bits: IndexBits::Four };
+        let (rows, group) = (4000, 2);
+        let keys = random.normals(rows * geometry.kv_heads * geometry.columns);
+        let query = random.normals(group * geometry.kv_heads * geometry.columns);
+        let [on_cuda, on_cpu] = [cuda, cpu].map(|rig| Index::new(rig, geometry, &keys, &[rows]));
+        for (from, to, count, period) in [(4, 3900, 90, 20), (0, 4000, 4000, 1), (7, 50, 11, 3), (0, 3000, 1, 1)] {
+            for step in 3000..3010 {
+                let selection = Selection::Random { count, seed: 3, step, period };
+                let of = |runs| Rehearsal { row: 0, runs, rows, from, to, scale: 1.0, selection };
+                let got = rehearse(cuda, &query, &[of(on_cuda.runs())]);
+                let want = rehearse(cpu, &query, &[of(on_cpu.runs())]);
+                assert_eq!(got, want, "{count} of {from}..{to}, step {step}");
             }
         }
     });

@@ -9,6 +9,9 @@ use crate::{Error, Result};
 pub const SHAPES: [&str; 7] =
     ["opt-6.7b", "opt-13b", "opt-30b", "llama-2-7b", "llama-2-13b", "llama-3-8b", "smollm2-135m"];
 
+/// Longest text of a shape whose positions rotate.
+const LONGEST: usize = 1 << 18;
+
 impl Config {
     /// The configuration of a well-known model, by name.
     pub fn shape(name: &str) -> Result<Config> {
@@ -27,7 +30,9 @@ impl Config {
                 )));
             }
         };
-        config.validate(name)
+        // Positions that rotate have no end, and random weights were trained at no length.
+        let context_length = if config.rope.is_some() { LONGEST } else { config.context_length };
+        Config { context_length, ..config }.validate(name)
     }
 }
 

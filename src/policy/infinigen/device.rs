@@ -4,13 +4,22 @@
 //! rehearsal, lookup and fetch run on the side stream ([`Step::fetch`]) from the moment its queries are predicted; its
 //! attention waits for them. The store is host memory that the device reads and writes in place.
 
-use crate::Result;
-use crate::backend::{Admission, AttentionShape, Event, KvRuns, Place, Prefetch, Rows, Visible};
+use std::sync::Arc;
+
+use crate::backend::{
+    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, SlotGeometry, Visible,
+};
 use crate::kv::{self, DeviceCache, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
-use super::plan::Plan;
+use crate::Result;
+use crate::policy::InfinigenOptions;
+
+use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
 use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
+
+/// Rows of the smallest tables.
+const LEAST_ROWS: usize = 1024;
 
 pub(in crate::policy) struct OnDevice {
     plan: Plan,
@@ -30,6 +39,11 @@ pub(in crate::policy) struct OnDevice {
     totals: kv::CacheTotals,
     reset_at: kv::CacheTotals,
     row_bytes: usize,
+    /// Where the store's memory is.
+    place: Place,
+    /// Most tokens of the session.
+    capacity: usize,
+    backend: Arc<dyn Backend>,
 }
 
 impl OnDevice {
@@ -41,12 +55,11 @@ impl OnDevice {
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
         let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
-        let (slots, most) = (plan.slots(capacity), plan.most_selected(capacity));
         Ok(OnDevice {
             resident: SequenceKv::new(pool.clone(), resident),
             store: RamStore::new(pool.clone(), &*backend, stored, Payload::Exact, place),
             index: SequenceIndex::new(pool.clone(), index),
-            cache: DeviceCache::new(&*backend, pool.clone(), stored, slots, capacity, most)?,
+            cache: DeviceCache::new(&*backend, pool.clone(), stored)?,
             prompt: Prompt::new(pool, stored),
             whole: true,
             whole_before: true,
@@ -56,6 +69,9 @@ impl OnDevice {
             totals: kv::CacheTotals::default(),
             reset_at: kv::CacheTotals::default(),
             row_bytes: stored.row_bytes(),
+            place,
+            capacity,
+            backend,
             plan,
         })
     }
@@ -90,6 +106,18 @@ impl OnDevice {
     }
 }
 
+/// Rows of the tables of a sequence of `length` tokens: they grow seldom, so that steps are replayed.
+fn table_rows(length: usize, capacity: usize) -> usize {
+    length.next_power_of_two().max(LEAST_ROWS).min(capacity)
+}
+
+/// Bytes of the tables of a session when it is full.
+pub(super) fn table_bytes(options: &InfinigenOptions, stored: &KvGeometry, capacity: usize) -> usize {
+    let rows = table_rows(capacity, capacity);
+    let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows));
+    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected }.bytes()
+}
+
 /// Errors where the options ask for what only the host's variant does.
 fn refuse(options: &PolicyOptions) -> Result<()> {
     let what = if options.payload != Payload::Exact {
@@ -111,6 +139,11 @@ impl Policy for OnDevice {
         self.resident.reserve(length)?;
         self.index.reserve(length)?;
         self.cache.reserve(self.plan.slots(length))?;
+        if length > self.cache.rows() {
+            let rows = table_rows(length, self.capacity);
+            let (slots, most) = (self.plan.slots(rows), self.plan.most_selected(rows));
+            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
+        }
         self.store.reserve(length)?;
         self.cache.begin();
         self.prompt.begin();
@@ -120,6 +153,10 @@ impl Policy for OnDevice {
         self.counted = self.counters;
         self.whole_before = self.whole;
         Ok(())
+    }
+
+    fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
+        if step.layer == 0 { self.cache.grow(step.backend, step.stream) } else { Ok(()) }
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
@@ -266,9 +303,12 @@ impl Policy for OnDevice {
     }
 
     fn bytes(&self) -> TierBytes {
-        let (pinned, file) = self.store.bytes();
+        let (stored, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
-        TierBytes { device, pinned, file }
+        match self.place {
+            Place::Pinned => TierBytes { device, pinned: stored, file },
+            Place::Device => TierBytes { device: device + stored, pinned: 0, file },
+        }
     }
 
     fn count(&mut self, step: &Step<'_>) -> Result<()> {

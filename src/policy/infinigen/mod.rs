@@ -17,9 +17,9 @@ mod plan;
 mod prompt;
 
 use crate::backend::{
-    AttentionShape, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, Selected, Visible,
+    AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, Selected, Visible,
 };
-use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
+use crate::kv::{self, HotCache, KvTier, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
 use super::{
@@ -347,7 +347,12 @@ fn index_geometry(stored: &KvGeometry, columns: usize, bits: IndexBits) -> Index
 }
 
 /// What [`Policy::bytes`] will say, at most, of a session of `capacity` tokens when it is full.
-pub(super) fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize) -> TierBytes {
+pub(super) fn estimate(
+    options: &PolicyOptions,
+    backend: &dyn Backend,
+    geometry: &KvGeometry,
+    capacity: usize,
+) -> TierBytes {
     if geometry.layers < 2 {
         return TierBytes::default(); // no such session can be made
     }
@@ -358,7 +363,15 @@ pub(super) fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity:
     let device = resident.extents(capacity) * resident.extent_bytes()
         + index.extents(capacity) * index.extent_bytes()
         + stored.extents(plan::slots(own, capacity)) * stored.extent_bytes();
-    TierBytes { device, pinned: host, file }
+    if !backend.selects_on_device() {
+        return TierBytes { device, pinned: host, file };
+    }
+    let device = device + device::table_bytes(own, &stored, capacity);
+    if options.tier == KvTier::Host {
+        TierBytes { device, pinned: host, file }
+    } else {
+        TierBytes { device: device + host, pinned: 0, file }
+    }
 }
 
 /// Models that this policy cannot serve.

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use crate::backend::{HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
 use crate::kv::{Eviction, Guard};
-use crate::policy::{Budget, IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting};
+use crate::policy::{
+    Budget, IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting,
+};
 use crate::speculate::{IndexMaps, Speculation};
 use crate::{Error, Result};
 
@@ -159,7 +161,7 @@ pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
 }
 
 /// Most rows that a rehearsal selects: the rule's share, as far as the slots go beside what is always attended.
-fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
+pub(super) fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
     let most = match options.rule {
         Rule::Share(share) => Budget::Share(share),
         Rule::Probability { most, .. } | Rule::Paper { most, .. } => Budget::Share(most),

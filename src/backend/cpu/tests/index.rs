@@ -104,6 +104,7 @@ fn reference(index: &Index, query: &[f32], heads: usize, rehearsal: &Rehearsal<'
                     .map(|(x, m)| x[selectable.clone()].iter().filter(|&&s| s > m - f64::from(alpha)).count());
                 ((above.sum::<usize>() as f64 / heads as f64).round() as usize).max(1).min(most)
             }
+            Selection::Random { .. } => unreachable!("there is nothing to rank"),
         })
         .map(|count| count.min(selectable.len()))
         .collect();
@@ -119,6 +120,7 @@ fn assert_best(case: &str, rows: &[u32], ranks: &[f64], rehearsal: &Rehearsal<'_
             ranks.iter().filter(|&&r| (r + f64::from(below)).abs() < tolerance).count()
         }
         Selection::Paper { .. } => 1,
+        Selection::Random { .. } => unreachable!("there is nothing to rank"),
     };
     assert!(rows.len().abs_diff(want) <= slack, "{case}: {} rows, not {want}", rows.len());
     assert!(rows.windows(2).all(|w| w[0] < w[1]), "{case}: not ascending: {rows:?}");
@@ -332,4 +334,36 @@ fn heads_go_through_their_maps() {
             assert_same(&case, &project(last), &got[(rows - 1) * heads * outputs..]);
         }
     }
+}
+
+#[test]
+fn random_rows_are_spread_and_some_of_them_stay() {
+    let cpu = CpuBackend::new(CpuOptions { threads: 2, level: None }).unwrap();
+    let mut random = Random(41);
+    let (kv_heads, columns, rows) = (3, 16, 5000);
+    let geometry = IndexGeometry { layers: 2, kv_heads, columns, extent_tokens: 128, bits: IndexBits::Four };
+    let index = Index::new(&cpu, geometry, random.normals(rows * kv_heads * columns), 100);
+    let queries = buffer(&cpu, DType::F32, &random.normals(kv_heads * 2 * columns));
+    let select = |from: usize, to: usize, count: usize, step: u32, period: u32| -> Vec<Vec<u32>> {
+        let selection = Selection::Random { count, seed: 9, step, period };
+        let rehearsal = Rehearsal { row: 0, runs: index.runs(), rows, from, to, scale: 1.0, selection };
+        let mut selected = Selected::default();
+        let queries = queries.rows(DType::F32, 1, kv_heads * 2 * columns);
+        cpu.rehearse(&Stream(0), queries, &[rehearsal], &mut [&mut selected]).unwrap();
+        selected.rows
+    };
+    for (from, to, count) in [(4, 4900, 100), (0, 5000, 5000), (100, 130, 7), (10, 3000, 1)] {
+        let now = select(from, to, count, 50, 4);
+        for rows in &now {
+            assert_eq!(rows.len(), count);
+            assert!(rows.windows(2).all(|w| w[0] < w[1]) && rows[0] >= from as u32 && rows[count - 1] < to as u32);
+        }
+        assert_eq!(now, select(from, to, count, 50, 4));
+    }
+    // Of a hundred about a quarter are renewed each step, all of them with a period of 1, and heads differ.
+    let now = select(4, 4900, 100, 50, 4);
+    let kept = |other: &[Vec<u32>]| now.iter().zip(other).map(|(a, b)| a.iter().filter(|row| b.contains(row)).count());
+    assert!(kept(&select(4, 4901, 100, 51, 4)).all(|kept| (50..95).contains(&kept)));
+    assert!(kept(&select(4, 4900, 100, 51, 1)).all(|kept| kept < 20));
+    assert_ne!(now[0], now[1]);
 }
