@@ -334,8 +334,15 @@ template <class T> __device__ void admit(const Admit &p) {
     const float *key = token.keys + head * p.head_dim, *value = token.values + head * p.head_dim;
     Table table(t, head);
     const u32 held = table.count;
+    // What one thread will need is on its way while the others search.
+    u32 header[HEADER];
+    if (tid == 0) {
+#pragma unroll
+        for (u32 i = 0; i < HEADER; i++) header[i] = table.header[i];
+    }
     if (held >= t.limit) {
         u64 oldest = ~0ull;
+#pragma unroll 4
         for (u32 slot = tid; slot < held; slot += THREADS) {
             const u32 used = table.used[slot];
             if (gives_way(t, used, table.rows[slot])) oldest = min(oldest, u64(used) << 32 | slot);
@@ -353,26 +360,33 @@ template <class T> __device__ void admit(const Admit &p) {
     }
     __syncthreads();
     if (tid == 0) {
-        table.begin(t.step);
-        const u32 change = table.header[CHANGES];
-        u32 slot = held;
+        if (header[STEP] != t.step) {
+            header[STEP] = t.step;
+            header[CHANGES] = header[SELECTED] = header[MISSED] = 0;
+        }
+        const u32 change = header[CHANGES]++;
+        u32 slot = held, now = held + 1;
         if (held < t.limit) {
             table.change(change, slot, NONE, 0);
-            table.count = held + 1;
+            table.count = now;
         } else {
             u64 oldest = best[0];
             for (u32 w = 1; w < WARPS; w++) oldest = min(oldest, best[w]);
             slot = min(u32(oldest), held - 1);  // there is one, as promised
+            now = held;
             const u32 gone = table.rows[slot];
-            table.change(change, slot, gone, table.used[slot]);
+            table.change(change, slot, gone, u32(oldest >> 32));
             table.slots[gone] = NONE;
         }
         table.rows[slot] = t.row;
         table.used[slot] = t.step;
         table.slots[t.row] = slot;
-        table.header[CHANGES] = change + 1;
-        table.header[ATTENDED] = table.count;
-        table.add(ALL_ATTENDED, table.count);
+        const u64 attended = (u64(header[ALL_ATTENDED + 1]) << 32 | header[ALL_ATTENDED]) + now;
+        header[ALL_ATTENDED] = u32(attended);
+        header[ALL_ATTENDED + 1] = u32(attended >> 32);
+        header[ATTENDED] = now;
+#pragma unroll
+        for (u32 i = 0; i < HEADER; i++) table.header[i] = header[i];
         taken = slot;
     }
     __syncthreads();

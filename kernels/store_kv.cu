@@ -19,7 +19,7 @@ struct Store {
 template <class T> __device__ void store(const Store &p) {
     const u32 width = p.kv_heads * p.head_dim;
     const float *keys = p.keys + blockIdx.x * p.stride, *values = p.values + blockIdx.x * p.stride;
-    for (u32 i = threadIdx.x; i < width; i += blockDim.x) {
+    for (u32 i = blockIdx.y * blockDim.x + threadIdx.x; i < width; i += gridDim.y * blockDim.x) {
         const u32 head = i / p.head_dim, column = i % p.head_dim;
         const u64 row = p.per_head ? p.targets[blockIdx.x * p.kv_heads + head] : p.targets[blockIdx.x] + head * p.run_bytes;
         T *to = reinterpret_cast<T *>(row) + column;

@@ -80,7 +80,8 @@ const SCALAR: [[&str; 2]; 3] = [
 
 /// Kernels on tensor cores, by tiles of eight rows (`matvec_mma.cu`).
 const MMA_KERNELS: [&str; 4] = ["matvec_mma_8", "matvec_mma_16", "matvec_mma_24", "matvec_mma_32"];
-const MMA_OUTPUTS: usize = 16;
+/// Outputs of a block, by tiles of eight rows.
+const MMA_OUTPUTS: [usize; 4] = [16, 32, 32, 32];
 
 /// Elements from which on a matrix goes to tensor cores. Smaller ones have too few blocks of 16 outputs to fill the chip:
 /// on an H100 a step of the 135M model takes 1.24 ms without and 1.51 ms with; of the 7B model 8 rows 11.1 ms and 8.1 ms.
@@ -115,7 +116,7 @@ pub(super) fn decode(
     let large = weight.dtype == DType::BF16 && outputs * weight.inputs >= MMA_LEAST;
     let (kernel, outputs_a_block, m, threads) = if vectors && large {
         let tile = rows.div_ceil(8).clamp(1, MMA_KERNELS.len()) - 1;
-        (Kernel::new(Module::MatvecMma, MMA_KERNELS[tile]), MMA_OUTPUTS, 8 * (tile + 1), MMA_THREADS)
+        (Kernel::new(Module::MatvecMma, MMA_KERNELS[tile]), MMA_OUTPUTS[tile], 8 * (tile + 1), MMA_THREADS)
     } else if vectors {
         let tile = match rows {
             // Two outputs a warp once there are warps enough to fill the chip twice.

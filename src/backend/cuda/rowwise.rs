@@ -144,12 +144,17 @@ fn normalise(
         epsilon: norm.epsilon,
         unused: 0,
     };
-    let threads = match cols {
-        0..=128 => 32,
-        129..=512 => 128,
-        _ => 256,
+    let aligned = |address: u64, stride: usize| address.is_multiple_of(16) && stride.is_multiple_of(4);
+    let fours = aligned(params.x, x.stride()) && aligned(params.out, out.stride()) && aligned(params.weight, cols);
+    let (name, threads) = match cols {
+        0..=128 => ("normalise", 32),
+        // Rows that registers hold, by whether a thread has four or sixteen elements of one.
+        129..=1024 if fours && params.bias.is_multiple_of(16) => ("normalise_4", (cols / 4).next_multiple_of(32)),
+        1025..=8192 if fours && params.bias.is_multiple_of(16) => ("normalise_16", (cols / 16).next_multiple_of(32)),
+        129..=512 => ("normalise", 128),
+        _ => ("normalise", 256),
     };
-    queue.push(shared, Kernel::new(Module::Norm, "normalise"), [x.rows() * parts, 1, 1], threads, &params)
+    queue.push(shared, Kernel::new(Module::Norm, name), [x.rows() * parts, 1, 1], threads, &params)
 }
 
 pub(super) fn activate(

@@ -73,8 +73,13 @@ fn kernel(dtype: DType) -> Kernel {
     )
 }
 
+/// Threads of a block, each with a column of a row, and blocks that a row is spread over.
 fn threads(keys: Rows<'_>) -> usize {
     keys.cols().next_multiple_of(32).min(256)
+}
+
+fn slices(keys: Rows<'_>) -> usize {
+    keys.cols().div_ceil(256)
 }
 
 pub(super) fn store(
@@ -115,7 +120,7 @@ pub(super) fn store(
             per_head: 0,
             unused: 0,
         };
-        queue.push(shared, kernel, [keys.rows(), 1, 1], threads(keys), &params)?;
+        queue.push(shared, kernel, [keys.rows(), slices(keys), 1], threads(keys), &params)?;
     }
     last.end = queue.block.used();
     queue.last_store = Some(last);
@@ -150,7 +155,7 @@ pub(super) fn store_rows(
         per_head: 1,
         unused: 0,
     };
-    queue.push(shared, kernel(geometry.dtype), [1, 1, 1], threads(keys), &params)
+    queue.push(shared, kernel(geometry.dtype), [1, slices(keys), 1], threads(keys), &params)
 }
 
 pub(super) fn copy_rows(
