@@ -48,3 +48,23 @@ fn auto_takes_the_cpu_where_there_is_no_device_and_says_so() {
     let said = lines.lock().unwrap().iter().any(|line| line.contains("device auto: computing on the CPU"));
     assert_eq!(said, !cuda);
 }
+
+#[test]
+fn what_the_device_lacks_is_refused_when_the_session_is_made() {
+    use kvahead::engine::{Session, SessionOptions};
+    use kvahead::kv::{FileOptions, KvTier};
+    use kvahead::policy::PolicyOptions;
+    rig::with_both(|_, _| {
+        let root = std::env::var_os("KVAHEAD_TEST_ROOT").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+        let path = std::path::Path::new(&root).join("tests/data/golden/llama-mha");
+        let model = Model::load(&path, ModelOptions { device: Device::Cuda, ..ModelOptions::default() }).unwrap();
+        let with = |tier| {
+            let policy = PolicyOptions { tier, ..PolicyOptions::default() };
+            Session::new(&model, &SessionOptions { policy, ..SessionOptions::default() })
+        };
+        let error = with(KvTier::File(FileOptions::default())).err().expect("no files");
+        assert_eq!(error.code(), ErrorCode::Unsupported);
+        assert!(error.message().contains("tier file") && error.message().contains("device=cpu"), "{error}");
+        with(KvTier::Host).unwrap();
+    });
+}

@@ -1,7 +1,5 @@
 //! Entries as they are stored away from the device, and back: by rows, and a whole layer at a time.
 
-use std::collections::HashSet;
-
 use super::block::{bytes_of, plain};
 use super::kernels::{Kernel, Module};
 use super::queue::Queue;
@@ -168,11 +166,18 @@ pub(super) fn decode(
         ],
     );
     // Two warps at one place would leave a mixture, so the first landing there has it.
-    let mut places = HashSet::new();
     let distinct = landings.is_sorted_by(|a, b| (a.head, a.to) < (b.head, b.to));
+    let capacity = to.capacity();
+    let mut taken = vec![0u64; if distinct { 0 } else { (geometry.kv_heads * capacity).div_ceil(64) }];
+    let mut take = |l: &&Landing| {
+        let at = l.head as usize * capacity + l.to as usize;
+        let new = taken[at / 64] >> (at % 64) & 1 == 0;
+        taken[at / 64] |= 1 << (at % 64);
+        new
+    };
     let pairs: Vec<[u64; 2]> = landings
         .iter()
-        .filter(|l| distinct || places.insert((l.head, l.to)))
+        .filter(|l| distinct || take(l))
         .map(|l| {
             let at = l.to as usize;
             let run = address(to.run_mut(at / tokens, l.head as usize));
