@@ -11,6 +11,7 @@ mod extents;
 mod hot;
 mod kept;
 mod options;
+mod overwritten;
 mod pool;
 mod sequence;
 mod slots;
