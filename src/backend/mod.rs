@@ -38,6 +38,11 @@ pub trait Backend: Send + Sync {
         true
     }
 
+    /// Whether it has what eviction from a full pool needs: entries and partial keys that are stored over others.
+    fn has_eviction(&self) -> bool {
+        false
+    }
+
     /// Element type of activations (`f32` on the CPU).
     fn activation(&self) -> DType;
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
-use crate::kv::{EXTENT_TOKENS, KvTier, Payload};
+use crate::kv::{EXTENT_TOKENS, Eviction, KvTier, Payload};
 use crate::policy::{self, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes};
 use crate::speculate::Speculation;
 use crate::{Error, ErrorCode, Result};
@@ -86,6 +86,9 @@ fn check_backend(model: &Model, options: &PolicyOptions) -> Result<()> {
     let away = options.tier != KvTier::Device || options.payload != Payload::Exact || options.kind == PolicyKind::Int4;
     if away && !backend.has_tiers() {
         return refused("KV away from the device".to_string());
+    }
+    if options.eviction != Eviction::Off && !backend.has_eviction() {
+        return refused("eviction from a full pool".to_string());
     }
     Ok(())
 }
@@ -318,13 +321,19 @@ impl Session {
         let (before, total) = (self.tokens.len(), self.tokens.len() + tokens.len());
         self.policy.reserve(total)?;
         let mut logits = vec![0.0; self.model.dimensions().vocabulary];
-        let whole = self.policy.prefills(before);
-        let result = if whole {
-            self.run_prompt(tokens, scores.as_deref_mut(), &mut logits)
-        } else {
-            self.run_singly(tokens, scores.as_deref_mut(), &mut logits)
-        };
-        let result = result.and_then(|()| self.end(before, tokens.len(), |policy, step| policy.commit(step)));
+        let together = self.policy.prefills(before, tokens.len());
+        let mut result = Ok(());
+        if together > 0 {
+            result = self
+                .run_prompt(tokens, together, scores.as_deref_mut(), &mut logits)
+                .and_then(|()| self.end(before, together, |policy, step| policy.commit(step)));
+        }
+        if together < tokens.len() {
+            let rest = tokens.len() - together;
+            result = result
+                .and_then(|()| self.run_singly(tokens, together, scores.as_deref_mut(), &mut logits))
+                .and_then(|()| self.end(before + together, rest, |policy, step| policy.commit(step)));
+        }
         if let Err(error) = result {
             return Err(self.roll_back(error));
         }
@@ -337,12 +346,18 @@ impl Session {
         Ok(())
     }
 
-    /// Runs a prompt in chunks of many rows.
-    fn run_prompt(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>, logits: &mut [f32]) -> Result<()> {
+    /// Runs the first `together` tokens of a prompt in chunks of many rows.
+    fn run_prompt(
+        &mut self,
+        tokens: &[u32],
+        together: usize,
+        mut scores: Option<&mut [f32]>,
+        logits: &mut [f32],
+    ) -> Result<()> {
         let (model, before) = (self.model.clone(), self.tokens.len());
-        tokens.chunks(self.options.prefill_chunk).enumerate().try_for_each(|(i, chunk)| {
+        tokens[..together].chunks(self.options.prefill_chunk).enumerate().try_for_each(|(i, chunk)| {
             let done = i * self.options.prefill_chunk;
-            let last = done + chunk.len() == tokens.len();
+            let last = done + chunk.len() == together;
             let mut part = [Part {
                 policy: &mut *self.policy,
                 control: &self.control,
@@ -372,10 +387,16 @@ impl Session {
         })
     }
 
-    /// Runs a prompt one token at a time, for a policy that has dropped what the prompt would attend.
-    fn run_singly(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>, logits: &mut [f32]) -> Result<()> {
+    /// Runs a prompt's tokens from `first` on one at a time, for a policy that drops what they would attend together.
+    fn run_singly(
+        &mut self,
+        tokens: &[u32],
+        first: usize,
+        mut scores: Option<&mut [f32]>,
+        logits: &mut [f32],
+    ) -> Result<()> {
         let (model, before) = (self.model.clone(), self.tokens.len());
-        (0..tokens.len()).try_for_each(|i| {
+        (first..tokens.len()).try_for_each(|i| {
             let mut part = [Part {
                 policy: &mut *self.policy,
                 control: &self.control,

@@ -24,7 +24,8 @@ pub struct Guard {
 }
 
 impl Guard {
-    fn protects(&self, row: u32) -> bool {
+    /// Whether a row is among them.
+    pub fn protects(&self, row: u32) -> bool {
         row < self.below || row >= self.from
     }
 }
@@ -192,15 +193,7 @@ impl HotCache {
 
     /// Gives the new token's row the slot of the row that it replaces in the store, if that has one, and otherwise any.
     #[allow(clippy::too_many_arguments, reason = "each is one thing")]
-    pub fn admit_over(
-        &mut self,
-        layer: usize,
-        head: usize,
-        victim: u32,
-        row: u32,
-        slots: usize,
-        guard: Guard,
-    ) -> u32 {
+    pub fn admit_over(&mut self, layer: usize, head: usize, victim: u32, row: u32, slots: usize, guard: Guard) -> u32 {
         let table = &mut self.tables[layer * self.kv_heads + head];
         match table.slots.slot(victim) {
             Some(slot) => {

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{Backend, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Rows, Slot, Stream};
+use crate::backend::{
+    Backend, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Rows, Slot, Stream,
+};
 
 use super::overwritten::Overwritten;
 use super::{Extents, Pool};

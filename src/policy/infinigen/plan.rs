@@ -9,6 +9,7 @@ use crate::speculate::{IndexMaps, Speculation};
 use crate::{Error, Result};
 
 use super::columns::Columns;
+use super::evict::Held;
 use super::unsupported;
 
 pub(super) struct Plan {
@@ -32,9 +33,6 @@ enum Basis {
 
 impl Plan {
     pub(super) fn new(options: &PolicyOptions, setting: &Setting) -> Result<Plan> {
-        if options.eviction != Eviction::Off {
-            return Err(unsupported("eviction from a full pool is not built yet: leave it off"));
-        }
         let own = options.infinigen.clone();
         let (layers, d) = (setting.geometry.layers, setting.geometry.head_dim);
         if layers < 2 {
@@ -100,18 +98,32 @@ impl Plan {
     }
 
     /// The rehearsal of a layer with this index for the token at `position`.
-    pub(super) fn rehearsal<'a>(&self, runs: IndexRuns<'a>, position: usize) -> Rehearsal<'a> {
-        let length = position + 1;
-        let guard = self.guard(length);
-        let from = (guard.below as usize).min(position);
-        let most = self.most_selected(length);
+    ///
+    /// Out of order the window lies anywhere, so it may be selected too: `Held` drops it from what is selected, and as
+    /// many rows more may be. A full pool keeps a row that is neither guarded nor selected: the victim.
+    pub(super) fn rehearsal<'a>(
+        &self,
+        runs: IndexRuns<'a>,
+        layer: usize,
+        position: usize,
+        held: &Held,
+    ) -> Rehearsal<'a> {
+        let rows = held.count(layer, position);
+        let guard = self.guard(position + 1);
+        let from = (guard.below as usize).min(rows);
+        let to = if held.in_order() { (guard.from as usize).clamp(from, rows) } else { rows };
+        let window = if held.in_order() { 0 } else { self.options.window };
+        let after = held.after(layer, position);
+        let mut most = most_selected(&self.options, after, window);
+        if held.full(layer) {
+            most = most.min(rows - (always(&self.options) - 1)).max(1);
+        }
         let selection = match self.options.rule {
             Rule::Share(_) => Selection::Count { count: most },
             Rule::Probability { below, .. } => Selection::Probability { below, least: 1, most },
             Rule::Paper { alpha, .. } => Selection::Paper { alpha, most },
         };
-        let to = (guard.from as usize).clamp(from, position);
-        Rehearsal { row: 0, runs, rows: position, from, to, scale: self.scale, selection }
+        Rehearsal { row: 0, runs, rows, from, to, scale: self.scale, selection }
     }
 
     /// Rows that never leave the cache of a sequence of `length` tokens, the newest included.
@@ -122,7 +134,7 @@ impl Plan {
 
     /// Most rows that a rehearsal for a sequence of `length` tokens selects.
     pub(super) fn most_selected(&self, length: usize) -> usize {
-        most_selected(&self.options, length)
+        most_selected(&self.options, length, 0)
     }
 
     /// Slots of each layer and KV head for a sequence of `length` tokens.
@@ -154,14 +166,25 @@ pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
     }
 }
 
-/// Most rows that a rehearsal selects: the rule's share, as far as the slots go beside what is always attended.
-fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
+/// Most rows that a rehearsal selects: the rule's share and `more`, as far as the slots go beside what is always attended.
+fn most_selected(options: &InfinigenOptions, length: usize, more: usize) -> usize {
     let share = match options.rule {
         Rule::Share(share) => share,
         Rule::Probability { most, .. } | Rule::Paper { most, .. } => most,
     };
-    let wanted = (f64::from(share) * length as f64).round() as usize;
+    let wanted = (f64::from(share) * length as f64).round() as usize + more;
     wanted.min(slots(options, length).saturating_sub(always(options))).max(1)
+}
+
+/// Fewest rows of a pool that can evict: sinks, window with the newest token, and a victim.
+pub(super) fn least_rows(options: &InfinigenOptions) -> usize {
+    always(options)
+}
+
+/// Rows of the pool of a full session of `capacity` tokens, and tokens of its resident layers.
+pub(super) fn full_rows(options: &PolicyOptions, capacity: usize) -> (usize, usize) {
+    let rows = if options.pool_tokens == 0 { capacity } else { capacity.min(options.pool_tokens) };
+    (rows, if options.eviction == Eviction::Off { rows } else { capacity })
 }
 
 /// Slots that sinks, window and the newest token take.
