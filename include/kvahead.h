@@ -1417,8 +1417,9 @@ kva_error *kva_session_get_tokens(const kva_session *session, uint32_t *tokens, 
  * too: prefill or decode before the next sample.
  *
  * Threads: any, one at a time.
- * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_BUSY`. After
- * an error: the session is as it was.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_UNSUPPORTED` (the
+ * policy has dropped, or evicted, entries that the shorter sequence would have), `KVA_ERROR_BUSY`. After an error: the
+ * session is as it was.
  */
 kva_error *kva_session_truncate(kva_session *session, size_t length);
 

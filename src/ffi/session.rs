@@ -316,8 +316,9 @@ pub unsafe extern "C" fn kva_session_get_tokens(
 /// too: prefill or decode before the next sample.
 ///
 /// Threads: any, one at a time.
-/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_BUSY`. After
-/// an error: the session is as it was.
+/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_UNSUPPORTED` (the
+/// policy has dropped, or evicted, entries that the shorter sequence would have), `KVA_ERROR_BUSY`. After an error: the
+/// session is as it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kva_session_truncate(session: *mut kva_session, length: usize) -> Option<Box<kva_error>> {
     // SAFETY: the caller's promise: NULL, or a session.
