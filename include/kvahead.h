@@ -753,7 +753,10 @@ typedef struct {
    * `KVA_POLICY_INFINIGEN`: what happens when there is no more room for KV, one of `KVA_EVICTION_...`. Default:
    * `KVA_EVICTION_OFF`.
    *
-   * Not built yet: anything but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
+   * With eviction the session holds as many tokens as there is room for (`pool_tokens`), and each KV head of each
+   * layer loses one for each new one; first tokens and window stay. The resident layers lose none: their room, for
+   * `capacity` tokens, is taken at once. A prompt's tokens past the pool are decoded one by one. On a GPU anything
+   * but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
    */
   int32_t eviction;
   /**
@@ -770,8 +773,9 @@ typedef struct {
    */
   uint64_t budget_tokens;
   /**
-   * Most tokens that the session keeps KV of, in each layer and KV head; 0 (the default) for as many as there is room
-   * for. With eviction, it begins here.
+   * `KVA_POLICY_INFINIGEN`: most tokens that the session keeps KV of, in each layer and KV head; 0 (the default) for as
+   * many as there is room for: below `kv_limit_bytes` of the model, and `kv_file_limit_bytes`. Eviction begins here, or
+   * sooner where there is no room; without it, a step that would pass it is a `KVA_ERROR_CAPACITY` before it begins.
    */
   uint64_t pool_tokens;
   /**
@@ -1433,8 +1437,9 @@ kva_error *kva_session_get_tokens(const kva_session *session, uint32_t *tokens, 
  * too: prefill or decode before the next sample.
  *
  * Threads: any, one at a time.
- * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_BUSY`. After
- * an error: the session is as it was.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_UNSUPPORTED` (the
+ * policy has dropped, or evicted, entries that the shorter sequence would have), `KVA_ERROR_BUSY`. After an error: the
+ * session is as it was.
  */
 kva_error *kva_session_truncate(kva_session *session, size_t length);
 

@@ -563,8 +563,8 @@ struct SessionOptions {
   KvFile kv_file_flags = KvFile::plain;
   Budget budget;                         ///< `window`, `h2o`: tokens to attend, sinks included
   std::uint32_t sinks = 0;               ///< `window`: first tokens, always attended
-  Eviction eviction = Eviction::off;     ///< not built yet: all but `off` is refused as unsupported
-  std::uint64_t pool_tokens = 0;         ///< most tokens to keep, each layer and KV head; 0: as many as there is room for
+  Eviction eviction = Eviction::off;     ///< infinigen: which entry gives way when there is no more room
+  std::uint64_t pool_tokens = 0;         ///< infinigen: most tokens to keep, each layer and KV head; 0: as many as there is room for
   InfinigenOptions infinigen;
   std::string trace_path;                ///< what was selected and fetched goes to this file; empty: nowhere
 

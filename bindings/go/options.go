@@ -101,7 +101,7 @@ type SessionOptions struct {
 	Budget     Budget   // Window, H2O: tokens to attend, sinks included; the zero value: the library's choice
 	Sinks      *uint32  // Window: first tokens, always attended; nil: the library's choice
 	Eviction   Eviction // Infinigen
-	PoolTokens uint64   // most tokens to keep, in each layer and KV head; 0: as many as there is room for
+	PoolTokens uint64   // Infinigen: most tokens to keep, in each layer and KV head; 0: as many as there is room for
 	Infinigen  *InfinigenOptions
 	TracePath  string // what was selected and fetched goes to this file; empty: nowhere
 }

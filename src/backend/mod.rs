@@ -45,6 +45,11 @@ pub trait Backend: Send + Sync {
         true
     }
 
+    /// Whether it has what eviction from a full pool needs: entries and partial keys that are stored over others.
+    fn has_eviction(&self) -> bool {
+        false
+    }
+
     /// Whether a hot cache is better kept by [`Backend::prefetch`] and [`Backend::admit`], where asking the host costs
     /// more than the work itself.
     fn selects_on_device(&self) -> bool {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
-use crate::kv::{EXTENT_TOKENS, KvTier};
+use crate::kv::{EXTENT_TOKENS, Eviction, KvTier};
 use crate::policy::{self, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes};
 use crate::speculate::Speculation;
 use crate::{Error, ErrorCode, Result};
@@ -86,6 +86,9 @@ fn check_backend(model: &Model, options: &PolicyOptions) -> Result<()> {
     let stores = matches!(options.kind, PolicyKind::Full | PolicyKind::Int4 | PolicyKind::Infinigen);
     if stores && matches!(options.tier, KvTier::File(_)) && !backend.has_files() {
         return refused("KV in a file (tier file)".to_string());
+    }
+    if options.eviction != Eviction::Off && !backend.has_eviction() {
+        return refused("eviction from a full pool".to_string());
     }
     Ok(())
 }
@@ -323,9 +326,18 @@ impl Session {
         let start = Instant::now();
         let before = self.tokens.len();
         let mut logits = vec![0.0; self.model.dimensions().vocabulary];
-        self.transaction(tokens, |session| match session.policy.prefills(before) {
-            true => session.run_prompt(tokens, scores.as_deref_mut(), &mut logits),
-            false => session.run_singly(tokens, scores.as_deref_mut(), &mut logits),
+        let count = tokens.len();
+        self.transaction(tokens, |session| {
+            let together = session.policy.prefills(before, count);
+            if together > 0 {
+                session.run_prompt(tokens, together, scores.as_deref_mut(), &mut logits)?;
+                session.end(before, together, |policy, step| policy.commit(step))?;
+            }
+            if together < count {
+                session.run_singly(tokens, together, scores.as_deref_mut(), &mut logits)?;
+                session.end(before + together, count - together, |policy, step| policy.commit(step))?;
+            }
+            Ok(())
         })?;
         if let Some(scores) = scores {
             scores[0] = sampling::log_probability(&self.logits, tokens[0]);
@@ -342,28 +354,42 @@ impl Session {
         tokens: &[u32],
         work: impl FnOnce(&mut dyn Policy, &Control) -> Result<()>,
     ) -> Result<()> {
-        self.transaction(tokens, |session| work(&mut *session.policy, &session.control))?;
+        let (before, count) = (self.tokens.len(), tokens.len());
+        self.transaction(tokens, |session| {
+            let together = session.policy.prefills(before, count);
+            if together < count {
+                return Err(Error::unsupported(format!(
+                    "the policy takes {together} tokens of a prompt of {count} at once"
+                )));
+            }
+            work(&mut *session.policy, &session.control)?;
+            session.end(before, count, |policy, step| policy.commit(step))
+        })?;
         self.commit(tokens, vec![0.0; self.model.dimensions().vocabulary]);
         Ok(())
     }
 
-    /// Runs `work`, which gives the policy the entries of `tokens`; undone where it fails.
+    /// Runs `work`, which gives the policy the entries of `tokens` and commits them; undone where it fails.
     fn transaction(&mut self, tokens: &[u32], work: impl FnOnce(&mut Session) -> Result<()>) -> Result<()> {
         self.usable()?;
         self.check_tokens(tokens)?;
         self.control.check()?;
-        let before = self.tokens.len();
-        self.policy.reserve(before + tokens.len())?;
-        let result = work(self).and_then(|()| self.end(before, tokens.len(), |policy, step| policy.commit(step)));
-        result.map_err(|error| self.roll_back(error))
+        self.policy.reserve(self.tokens.len() + tokens.len())?;
+        work(self).map_err(|error| self.roll_back(error))
     }
 
-    /// Runs a prompt in chunks of many rows.
-    fn run_prompt(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>, logits: &mut [f32]) -> Result<()> {
+    /// Runs the first `together` tokens of a prompt in chunks of many rows.
+    fn run_prompt(
+        &mut self,
+        tokens: &[u32],
+        together: usize,
+        mut scores: Option<&mut [f32]>,
+        logits: &mut [f32],
+    ) -> Result<()> {
         let (model, before) = (self.model.clone(), self.tokens.len());
-        tokens.chunks(self.options.prefill_chunk).enumerate().try_for_each(|(i, chunk)| {
+        tokens[..together].chunks(self.options.prefill_chunk).enumerate().try_for_each(|(i, chunk)| {
             let done = i * self.options.prefill_chunk;
-            let last = done + chunk.len() == tokens.len();
+            let last = done + chunk.len() == together;
             let mut part = [Part {
                 policy: &mut *self.policy,
                 control: &self.control,
@@ -393,10 +419,16 @@ impl Session {
         })
     }
 
-    /// Runs a prompt one token at a time, for a policy that has dropped what the prompt would attend.
-    fn run_singly(&mut self, tokens: &[u32], mut scores: Option<&mut [f32]>, logits: &mut [f32]) -> Result<()> {
+    /// Runs a prompt's tokens from `first` on one at a time, for a policy that drops what they would attend together.
+    fn run_singly(
+        &mut self,
+        tokens: &[u32],
+        first: usize,
+        mut scores: Option<&mut [f32]>,
+        logits: &mut [f32],
+    ) -> Result<()> {
         let (model, before) = (self.model.clone(), self.tokens.len());
-        (0..tokens.len()).try_for_each(|i| {
+        (first..tokens.len()).try_for_each(|i| {
             let mut part = [Part {
                 policy: &mut *self.policy,
                 control: &self.control,

@@ -52,7 +52,10 @@ pub struct kva_session_options {
     /// `KVA_POLICY_INFINIGEN`: what happens when there is no more room for KV, one of `KVA_EVICTION_...`. Default:
     /// `KVA_EVICTION_OFF`.
     ///
-    /// Not built yet: anything but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
+    /// With eviction the session holds as many tokens as there is room for (`pool_tokens`), and each KV head of each
+    /// layer loses one for each new one; first tokens and window stay. The resident layers lose none: their room, for
+    /// `capacity` tokens, is taken at once. A prompt's tokens past the pool are decoded one by one. On a GPU anything
+    /// but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
     pub eviction: i32,
     /// `KVA_POLICY_WINDOW` and `KVA_POLICY_H2O`: tokens to attend, sinks included, as a share of those that the session
     /// holds, above 0 and at most 1; not looked at where `budget_tokens` is not 0. Default: 0.2.
@@ -61,8 +64,9 @@ pub struct kva_session_options {
     pub sinks: u32,
     /// In place of `budget_share`, a number of tokens; 0 (the default) for the share.
     pub budget_tokens: u64,
-    /// Most tokens that the session keeps KV of, in each layer and KV head; 0 (the default) for as many as there is room
-    /// for. With eviction, it begins here.
+    /// `KVA_POLICY_INFINIGEN`: most tokens that the session keeps KV of, in each layer and KV head; 0 (the default) for as
+    /// many as there is room for: below `kv_limit_bytes` of the model, and `kv_file_limit_bytes`. Eviction begins here, or
+    /// sooner where there is no room; without it, a step that would pass it is a `KVA_ERROR_CAPACITY` before it begins.
     pub pool_tokens: u64,
     /// `KVA_KV_TIER_FILE`: most bytes of the file; 0 (the default) for what `capacity` needs.
     pub kv_file_limit_bytes: u64,
@@ -312,8 +316,9 @@ pub unsafe extern "C" fn kva_session_get_tokens(
 /// too: prefill or decode before the next sample.
 ///
 /// Threads: any, one at a time.
-/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_BUSY`. After
-/// an error: the session is as it was.
+/// Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or a `length` above what the session holds), `KVA_ERROR_UNSUPPORTED` (the
+/// policy has dropped, or evicted, entries that the shorter sequence would have), `KVA_ERROR_BUSY`. After an error: the
+/// session is as it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kva_session_truncate(session: *mut kva_session, length: usize) -> Option<Box<kva_error>> {
     // SAFETY: the caller's promise: NULL, or a session.

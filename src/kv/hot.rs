@@ -21,8 +21,10 @@ pub struct HotCache {
     tables: Vec<Table>,
     /// Slots in use, layer by layer, head by head: what `Visible::First` takes.
     counts: Vec<u32>,
-    /// The number of this step.
+    /// The number of this token.
     clock: u32,
+    /// That of the first token of this step.
+    begun: u32,
     /// Scratch of the search for victims.
     candidates: Vec<u64>,
 }
@@ -55,6 +57,7 @@ impl HotCache {
             tables: (0..tables).map(|_| Table::default()).collect(),
             counts: vec![0; tables],
             clock: 1,
+            begun: 1,
             candidates: Vec::new(),
         }
     }
@@ -78,10 +81,16 @@ impl HotCache {
     /// A new step begins; the last one can no longer be undone.
     pub fn begin(&mut self) {
         self.clock += 1;
+        self.begun = self.clock;
         for table in &mut self.tables {
             table.journal.clear();
             table.replaced = None;
         }
+    }
+
+    /// The step goes on with another token: what the last one has used may give way.
+    pub fn next_token(&mut self) {
+        self.clock += 1;
     }
 
     /// The entries of a layer.
@@ -147,12 +156,12 @@ impl HotCache {
         guard: Guard,
         moves: &mut Vec<Move>,
     ) -> usize {
-        let (at, clock) = (layer * self.kv_heads + head, self.clock);
+        let (at, clock, begun) = (layer * self.kv_heads + head, self.clock, self.begun);
         let table = &mut self.tables[at];
         let first = moves.len();
         for &row in rows {
             match table.slots.slot(row) {
-                Some(slot) => table.touch(slot, clock),
+                Some(slot) => table.touch(slot, clock, begun),
                 None => moves.push(Move { head: head as u32, from: row, to: u32::MAX }),
             }
         }
@@ -179,7 +188,7 @@ impl HotCache {
         let (at, clock) = (layer * self.kv_heads + head, self.clock);
         let table = &mut self.tables[at];
         if let Some(slot) = table.slots.slot(row) {
-            table.touch(slot, clock);
+            table.touch(slot, clock, self.begun);
             return slot;
         }
         if table.slots.len() < slots {
@@ -192,15 +201,28 @@ impl HotCache {
         victim
     }
 
+    /// Gives the new token's row the slot of the row that it replaces in the store, if that has one, and otherwise any.
+    #[allow(clippy::too_many_arguments, reason = "each is one thing")]
+    pub fn admit_over(&mut self, layer: usize, head: usize, victim: u32, row: u32, slots: usize, guard: Guard) -> u32 {
+        let table = &mut self.tables[layer * self.kv_heads + head];
+        match table.slots.slot(victim) {
+            Some(slot) => {
+                table.replace(slot, row, self.clock);
+                slot
+            }
+            None => self.admit(layer, head, row, slots, guard),
+        }
+    }
+
     /// Takes back what this step has changed in a layer. `moves` gets the entries that must be fetched once more.
     pub fn undo(&mut self, layer: usize, moves: &mut Vec<Move>) {
         for head in 0..self.kv_heads {
             let at = layer * self.kv_heads + head;
             let table = &mut self.tables[at];
             let first = moves.len();
+            let mut changed = Vec::new();
             if let Some((slots, used)) = table.replaced.take() {
-                let rows = slots.rows().iter().enumerate();
-                moves.extend(rows.map(|(to, &from)| Move { head: head as u32, from, to: to as u32 }));
+                changed.extend(0..slots.len() as u32);
                 *table = Table { slots, used, ..Table::default() };
             }
             while let Some(change) = table.journal.pop() {
@@ -213,10 +235,16 @@ impl HotCache {
                     Change::Replaced { slot, row, used } => {
                         table.slots.replace(slot, row);
                         table.used[slot as usize] = used;
-                        moves.push(Move { head: head as u32, from: row, to: slot });
+                        changed.push(slot);
                     }
                 }
             }
+            // A step of several tokens may have changed a slot more than once, or taken it only to replace it.
+            changed.sort_unstable();
+            changed.dedup();
+            let rows = table.slots.rows();
+            let fetched = changed.into_iter().filter_map(|to| rows.get(to as usize).map(|&from| (from, to)));
+            moves.extend(fetched.map(|(from, to)| Move { head: head as u32, from, to }));
             moves[first..].sort_unstable_by_key(|m| m.from);
             self.counts[at] = table.slots.len() as u32;
         }
@@ -267,9 +295,12 @@ impl HotCache {
 }
 
 impl Table {
-    fn touch(&mut self, slot: u32, clock: u32) {
+    /// Only the first use in a step, which began at `begun`, is worth a note: it is what the step is undone to.
+    fn touch(&mut self, slot: u32, clock: u32, begun: u32) {
         let before = std::mem::replace(&mut self.used[slot as usize], clock);
-        self.journal.push(Change::Used { slot, before });
+        if before < begun {
+            self.journal.push(Change::Used { slot, before });
+        }
     }
 
     fn push(&mut self, row: u32, clock: u32) -> u32 {

@@ -12,6 +12,7 @@ mod extents;
 mod hot;
 mod kept;
 mod options;
+mod overwritten;
 mod pool;
 mod sequence;
 mod slots;

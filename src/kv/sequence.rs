@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut};
+use crate::backend::{
+    Backend, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Rows, Slot, Stream,
+};
 
+use super::overwritten::Overwritten;
 use super::{Extents, Pool};
 
 /// Keys and values of one sequence, some layers. What is stored up to which token is the caller's to know.
@@ -54,12 +57,47 @@ impl SequenceKv {
 pub struct SequenceIndex {
     geometry: IndexGeometry,
     extents: Extents,
+    /// Rows with partial keys when the step began, and the runs in which it has overwritten some: how rows lie in a run
+    /// is the backend's own, so runs are kept whole.
+    begun: usize,
+    overwritten: Overwritten,
 }
 
 impl SequenceIndex {
     /// An empty index whose extents will come from `pool`.
     pub fn new(pool: Arc<Pool>, geometry: IndexGeometry) -> SequenceIndex {
-        SequenceIndex { geometry, extents: Extents::new(pool, geometry.extent_bytes()) }
+        let (extents, overwritten) = (geometry.extent_bytes(), Overwritten::new(geometry.run_bytes()));
+        SequenceIndex { geometry, extents: Extents::new(pool, extents), begun: 0, overwritten }
+    }
+
+    /// A step begins, with partial keys in the first `rows` rows: of these what it overwrites can be brought back until
+    /// the next one begins.
+    pub fn begin(&mut self, rows: usize) {
+        self.begun = rows;
+        self.overwritten.clear();
+    }
+
+    /// Stores one token's partial keys over those of victims, in another row for each KV head.
+    pub fn overwrite(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        keys: Rows<'_>,
+        rows: &[u32],
+    ) -> Result<()> {
+        let &IndexGeometry { kv_heads, extent_tokens, .. } = &self.geometry;
+        for (head, &row) in rows.iter().enumerate().filter(|&(_, &row)| (row as usize) < self.begun) {
+            let offset = (layer * kv_heads + head) * self.geometry.run_bytes();
+            let run = Slot { buffer: row as usize / extent_tokens, offset };
+            self.overwritten.save(backend, stream, self.extents.buffers(), run)?;
+        }
+        backend.index_store_rows(stream, keys, &mut self.layer_mut(layer), rows)
+    }
+
+    /// Brings back what this step has overwritten. What it has appended may change with it, and means nothing.
+    pub fn undo(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        self.overwritten.restore(backend, stream, self.extents.buffers_mut())
     }
 
     /// The shape of the extents.

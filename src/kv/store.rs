@@ -50,6 +50,13 @@ pub trait Store: Send {
     /// Makes room for `rows` rows in every run. On an error nothing has changed.
     fn reserve(&mut self, rows: usize) -> Result<()>;
 
+    /// A step begins, with entries in the first `rows` rows of every run: of these what it overwrites can be brought back
+    /// until the next one begins.
+    fn begin(&mut self, rows: usize);
+
+    /// Brings back what this step has overwritten. Fetches that were begun are dropped.
+    fn undo(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()>;
+
     /// Rows that there is room for.
     fn capacity(&self) -> usize;
 

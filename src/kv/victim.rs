@@ -4,28 +4,73 @@ use super::Eviction;
 
 /// The rows of one layer and KV head, all of them in use, and what is known of each. A row is overwritten in place, so
 /// rows never move and their number only grows.
+///
+/// What a step changes is written down, once for each row, so that a step that fails is undone exactly
+/// ([`Victims::undo`]): which entry gives way next depends on it.
 #[derive(Clone, Debug)]
 pub struct Victims {
     kind: Eviction,
     /// When each row's entry came. Ties of everything else go by age, so the clock never stands still.
-    born: Vec<u64>,
+    born: Vec<u32>,
     /// What `kind` ranks by: time of the last use, or uses counted.
-    used: Vec<u64>,
-    clock: u64,
+    used: Vec<u32>,
+    clock: u32,
+    /// The step in which each row was last saved.
+    stamps: Vec<u32>,
+    /// Rows as they were when the step began, with `born` and `used`.
+    saved: Vec<(u32, u32, u32)>,
+    step: u32,
+    /// Rows, and the clock, when the step began.
+    begun: (usize, u32),
 }
 
 /// A counter that arrives here halves all of them: eight bits, as in the paper's pool.
-const SATURATED: u64 = u8::MAX as u64;
+const SATURATED: u32 = u8::MAX as u32;
 
 impl Victims {
     /// No rows yet. With [`Eviction::Off`] nothing is kept, and there is never a victim.
     pub fn new(kind: Eviction) -> Victims {
-        Victims { kind, born: Vec::new(), used: Vec::new(), clock: 0 }
+        Victims {
+            kind,
+            born: Vec::new(),
+            used: Vec::new(),
+            clock: 0,
+            stamps: Vec::new(),
+            saved: Vec::new(),
+            step: 1,
+            begun: (0, 0),
+        }
     }
 
     /// Rows known.
     pub fn rows(&self) -> usize {
         self.born.len()
+    }
+
+    /// A new step begins; the last one can no longer be undone.
+    pub fn begin(&mut self) {
+        self.saved.clear();
+        self.step += 1;
+        self.begun = (self.born.len(), self.clock);
+    }
+
+    /// Takes back what this step has changed.
+    pub fn undo(&mut self) {
+        let (rows, clock) = self.begun;
+        for (row, born, used) in self.saved.drain(..) {
+            (self.born[row as usize], self.used[row as usize]) = (born, used);
+            self.stamps[row as usize] = 0;
+        }
+        self.truncate(rows);
+        self.clock = clock;
+    }
+
+    /// Remembers a row that is about to change.
+    fn save(&mut self, row: usize) {
+        if row < self.begun.0 && self.stamps[row] != self.step {
+            self.stamps[row] = self.step;
+            self.saved.push((row as u32, self.born[row], self.used[row]));
+        }
     }
 
     /// Further rows have been appended, in order of age: there are `rows` in all now.
@@ -36,14 +81,16 @@ impl Victims {
         while self.born.len() < rows {
             self.born.push(0);
             self.used.push(0);
+            self.stamps.push(self.step); // as if saved: there is nothing to go back to
             self.inserted(self.born.len() - 1);
         }
     }
 
-    /// Only the first `rows` rows are left (a step that was given up).
+    /// Only the first `rows` rows are left.
     pub fn truncate(&mut self, rows: usize) {
         self.born.truncate(rows);
         self.used.truncate(rows);
+        self.stamps.truncate(rows);
     }
 
     /// A new entry has been written over the one in `row`: the youngest, and not used yet.
@@ -51,6 +98,7 @@ impl Victims {
         if self.kind == Eviction::Off {
             return;
         }
+        self.save(row);
         self.clock += 1;
         self.born[row] = self.clock;
         self.used[row] = if self.kind == Eviction::Lru { self.clock } else { 0 };
@@ -62,12 +110,17 @@ impl Victims {
             Eviction::Off | Eviction::Fifo => {}
             Eviction::Lru => {
                 self.clock += 1;
-                rows.iter().for_each(|&row| self.used[row as usize] = self.clock);
+                for &row in rows {
+                    self.save(row as usize);
+                    self.used[row as usize] = self.clock;
+                }
             }
             Eviction::Counter => {
                 for &row in rows {
+                    self.save(row as usize);
                     self.used[row as usize] += 1;
                     if self.used[row as usize] == SATURATED {
+                        (0..self.used.len()).for_each(|row| self.save(row));
                         self.used.iter_mut().for_each(|count| *count /= 2);
                     }
                 }
@@ -78,14 +131,17 @@ impl Victims {
     /// The row to overwrite: of those that are not protected the oldest, the one used longest ago, or the one used least
     /// often, the older where they tie. `None` when every row is protected, or nothing is ever evicted.
     pub fn pick(&self, protected: impl Fn(u32) -> bool) -> Option<u32> {
-        let rank = |&row: &u32| {
-            let row = row as usize;
-            match self.kind {
-                Eviction::Off | Eviction::Fifo => (0, self.born[row]),
-                Eviction::Lru | Eviction::Counter => (self.used[row], self.born[row]),
+        let by_use = matches!(self.kind, Eviction::Lru | Eviction::Counter);
+        let mut best = None;
+        let mut least = u64::MAX;
+        for (row, (&used, &born)) in (0..).zip(self.used.iter().zip(&self.born)) {
+            let rank = if by_use { u64::from(used) << 32 } else { 0 } | u64::from(born);
+            // Few rows are better than all before them, and only those are asked for.
+            if rank < least && !protected(row) {
+                (best, least) = (Some(row), rank);
             }
-        };
-        (0..self.born.len() as u32).filter(|&row| !protected(row)).min_by_key(rank)
+        }
+        best
     }
 }
 
@@ -158,6 +214,16 @@ mod tests {
                         naive.events.extend(set(used).into_iter().map(|row| (row, Some(step))));
                     }
                     let protected: HashSet<u32> = set(protected).into_iter().collect();
+                    // A step that is given up leaves no trace.
+                    victims.begin();
+                    let before = (victims.born.clone(), victims.used.clone(), victims.clock);
+                    victims.grow(rows + times % 3);
+                    for _ in 0..times {
+                        victims.used(&set(used.rotate_left(3)));
+                        victims.pick(|row| protected.contains(&row)).into_iter().for_each(|row| victims.inserted(row as usize));
+                    }
+                    victims.undo();
+                    prop_assert_eq!((victims.born.clone(), victims.used.clone(), victims.clock), before);
                     let picked = victims.pick(|row| protected.contains(&row));
                     prop_assert_eq!(picked, naive.pick(kind, &protected), "{:?}", kind);
                     if let Some(row) = picked {

@@ -52,13 +52,14 @@ impl PolicyOptions {
                 self.kind.name()
             )));
         }
-        let kept = self.infinigen.sinks + self.infinigen.window;
+        // The newest token is part of the window, and there without one.
+        let kept = self.infinigen.sinks.saturating_add(self.infinigen.window.max(1));
         if self.pool_tokens != 0 && self.pool_tokens <= kept {
             return Err(Error::invalid_argument(format!(
                 "pool_tokens is {}, but sinks and window, {kept} together, are never evicted: {} or more, or 0 for no \
                  limit of the session's own",
                 self.pool_tokens,
-                kept + 1
+                kept.saturating_add(1)
             )));
         }
         Ok(())

@@ -201,8 +201,8 @@ impl<R: Rule> Policy for Dropping<R> {
         Ok(())
     }
 
-    fn prefills(&self, position: usize) -> bool {
-        position == 0
+    fn prefills(&self, position: usize, tokens: usize) -> usize {
+        if position == 0 { tokens } else { 0 }
     }
 
     fn bytes(&self) -> TierBytes {

@@ -138,13 +138,14 @@ pub trait Policy: Send {
         Ok(())
     }
 
-    /// The step has succeeded; `step` is its last, with all rows of the call.
+    /// The step has succeeded; `step` is its last, with all rows of the call. A prompt of which only the first tokens run at
+    /// once ([`Policy::prefills`]) is committed twice: these, then the others.
     fn commit(&mut self, _step: &Step<'_>) -> Result<()> {
         Ok(())
     }
 
     /// The step has failed: back to `length` tokens, as if it had never begun. Comes after a [`Policy::reserve`] that
-    /// succeeded; also after [`Policy::commit`], where another session of the batch could not commit.
+    /// succeeded; also after [`Policy::commit`], where another session of the batch or the rest of a prompt could not.
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
     /// Whether every token from `length` on can be forgotten, which is asked before [`Policy::truncate`]. An error says
@@ -156,9 +157,10 @@ pub trait Policy: Send {
     /// Forgets every token from `length` on. An error leaves a session that can only be freed.
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()>;
 
-    /// Whether a prompt that follows `position` tokens may run many rows at once; otherwise its tokens are decoded.
-    fn prefills(&self, _position: usize) -> bool {
-        true
+    /// How many of a prompt's `tokens` tokens, which follow `position` others and have been reserved, may run at once; the
+    /// others are decoded.
+    fn prefills(&self, _position: usize, tokens: usize) -> usize {
+        tokens
     }
 
     /// Bytes of KV held, by tier.

@@ -174,8 +174,8 @@ pub struct PolicyOptions {
     pub sinks: usize,
     /// What happens when the pool is full.
     pub eviction: Eviction,
-    /// Most entries a layer and KV head of the session keeps in the pool, 0 for as many as there is room: with
-    /// eviction, where the session's own limit lies.
+    /// `infinigen`: most entries a layer and KV head of the session keeps in the pool, 0 for as many as there is room.
+    /// Eviction begins here, or sooner where there is no room; without it a step that would pass it finds none.
     pub pool_tokens: usize,
     /// Settings of `infinigen`.
     pub infinigen: InfinigenOptions,

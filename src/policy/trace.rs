@@ -1,8 +1,8 @@
 //! A trace: what was speculated, selected, hit, missed and fetched, by step, layer and KV head.
 //!
 //! The file is little-endian: the bytes `KVATRACE`, then `u32` version (1), layers of the model, KV heads, 0. Then one record after
-//! another: `u32` position of the step's token, `u16` layer, `u16` KV head, `u32` candidates (past tokens), `u32` selected,
-//! `u32` hits, `u32` misses; then the selected rows and then the missed rows, ascending, as `u32` each.
+//! another: `u32` position of the step's token, `u16` layer, `u16` KV head, `u32` candidates (past tokens held), `u32` selected,
+//! `u32` hits, `u32` misses; then the positions of the selected and then of the missed tokens, ascending, as `u32` each.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -30,7 +30,7 @@ pub struct Record {
     pub head: u16,
     /// Entries that could have been selected.
     pub candidates: u32,
-    /// Rows selected, ascending.
+    /// Positions of the tokens selected, ascending.
     pub selected: Vec<u32>,
     /// Those of them that were not on the device, ascending.
     pub missed: Vec<u32>,

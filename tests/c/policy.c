@@ -178,6 +178,38 @@ static void sessions(void) {
   kva_session_free(session);
 }
 
+/* A session that holds fewer tokens than it has been given: it goes on, and cannot go back. */
+static void eviction(void) {
+  uint32_t tokens[60];
+  for (uint32_t i = 0; i < 60; i++) tokens[i] = i * 7 % 50;
+  for (int32_t kind = KVA_EVICTION_OFF; kind <= KVA_EVICTION_COUNTER; kind++) {
+    kva_session *session = NULL;
+    begin(KVA_POLICY_INFINIGEN);
+    options.capacity = 0;
+    infinigen.sinks = 2;
+    infinigen.window = 4;
+    options.eviction = kind;
+    options.pool_tokens = 20;
+    OK(kva_session_create(model, &options, &session));
+    kva_statistics statistics = {.struct_size = sizeof statistics};
+    if (kind == KVA_EVICTION_OFF) {
+      FAILS(kva_session_prefill(session, tokens, 60, NULL, 0), KVA_ERROR_CAPACITY, "pool_tokens is 20");
+      OK(kva_session_prefill(session, tokens, 20, NULL, 0));
+      FAILS(kva_session_decode(session, 1, NULL, 0), KVA_ERROR_CAPACITY, "pool_tokens is 20");
+    } else {
+      OK(kva_session_prefill(session, tokens, 60, NULL, 0));
+      for (uint32_t i = 0; i < 5; i++) OK(kva_session_decode(session, i, NULL, 0));
+      OK(kva_session_get_statistics(session, &statistics));
+      /* One layer of three KV heads is not resident. */
+      CHECK(statistics.kv_evicted == 3 * (65 - 20) && statistics.kv_steps == 45);
+      FAILS(kva_session_truncate(session, 64), KVA_ERROR_UNSUPPORTED, "have been evicted");
+      OK(kva_session_truncate(session, 2));
+      OK(kva_session_decode(session, 1, NULL, 0));
+    }
+    kva_session_free(session);
+  }
+}
+
 /* Whatever comes of it, the user data is freed once. */
 static void calibration(void) {
   int freed = 0;
@@ -206,6 +238,7 @@ int main(void) {
   counts();
   combinations();
   sessions();
+  eviction();
   calibration();
   kva_model_free(loaded);
   return 0;

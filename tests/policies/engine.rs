@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvahead::backend::{Backend, DType};
 use kvahead::engine::{Estimate, Model, Session, SessionOptions, decode_batch};
-use kvahead::kv::{FileOptions, KvTier, Payload};
+use kvahead::kv::{Eviction, FileOptions, KvTier, Payload};
 use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
 use kvahead::{Error, ErrorCode};
 
@@ -33,7 +33,10 @@ fn budget(kind: PolicyKind, budget: Budget) -> PolicyOptions {
 fn there(model: &Model, policy: &PolicyOptions) -> bool {
     let backend: &dyn Backend = model.backend();
     let in_file = matches!(policy.tier, KvTier::File(_));
-    (backend.has_files() || !in_file) && (backend.has_speculation() || policy.kind != PolicyKind::Infinigen)
+    let evicts = policy.eviction != Eviction::Off;
+    (backend.has_files() || !in_file)
+        && (backend.has_eviction() || !evicts)
+        && (backend.has_speculation() || policy.kind != PolicyKind::Infinigen)
 }
 
 /// Whether entries may lie there.
@@ -62,8 +65,23 @@ fn every(model: &Model) -> Vec<PolicyOptions> {
         PolicyOptions { tier: file(false), ..infinigen(InfinigenMode::Default) },
         PolicyOptions { tier: KvTier::Host, payload: Payload::Int8, ..infinigen(InfinigenMode::Default) },
         infinigen(InfinigenMode::Paper),
+        PolicyOptions { eviction: Eviction::Fifo, pool_tokens: 12, ..infinigen(InfinigenMode::Default) },
+        PolicyOptions {
+            tier: file(false),
+            payload: Payload::Int8,
+            ..evicting(InfinigenMode::Default, Eviction::Lru, 16, 9)
+        },
+        PolicyOptions { tier: KvTier::Host, ..evicting(InfinigenMode::Default, Eviction::Counter, 11, 20) },
+        evicting(InfinigenMode::Paper, Eviction::Counter, 10, 6),
     ];
     all.into_iter().filter(|policy| there(model, policy)).collect()
+}
+
+/// A pool and a cache of so many tokens.
+fn evicting(mode: InfinigenMode, eviction: Eviction, pool_tokens: usize, cache: usize) -> PolicyOptions {
+    let policy = infinigen(mode);
+    let infinigen = InfinigenOptions { cache: Budget::Tokens(cache), ..policy.infinigen };
+    PolicyOptions { eviction, pool_tokens, infinigen, ..policy }
 }
 
 /// Small enough that a golden text does not fit the cache.
@@ -330,7 +348,8 @@ fn truncation_is_exact_or_refused() {
                 fresh.decode(7).unwrap();
                 fresh.logits().unwrap().to_vec()
             };
-            let drops = matches!(policy.kind, PolicyKind::Window | PolicyKind::H2o);
+            let evicts = policy.eviction != Eviction::Off;
+            let drops = evicts || matches!(policy.kind, PolicyKind::Window | PolicyKind::H2o);
             match long.truncate(length) {
                 // What is on the device is attended, and that is another thing after another history: what must hold is
                 // that the same history gives the same, and that what fits the cache is attended in full.

@@ -83,8 +83,8 @@ impl Policy for Failing {
         self.inner.truncate(step, length)
     }
 
-    fn prefills(&self, position: usize) -> bool {
-        self.inner.prefills(position)
+    fn prefills(&self, position: usize, tokens: usize) -> usize {
+        self.inner.prefills(position, tokens)
     }
 
     fn bytes(&self) -> TierBytes {

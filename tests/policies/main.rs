@@ -4,6 +4,7 @@
 mod common;
 mod device;
 mod engine;
+mod evict;
 mod example;
 mod failing;
 mod oracle;

@@ -56,6 +56,7 @@ class FlagTest(PolicyTest):
             (("--policy", "h2o", "--alpha", "4"), "--alpha needs --policy infinigen"),
             (("--no-attend-cache",), "--no-attend-cache needs --policy infinigen"),
             (("--policy", "window", "--eviction", "lru"), "--eviction needs --policy infinigen"),
+            (("--policy", "window", "--pool-tokens", "99"), "--pool-tokens needs --policy infinigen"),
             (("--policy", "infinigen", "--select", "0.1", "--cap", "0.1"), "--cap needs --probability or --alpha"),
             (("--policy", "infinigen", "--select", "0.1", "--alpha", "4"), "exclude each other"),
             (("--kv-file", "x"), "--kv-file needs --kv-tier file"),
@@ -68,6 +69,7 @@ class FlagTest(PolicyTest):
         for flags, says in (
             (("--policy", "window", "--budget", "4"), "budget is 4 tokens"),
             (("--policy", "infinigen", "--select", "0"), "select_share is 0"),
+            (("--policy", "infinigen", "--eviction", "fifo", "--pool-tokens", "68"), "pool_tokens is 68"),
             (("--policy", "infinigen", "--select", "2"), "select_share is 2"),
             (("--policy", "infinigen", "--ratio", "0"), "ratio is 0"),
             (("--policy", "infinigen", "--resident-layers", "0"), "resident_layers is 0"),

@@ -140,6 +140,10 @@ impl Backend for CpuBackend {
         format!("CPU, {level}, {} threads", self.pool.threads())
     }
 
+    fn has_eviction(&self) -> bool {
+        true
+    }
+
     fn activation(&self) -> DType {
         DType::F32
     }

@@ -8,6 +8,7 @@ use crate::backend::{
     Stream,
 };
 
+use super::super::overwritten::Overwritten;
 use super::super::{FetchCounters, Place, Pool, Store};
 
 /// A store in extents from the pool. Stored exactly, its runs are read in place where attention can; quantized, its rows
@@ -24,6 +25,9 @@ pub struct RamStore {
     /// Where rows lie, kept for the next call.
     slots: Vec<Slot>,
     landings: Vec<Landing>,
+    /// Rows with entries when the step began, and those of them that it has overwritten.
+    begun: usize,
+    overwritten: Overwritten,
     counters: FetchCounters,
 }
 
@@ -55,6 +59,8 @@ impl RamStore {
             fetches: Vec::new(),
             slots: Vec::new(),
             landings: Vec::new(),
+            begun: 0,
+            overwritten: Overwritten::new(payload.row_bytes(&geometry)),
             counters: FetchCounters::default(),
         }
     }
@@ -110,6 +116,16 @@ impl Store for RamStore {
         Ok(())
     }
 
+    fn begin(&mut self, rows: usize) {
+        self.begun = rows;
+        self.overwritten.clear();
+    }
+
+    fn undo(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        self.abandon_fetches();
+        self.overwritten.restore(backend, stream, &mut self.extents)
+    }
+
     fn capacity(&self) -> usize {
         self.extents.len() * self.geometry.extent_tokens
     }
@@ -123,6 +139,12 @@ impl Store for RamStore {
         values: Rows<'_>,
         place: Place<'_>,
     ) -> Result<()> {
+        if let Place::Rows(rows) = place {
+            for (head, &row) in rows.iter().enumerate().filter(|&(_, &row)| (row as usize) < self.begun) {
+                let slot = self.slot(layer, head, row as usize);
+                self.overwritten.save(backend, stream, &self.extents, slot)?;
+            }
+        }
         if self.payload == Payload::Exact {
             let mut runs = KvRunsMut::new(&mut self.extents, self.geometry, layer);
             return match place {

@@ -82,6 +82,8 @@ pub(super) struct Checked {
     pub(super) rows: Vec<usize>,
     /// Rows as they are on the device.
     entries: HashMap<(usize, usize, usize), Vec<u8>>,
+    /// The rows that had entries when the step began, and all entries then.
+    begun: (usize, HashMap<(usize, usize, usize), Vec<u8>>),
     /// Open fetches: the layer, and of every move what may arrive.
     open: Vec<(usize, Vec<Awaited>)>,
     /// Layers of which the first rows are being fetched, whose targets have runs as long as the store's.
@@ -99,8 +101,17 @@ impl Checked {
         payload: Payload,
     ) -> Checked {
         let rows = vec![0; geometry.layers];
-        let (open, whole) = (Vec::new(), Vec::new());
-        Checked { backend, store, geometry, payload, rows, entries: HashMap::new(), open, whole }
+        Checked {
+            backend,
+            store,
+            geometry,
+            payload,
+            rows,
+            entries: HashMap::new(),
+            begun: (0, HashMap::new()),
+            open: Vec::new(),
+            whole: Vec::new(),
+        }
     }
 
     fn activations(&self, values: &[f32]) -> Buffer {
@@ -215,6 +226,23 @@ impl Checked {
         self.whole.clear();
         self.entries.retain(|&(_, _, row), _| row < rows);
         self.rows.iter_mut().for_each(|r| *r = rows.min(*r));
+        self.begin_step();
+    }
+
+    fn begin_step(&mut self) {
+        let rows = self.rows.iter().copied().min().unwrap_or(0);
+        self.store.begin(rows);
+        self.begun = (rows, self.entries.clone());
+    }
+
+    /// Rows that have come since the step began stay; they mean nothing to a caller that undoes it.
+    fn undo(&mut self) -> Result<()> {
+        self.store.undo(&*self.backend, &Stream(0))?;
+        self.open.clear();
+        let (rows, before) = &self.begun;
+        self.entries
+            .extend(before.iter().filter(|((_, _, row), _)| row < rows).map(|(at, bytes)| (*at, bytes.clone())));
+        Ok(())
     }
 
     fn abandon(&mut self) {
@@ -238,7 +266,7 @@ impl Checked {
                 let sparse = 1 + random.below(4);
                 self.begin(random, layer, sparse)
             }
-            13 | 14 if !open => self.begin_first(random, layer),
+            16 | 17 if !open => self.begin_first(random, layer),
             8..=10 => self.finish(layer),
             11 => {
                 let rows = random.below(capacity);
@@ -249,6 +277,11 @@ impl Checked {
                 self.abandon();
                 Ok(())
             }
+            13 | 14 => {
+                self.begin_step();
+                Ok(())
+            }
+            15 => self.undo(),
             _ => Ok(()),
         }
     }
@@ -267,7 +300,7 @@ impl Checked {
 }
 
 pub(super) fn calls() -> impl Strategy<Value = Vec<(u8, u64)>> {
-    proptest::collection::vec((0u8..15, any::<u64>()), 1..60)
+    proptest::collection::vec((0u8..18, any::<u64>()), 1..80)
 }
 
 pub(super) fn payloads() -> impl Strategy<Value = Payload> {

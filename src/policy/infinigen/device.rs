@@ -9,11 +9,12 @@ use std::sync::Arc;
 use crate::backend::{
     Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, SlotGeometry, Visible,
 };
-use crate::kv::{self, DeviceCache, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
+use crate::kv::{self, DeviceCache, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
 use crate::Result;
 use crate::policy::InfinigenOptions;
 
+use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
 use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
@@ -28,6 +29,8 @@ pub(in crate::policy) struct OnDevice {
     index: SequenceIndex,
     cache: DeviceCache,
     prompt: Prompt,
+    /// Says how many tokens there may be: nothing is evicted here.
+    held: Held,
     /// Whether every token held is in the cache, and whether that was so when this step began.
     whole: bool,
     whole_before: bool,
@@ -63,6 +66,7 @@ impl OnDevice {
             prompt: Prompt::new(pool, stored),
             whole: true,
             whole_before: true,
+            held: Held::new(options, 0, &stored),
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -90,6 +94,31 @@ impl OnDevice {
         length <= self.plan.slots(length)
     }
 
+    /// Makes room for a sequence of `length` tokens.
+    fn make_room(&mut self, length: usize) -> Result<()> {
+        let prompt = length > self.held.now().0 + 1;
+        self.held.wanted(length, 1, 0)?;
+        self.resident.reserve(length)?;
+        self.index.reserve(length)?;
+        self.cache.reserve(self.plan.slots(length))?;
+        if length > self.cache.rows() {
+            let rows = table_rows(length, self.capacity);
+            let (slots, most) = (self.plan.slots(rows), self.plan.most_selected(rows));
+            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
+        }
+        self.store.reserve(length)?;
+        self.prompt.reserve(if prompt { length } else { 0 }, &self.store)
+    }
+
+    /// Gives back room beyond that of `length` tokens.
+    fn give_back(&mut self, length: usize) {
+        self.cache.shrink(self.plan.slots(length));
+        self.prompt.release();
+        self.resident.truncate(length);
+        self.index.truncate(length);
+        self.store.truncate(length);
+    }
+
     fn admit(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
         self.cache.prepare(step.backend, step.stream)?;
         let length = step.position + 1;
@@ -114,13 +143,15 @@ fn table_rows(length: usize, capacity: usize) -> usize {
 /// Bytes of the tables of a session when it is full.
 pub(super) fn table_bytes(options: &InfinigenOptions, stored: &KvGeometry, capacity: usize) -> usize {
     let rows = table_rows(capacity, capacity);
-    let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows));
+    let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows, 0));
     SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected }.bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
 fn refuse(options: &PolicyOptions) -> Result<()> {
-    let what = if options.payload != Payload::Exact {
+    let what = if options.eviction != Eviction::Off {
+        "eviction from a full pool"
+    } else if options.payload != Payload::Exact {
         "a quantized payload"
     } else if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
@@ -136,15 +167,11 @@ fn refuse(options: &PolicyOptions) -> Result<()> {
 
 impl Policy for OnDevice {
     fn reserve(&mut self, length: usize) -> Result<()> {
-        self.resident.reserve(length)?;
-        self.index.reserve(length)?;
-        self.cache.reserve(self.plan.slots(length))?;
-        if length > self.cache.rows() {
-            let rows = table_rows(length, self.capacity);
-            let (slots, most) = (self.plan.slots(rows), self.plan.most_selected(rows));
-            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
+        let before = self.held.now().0;
+        if let Err(error) = self.make_room(length) {
+            self.give_back(before);
+            return Err(error);
         }
-        self.store.reserve(length)?;
         self.cache.begin();
         self.prompt.begin();
         if let Some(columns) = self.plan.columns_mut() {
@@ -168,7 +195,7 @@ impl Policy for OnDevice {
         let stored = self.stored(layer)?;
         let length = position + 1;
         let (slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
-        let rehearsal = self.plan.rehearsal(layer, self.index.layer(stored), position);
+        let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
         Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to }))
     }
 
@@ -238,6 +265,7 @@ impl Policy for OnDevice {
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
+        self.held.commit(length);
         if step.phase == Phase::Decode && !self.prompt.ended() {
             self.whole &= self.fits(length);
             self.counters.steps += 1;
@@ -276,10 +304,8 @@ impl Policy for OnDevice {
             columns.roll_back();
         }
         self.cache.undo(step.backend, step.stream, &self.store)?;
-        self.cache.shrink(self.plan.slots(length));
-        self.resident.truncate(length);
-        self.index.truncate(length);
-        self.store.truncate(length);
+        self.held.commit(length);
+        self.give_back(length);
         Ok(())
     }
 
@@ -296,9 +322,8 @@ impl Policy for OnDevice {
         })?;
         self.cache.begin();
         self.whole |= self.fits(length + 1);
-        self.resident.truncate(length);
-        self.index.truncate(length);
-        self.store.truncate(length);
+        self.held.commit(length);
+        self.give_back(length);
         Ok(())
     }
 

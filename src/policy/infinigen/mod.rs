@@ -10,27 +10,36 @@
 //! A prompt is attended in full; its end fills the cache with what its last queries attended most. A step then goes
 //! through each layer as `policy::Policy` says: rehearse on the index, ask the cache, fetch the misses, admit the new token,
 //! attend. A sequence that fits the cache is attended in full, without speculation.
+//!
+//! With eviction, store and index hold at most so many tokens, and a new one takes the place of another (`evict`).
 
 mod columns;
 mod device;
+mod evict;
 mod plan;
 mod prompt;
+mod room;
 
 use crate::backend::{
     AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, Selected, Visible,
 };
-use crate::kv::{self, HotCache, KvTier, SequenceIndex, SequenceKv, Store};
+use crate::kv::{self, Eviction, HotCache, KvTier, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
 use super::{
     Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter,
 };
 pub(super) use device::OnDevice;
+use evict::Held;
 use plan::Plan;
 use prompt::Prompt;
 
 pub(super) struct Infinigen {
     plan: Plan,
+    held: Held,
+    /// Tokens that the resident layers take room for at once, 0 for as many as there are: a session that evicts must not
+    /// find their room taken by its own pool.
+    resident_tokens: usize,
     resident: SequenceKv,
     store: Box<dyn Store>,
     index: SequenceIndex,
@@ -57,10 +66,11 @@ impl Infinigen {
         let plan = Plan::new(options, &setting)?;
         let Setting { backend, pool, geometry, capacity, .. } = setting;
         let (resident, stored) = split(&geometry, plan.resident_layers);
+        let (rows, _) = plan::full_rows(options, capacity);
         let index = index_geometry(&stored, plan.columns, plan.bits);
         Ok(Infinigen {
             resident: SequenceKv::new(pool.clone(), resident),
-            store: kv::store(&pool, &backend, stored, options.payload, &options.tier, capacity)?,
+            store: kv::store(&pool, &backend, stored, options.payload, &options.tier, rows)?,
             index: SequenceIndex::new(pool.clone(), index),
             cache: HotCache::new(pool.clone(), stored),
             prompt: Prompt::new(pool, stored),
@@ -75,6 +85,8 @@ impl Infinigen {
                 Some(path) => Some(TraceWriter::create(path, geometry.layers, geometry.kv_heads)?),
                 None => None,
             },
+            held: Held::new(options, plan::least_rows(&options.infinigen), &stored),
+            resident_tokens: if options.eviction == Eviction::Off { 0 } else { capacity },
             plan,
         })
     }
@@ -88,27 +100,19 @@ impl Infinigen {
         layer.checked_sub(self.plan.resident_layers)
     }
 
-    /// Starts and ends a fetch of `self.moves` into the cache.
+    /// Slots of a layer for the token at `position`.
+    fn slots(&self, layer: usize, position: usize) -> usize {
+        self.plan.slots(self.held.after(layer, position))
+    }
+
+    /// Starts and ends a fetch of `self.moves`, which are of tokens, into the cache.
     fn fetch_now(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
         if !self.moves.is_empty() {
+            self.held.locate(layer, &mut self.moves);
             self.store.begin_fetch(layer, &self.moves)?;
             self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
         }
         Ok(())
-    }
-
-    /// Admits the new token, and lists what is attended where that is not all of the cache.
-    fn append_one(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
-        let (length, heads) = (step.position + 1, self.kv_heads());
-        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
-        let row = step.position as u32;
-        let admitted: Vec<u32> = (0..heads).map(|head| self.cache.admit(layer, head, row, slots, guard)).collect();
-        step.backend.store_kv_rows(step.stream, keys, values, &mut self.cache.runs_mut(layer), &admitted)?;
-
-        let partial = self.partial_key.rows_mut(step.backend.activation(), 1, heads * self.plan.columns);
-        step.backend.project_heads(step.stream, keys, self.plan.key_maps(step.layer), partial)?;
-        let partial = self.partial_key.rows(step.backend.activation(), 1, heads * self.plan.columns);
-        step.backend.index_append(step.stream, partial, &mut self.index.layer_mut(layer), step.position)
     }
 
     /// Slots of what was selected, of sinks and window, and of the token itself.
@@ -137,12 +141,13 @@ impl Infinigen {
 
 impl Policy for Infinigen {
     fn reserve(&mut self, length: usize) -> Result<()> {
-        self.resident.reserve(length)?;
-        self.index.reserve(length)?;
-        self.cache.reserve(self.plan.slots(length))?;
-        self.store.reserve(length)?;
+        let rows = self.find_room(length)?;
+        self.held.begin(rows);
+        self.store.begin(self.held.begun_rows());
+        self.index.begin(self.held.begun_rows());
         self.cache.begin();
         self.prompt.begin();
+        self.selected.iter_mut().for_each(|selected| selected.rows.iter_mut().for_each(Vec::clear));
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -150,41 +155,56 @@ impl Policy for Infinigen {
         Ok(())
     }
 
+    fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
+        if step.layer == 0 && step.phase == Phase::Decode {
+            self.cache.next_token();
+        }
+        Ok(())
+    }
+
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
         let stored = self.stored(layer)?;
-        let all_here = self.cache.counts(stored).iter().all(|&count| count as usize == position);
-        let fits = position < self.plan.slots(position + 1);
-        (!(all_here && fits)).then(|| self.plan.lookahead(layer))
+        let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
+        let all_here = self.cache.counts(stored).iter().all(|&count| count as usize == past);
+        let fits = self.plan.slots(after) == after;
+        let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
+        (!(all_here && fits) || watched).then(|| self.plan.lookahead(layer))
     }
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
-        let rehearsal = self.plan.rehearsal(layer, self.index.layer(stored), position);
+        let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
         Some(Ahead::Select(rehearsal, &mut self.selected[stored]))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         let Some(layer) = self.stored(step.layer) else { return Ok(()) };
-        let length = step.position + 1;
-        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
+        let (guard, slots) = (self.plan.guard(step.position + 1), self.slots(layer, step.position));
+        let past = self.held.count(layer, step.position);
         self.moves.clear();
         for head in 0..self.kv_heads() {
-            let rows = &self.selected[layer].rows[head];
-            let missed = self.cache.request(layer, head, rows, slots, guard, &mut self.moves);
-            self.counters.selected += rows.len() as u64;
+            let tokens = &mut self.selected[layer].rows[head];
+            self.held.selected(layer, head, tokens, guard);
+            // In the order of their rows, which is that of a fetch.
+            let missed = self.cache.request(layer, head, tokens, slots, guard, &mut self.moves);
+            tokens.sort_unstable();
+            self.counters.selected += tokens.len() as u64;
             self.counters.misses += missed as u64;
-            self.counters.hits += (rows.len() - missed) as u64;
+            self.counters.hits += (tokens.len() - missed) as u64;
             if let Some(trace) = &mut self.trace {
+                let mut missed: Vec<u32> = self.moves[self.moves.len() - missed..].iter().map(|m| m.from).collect();
+                missed.sort_unstable();
                 trace.write(&Record {
                     position: step.position as u32,
                     layer: step.layer as u16,
                     head: head as u16,
-                    candidates: step.position as u32,
-                    selected: rows.clone(),
-                    missed: self.moves[self.moves.len() - missed..].iter().map(|m| m.from).collect(),
+                    candidates: past as u32,
+                    selected: tokens.clone(),
+                    missed,
                 })?;
             }
         }
+        self.held.locate(layer, &mut self.moves);
         if self.moves.is_empty() { Ok(()) } else { self.store.begin_fetch(layer, &self.moves) }
     }
 
@@ -193,10 +213,11 @@ impl Policy for Infinigen {
             let runs = &mut self.resident.layer_mut(step.layer);
             return step.backend.store_kv(step.stream, keys, values, runs, step.position);
         };
-        self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
         match step.phase {
             Phase::Decode => self.append_one(step, layer, keys, values),
             Phase::Prefill { .. } => {
+                self.held.extend(layer, step.rows);
+                self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
                 if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
                     columns.add(step, keys)?;
                 }
@@ -219,13 +240,13 @@ impl Policy for Infinigen {
         }
         self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
         let mut attended: u64 = self.cache.counts(layer).iter().map(|&count| u64::from(count)).sum();
-        if !self.plan.attend_cache && attended < (self.kv_heads() * length) as u64 {
+        if !self.plan.attend_cache && attended < (self.kv_heads() * self.held.count(layer, length)) as u64 {
             self.list(layer, length);
             attended = self.listed[layer].iter().map(|list| list.len() as u64).sum();
         } else {
             self.listed[layer].iter_mut().for_each(Vec::clear);
         }
-        self.counters.candidates += (self.kv_heads() * step.position) as u64;
+        self.selected[layer].rows.iter_mut().for_each(Vec::clear);
         self.count_attended(attended, self.kv_heads() * length);
         Ok(())
     }
@@ -253,8 +274,9 @@ impl Policy for Infinigen {
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
-        if step.phase == Phase::Decode && !self.prompt.ended() {
-            self.counters.steps += 1;
+        self.held.commit(length);
+        if !self.prompt.ended() {
+            self.counters.steps += step.rows as u64;
             return self.trace.as_mut().map_or(Ok(()), TraceWriter::flush);
         }
         let recent = self.prompt.recent(step.position, step.rows);
@@ -281,20 +303,25 @@ impl Policy for Infinigen {
         if let Some(columns) = self.plan.columns_mut() {
             columns.roll_back();
         }
+        self.held.undo();
+        self.store.undo(step.backend, step.stream)?;
+        self.index.undo(step.backend, step.stream)?;
         for layer in 0..self.selected.len() {
             self.moves.clear();
             self.cache.undo(layer, &mut self.moves);
             self.fetch_now(step, layer)?;
         }
-        self.cache.shrink();
-        self.resident.truncate(length);
-        self.index.truncate(length);
-        self.store.truncate(length);
+        self.give_back(length, self.held.count(0, length));
         Ok(())
+    }
+
+    fn can_truncate(&self, length: usize) -> Result<()> {
+        self.held.can_truncate(length)
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.cache.begin();
+        self.held.truncate(length);
         for layer in 0..self.selected.len() {
             self.moves.clear();
             self.cache.truncate(layer, length as u32, &mut self.moves);
@@ -305,10 +332,14 @@ impl Policy for Infinigen {
             self.fetch_now(step, layer)?;
         }
         self.cache.begin();
-        self.resident.truncate(length);
+        self.resident.truncate(self.resident_room(length));
         self.index.truncate(length);
         self.store.truncate(length);
         Ok(())
+    }
+
+    fn prefills(&self, position: usize, tokens: usize) -> usize {
+        self.held.in_full(position, tokens)
     }
 
     fn bytes(&self) -> TierBytes {
@@ -359,10 +390,11 @@ pub(super) fn estimate(
     let own = &options.infinigen;
     let (resident, stored) = split(geometry, plan::resident_layers(own, geometry.layers));
     let index = index_geometry(&stored, plan::columns(own, geometry.head_dim), plan::bits(own));
-    let (host, file) = kv::store_bytes(&stored, options.payload, &options.tier, capacity);
-    let device = resident.extents(capacity) * resident.extent_bytes()
-        + index.extents(capacity) * index.extent_bytes()
-        + stored.extents(plan::slots(own, capacity)) * stored.extent_bytes();
+    let (rows, resident_tokens) = plan::full_rows(options, capacity);
+    let (host, file) = kv::store_bytes(&stored, options.payload, &options.tier, rows);
+    let device = resident.extents(resident_tokens) * resident.extent_bytes()
+        + index.extents(rows) * index.extent_bytes()
+        + stored.extents(plan::slots(own, rows)) * stored.extent_bytes();
     if !backend.selects_on_device() {
         return TierBytes { device, pinned: host, file };
     }

@@ -11,6 +11,7 @@ use crate::speculate::{IndexMaps, Speculation};
 use crate::{Error, Result};
 
 use super::columns::Columns;
+use super::evict::Held;
 use super::unsupported;
 
 pub(super) struct Plan {
@@ -34,9 +35,6 @@ enum Basis {
 
 impl Plan {
     pub(super) fn new(options: &PolicyOptions, setting: &Setting) -> Result<Plan> {
-        if options.eviction != Eviction::Off {
-            return Err(unsupported("eviction from a full pool is not built yet: leave it off"));
-        }
         let own = options.infinigen.clone();
         let (layers, d) = (setting.geometry.layers, setting.geometry.head_dim);
         if layers < 2 {
@@ -101,12 +99,46 @@ impl Plan {
         Lookahead { source, maps: self.query_maps(layer) }
     }
 
-    /// The rehearsal of a layer of the model with this index for the token at `position`.
-    pub(super) fn rehearsal<'a>(&self, layer: usize, runs: IndexRuns<'a>, position: usize) -> Rehearsal<'a> {
-        let length = position + 1;
-        let guard = self.guard(length);
+    /// The rehearsal of a layer with this index for the token at `position`.
+    ///
+    /// Out of order the window lies anywhere, so it may be selected too: `Held` drops it from what is selected, and as
+    /// many rows more may be. A full pool keeps a row that is neither guarded nor selected: the victim.
+    pub(super) fn rehearsal_held<'a>(
+        &self,
+        runs: IndexRuns<'a>,
+        layer: usize,
+        position: usize,
+        held: &Held,
+    ) -> Rehearsal<'a> {
+        let rows = held.count(layer, position);
+        let guard = self.guard(position + 1);
+        let from = (guard.below as usize).min(rows);
+        let to = if held.in_order() { (guard.from as usize).clamp(from, rows) } else { rows };
+        let window = if held.in_order() { 0 } else { self.options.window };
+        let after = held.after(layer, position);
+        let mut most = most_selected(&self.options, after, window);
+        if held.full(layer) {
+            most = most.min(rows - (always(&self.options) - 1)).max(1);
+        }
+        self.rehearsal(runs, layer, position, (rows, from, to), most)
+    }
+
+    /// The rehearsal of a layer with this index for the token at `position`, where row t is the token at position t.
+    pub(super) fn rehearsal_in_order<'a>(&self, runs: IndexRuns<'a>, layer: usize, position: usize) -> Rehearsal<'a> {
+        let guard = self.guard(position + 1);
         let from = (guard.below as usize).min(position);
-        let most = self.most_selected(length);
+        let to = (guard.from as usize).clamp(from, position);
+        self.rehearsal(runs, layer, position, (position, from, to), self.most_selected(position + 1))
+    }
+
+    fn rehearsal<'a>(
+        &self,
+        runs: IndexRuns<'a>,
+        layer: usize,
+        position: usize,
+        (rows, from, to): (usize, usize, usize),
+        most: usize,
+    ) -> Rehearsal<'a> {
         let selection = match self.options.rule {
             Rule::Share(_) => Selection::Count { count: most },
             Rule::Probability { below, .. } => Selection::Probability { below, least: 1, most },
@@ -116,8 +148,7 @@ impl Plan {
                 Selection::Random { count: most, seed: layer as u32, step: position as u32, period }
             }
         };
-        let to = (guard.from as usize).clamp(from, position);
-        Rehearsal { row: 0, runs, rows: position, from, to, scale: self.scale, selection }
+        Rehearsal { row: 0, runs, rows, from, to, scale: self.scale, selection }
     }
 
     /// Rows that never leave the cache of a sequence of `length` tokens, the newest included.
@@ -128,7 +159,7 @@ impl Plan {
 
     /// Most rows that a rehearsal for a sequence of `length` tokens selects.
     pub(super) fn most_selected(&self, length: usize) -> usize {
-        most_selected(&self.options, length)
+        most_selected(&self.options, length, 0)
     }
 
     /// Slots of each layer and KV head for a sequence of `length` tokens.
@@ -160,15 +191,26 @@ pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
     }
 }
 
-/// Most rows that a rehearsal selects: the rule's share, as far as the slots go beside what is always attended.
-pub(super) fn most_selected(options: &InfinigenOptions, length: usize) -> usize {
+/// Most rows that a rehearsal selects: what the rule says and `more`, as far as the slots go beside what is always attended.
+pub(super) fn most_selected(options: &InfinigenOptions, length: usize, more: usize) -> usize {
     let most = match options.rule {
         Rule::Share(share) => Budget::Share(share),
         Rule::Probability { most, .. } | Rule::Paper { most, .. } => Budget::Share(most),
         Rule::Random { count, .. } => count,
     };
-    let wanted = most.tokens(length);
+    let wanted = most.tokens(length).saturating_add(more);
     wanted.min(slots(options, length).saturating_sub(always(options))).max(1)
+}
+
+/// Fewest rows of a pool that can evict: sinks, window with the newest token, and a victim.
+pub(super) fn least_rows(options: &InfinigenOptions) -> usize {
+    always(options)
+}
+
+/// Rows of the pool of a full session of `capacity` tokens, and tokens of its resident layers.
+pub(super) fn full_rows(options: &PolicyOptions, capacity: usize) -> (usize, usize) {
+    let rows = if options.pool_tokens == 0 { capacity } else { capacity.min(options.pool_tokens) };
+    (rows, if options.eviction == Eviction::Off { rows } else { capacity })
 }
 
 /// Slots that sinks, window and the newest token take.

@@ -68,6 +68,16 @@ impl Prompt {
         step.backend.index_append(step.stream, partial.rows(dtype, step.rows, columns), index, step.position)
     }
 
+    /// Makes room for what [`Prompt::land`] needs of a sequence of `tokens` tokens.
+    pub(super) fn reserve(&mut self, tokens: usize, store: &dyn Store) -> Result<()> {
+        self.staging.reserve(if store.runs(0).is_some() { 0 } else { tokens })
+    }
+
+    /// Gives that room back.
+    pub(super) fn release(&mut self) {
+        self.staging.truncate(0);
+    }
+
     /// Brings the layer's entries to where attention can read them.
     pub(super) fn land(&mut self, step: &Step<'_>, layer: usize, store: &mut dyn Store) -> Result<()> {
         if store.runs(layer).is_some() {
@@ -149,7 +159,7 @@ impl Prompt {
     fn give_up(&mut self) {
         self.ended = false;
         self.partial = None;
-        self.staging.truncate(0);
+        self.release();
         self.ranked.iter_mut().for_each(Vec::clear);
     }
 }

@@ -166,8 +166,8 @@ void Flags::declare(args::Parser& parser) {
   parser.flag("--kv-keep", "--kv-tier file: leave the file when done", file_keep);
   parser.flag("--kv-buffered", "--kv-tier file: go through the page cache instead of direct I/O", file_buffered);
   parser.flag("--kv-checksum", "--kv-tier file: keep a checksum of every row, and compare it on every read", file_checksum);
-  parser.option("--pool-tokens", "N", "most tokens to keep, in each layer and KV head; 0: as many as fit (default 0)", pool_tokens);
-  parser.choice("--eviction", "infinigen: which entry gives way when there is no more room (only off is built yet; default off)",
+  parser.option("--pool-tokens", "N", "infinigen: most tokens to keep, in each layer and KV head; 0: as many as fit (default 0)", pool_tokens);
+  parser.choice("--eviction", "infinigen: which entry gives way when there is no more room (default off)",
                 evictions(), eviction);
   parser.option("--trace", "FILE", "write what was selected, hit, missed and fetched to FILE", trace);
 }
@@ -199,6 +199,7 @@ void Flags::check() const {
       needs_infinigen("--cache", cache.has_value()),
       needs_infinigen("--no-attend-cache", no_attend_cache),
       needs_infinigen("--eviction", eviction != kva::Eviction::off),
+      needs_infinigen("--pool-tokens", pool_tokens != 0),
       {"--cap", cap.has_value(), settings.rule == kva::Rule::probability || settings.rule == kva::Rule::paper,
        "--probability or --alpha"},
       {"--kv-file", !file.empty(), in_file, "--kv-tier file"},

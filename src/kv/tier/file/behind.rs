@@ -4,7 +4,8 @@
 //!   is until the file has them.
 //! - Appends fill blocks from end to end, so their pages become whole and are written without reading. Rows written over
 //!   a victim leave a page that never does: when many wait, the block is read and merged first.
-//! - A block that an open fetch reads is not written before that fetch is over, so a read never sees half a row.
+//! - A block that an open fetch reads is not written before that fetch is over, so a read never sees half a row; nor is
+//!   one in which the step under way has overwritten a row (`undo`).
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -124,6 +125,19 @@ impl FileStore {
         }
     }
 
+    /// Forgets the new version of a row: its page gets the old one, or leaves it to the file.
+    pub(super) fn bring_back(&mut self, block: u64, row: usize, old: Option<&[u8]>) {
+        let Some(dirty) = self.behind.blocks.get_mut(&block) else { return }; // its rows were never written
+        if let Some(old) = old {
+            self.pages.write(dirty.page, row * self.blocks.row_bytes(), old);
+            dirty.changed = true;
+            return;
+        }
+        dirty.mask &= !(1 << row);
+        self.behind.whole.remove(&block);
+        self.drop_if_empty(block);
+    }
+
     /// Forgets pages that were made for rows that did not come.
     pub(super) fn drop_empty(&mut self, rows: &[(u64, usize)]) {
         for (block, _) in rows {
@@ -167,7 +181,7 @@ impl FileStore {
                 self.write_whole()?;
                 self.merge_oldest(most / 2)?;
                 if self.behind.running == 0 {
-                    break; // all that is left lies under open fetches, which the caller will finish
+                    break; // all that is left waits for open fetches or for the step, which the caller will end
                 }
             }
             self.poll(true)?;
@@ -176,9 +190,14 @@ impl FileStore {
         Ok(())
     }
 
+    /// Whether a block must not be written now.
+    fn busy(&self, block: u64) -> bool {
+        self.under_fetch(block) || self.undo.holds(block)
+    }
+
     /// Writes every whole block that nobody is reading.
     fn write_whole(&mut self) -> Result<()> {
-        let ready: Vec<u64> = self.behind.whole.iter().copied().filter(|&b| !self.under_fetch(b)).collect();
+        let ready: Vec<u64> = self.behind.whole.iter().copied().filter(|&b| !self.busy(b)).collect();
         let together = ready.chunk_by(|&a, &b| a + 1 == b).flat_map(|run| run.chunks(TOGETHER));
         let mut requests = Vec::new();
         for blocks in together {
@@ -205,7 +224,7 @@ impl FileStore {
         oldest.truncate(oldest.len().saturating_sub(leave));
         let mut requests = Vec::new();
         for (_, block) in oldest {
-            if self.under_fetch(block) {
+            if self.busy(block) {
                 continue;
             }
             let page = self.pages.take()?;

@@ -7,6 +7,7 @@
 //! ```
 //!
 //! - `open`: makes the file; `blocks`: which bytes are which rows; `pages`: aligned memory for blocks.
+//! - `undo`: what a step that fails has overwritten.
 //! - `io`: the engines, `ring` (io_uring) and `threads` (where that is forbidden); `ahead` reads, `behind` writes.
 //! - One failed read or write makes the store unusable, with the reason: it never hands out what it is not sure of.
 //! - What may not enter: which entries are worth fetching.
@@ -22,6 +23,7 @@ mod ring;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod undo;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -38,6 +40,7 @@ use behind::Behind;
 use blocks::Blocks;
 use io::{Io, Request};
 use pages::{Page, Pages};
+use undo::Undo;
 
 /// Times that a request which moved too few bytes is tried, the first included. The kernel may stop early for reasons of
 /// its own; a file that has shrunk is seen at once.
@@ -68,6 +71,7 @@ pub struct FileStore {
     io: Box<dyn Io>,
     pages: Pages,
     behind: Behind,
+    undo: Undo,
     fetches: Vec<Fetch>,
     /// Requests under way, by token.
     operations: HashMap<u64, Op>,
@@ -167,6 +171,7 @@ impl FileStore {
             direct: opened.direct,
             tuning,
             behind: Behind::default(),
+            undo: Undo::default(),
             fetches: Vec::new(),
             operations: HashMap::new(),
             next: 0,
@@ -323,6 +328,15 @@ impl Store for FileStore {
         if rows > self.blocks.capacity() { Err(self.too_many_rows(rows)) } else { Ok(()) }
     }
 
+    fn begin(&mut self, rows: usize) {
+        self.begin_step(rows);
+    }
+
+    fn undo(&mut self, _backend: &dyn Backend, _stream: &Stream) -> Result<()> {
+        self.abandon_fetches();
+        self.undo_step()
+    }
+
     fn capacity(&self) -> usize {
         self.blocks.capacity()
     }
@@ -339,6 +353,7 @@ impl Store for FileStore {
         self.usable()?;
         self.poll(false)?;
         let rows = self.place_rows(layer, keys.rows(), place)?;
+        self.keep_old(&rows);
         let slots = self.slots_of(&rows);
         let chunks = self.pages.chunks_mut();
         let encoded = backend

@@ -91,6 +91,14 @@ impl Pages {
         unsafe { std::slice::from_raw_parts(self.address(page).add(at), count) }
     }
 
+    /// Overwrites the bytes of a page from `at` on; one that is being written may reach the file torn.
+    pub(super) fn write(&mut self, page: Page, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.bytes);
+        // SAFETY: in bounds of a page, `self` is borrowed mutably, and `bytes` lie elsewhere: pages are lent as shared
+        // borrows of `self` only.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address(page).add(at), bytes.len()) }
+    }
+
     /// Copies bytes `at..at + count` of one page to the same place of another; no request uses either range.
     pub(super) fn copy(&mut self, from: Page, to: Page, at: usize, count: usize) {
         assert!(from != to && at + count <= self.bytes);
