@@ -4,7 +4,7 @@
 //! list of [`Part`]s, each of which is consecutive rows of one sequence.
 
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, Norm, Rows, Segment, Shape, Stream};
+use crate::backend::{AttentionShape, Backend, Event, Norm, Rows, Segment, Shape, Stream};
 use crate::model::config::Config;
 use crate::model::decoder::{Attention, Block, Decoder, Mlp, NormPlacement, Positions};
 use crate::policy::{Phase, Policy, Step};
@@ -91,6 +91,8 @@ pub(super) struct Forward<'a> {
     pub(super) attention_scale: f32,
     pub(super) workspace: &'a mut Workspace,
     pub(super) probe: Option<&'a mut dyn Probe>,
+    /// When the side stream will have read the layer's input for the queries of the next one.
+    pub(super) queried: Option<Event>,
 }
 
 impl Forward<'_> {
@@ -266,6 +268,9 @@ impl Forward<'_> {
             let step = part.step(backend, w, layer);
             part.policy.observe(&step, &attention_shape, queries.row_range(row, part.rows))?;
             row += part.rows;
+        }
+        if let Some(queried) = self.queried.take() {
+            backend.wait(&w.stream, &queried)?;
         }
         backend.matmul(&w.stream, w.attended.get(rows), &attention.output, true, shape, w.hidden.get_mut(rows))
     }

@@ -260,6 +260,7 @@ impl Model {
             attention_scale: self.inner.config.attention_scale(),
             workspace: &mut workspace,
             probe: None,
+            queried: None,
         })
     }
 

@@ -52,6 +52,9 @@ impl Forward<'_> {
         if plans.is_empty() {
             return Ok(());
         }
+        // All of it on the side stream, from what the main one has computed so far.
+        let input_ready = self.backend.record(&self.workspace.stream)?;
+        self.backend.wait(&self.workspace.fetch, &input_ready)?;
         // Plans of the same weight and maps on neighbouring rows, as of a batch of one policy, are computed together: the
         // weight is read once, and a row's bits do not depend on the rows beside it.
         let mut at = 0;
@@ -60,6 +63,7 @@ impl Forward<'_> {
             at += run.len();
         }
         drop(plans);
+        self.queried = Some(self.backend.record(&self.workspace.fetch)?);
 
         self.rehearse_rows(layer, parts, &wanted)?;
         let (backend, w) = (self.backend, &*self.workspace);
@@ -93,17 +97,13 @@ impl Forward<'_> {
             }
             at += 1;
         }
-        let partial = |columns| w.partial[layer % 2].get(at).col_range(0, self.dimensions.heads * columns);
+        let partial = |columns| w.partial.get(at).col_range(0, self.dimensions.heads * columns);
         let mut places = &mut selected[..];
         // Partial queries of another width lie otherwise in their rows.
         for alike in rehearsals.chunk_by(|a, b| a.runs.geometry().columns == b.runs.geometry().columns) {
             let (own, rest) = places.split_at_mut(alike.len());
-            backend.rehearse(&w.stream, partial(alike[0].runs.geometry().columns), alike, own)?;
+            backend.rehearse(&w.fetch, partial(alike[0].runs.geometry().columns), alike, own)?;
             places = rest;
-        }
-        if !prefetches.is_empty() {
-            let queries = backend.record(&w.stream)?;
-            backend.wait(&w.fetch, &queries)?;
         }
         let columns = |prefetch: &Prefetch<'_>| prefetch.rehearsal.runs.geometry().columns;
         for alike in prefetches.chunk_by_mut(|a, b| columns(a) == columns(b)) {
@@ -122,6 +122,7 @@ impl Forward<'_> {
         at: usize,
     ) -> Result<()> {
         let (backend, d, w) = (self.backend, self.dimensions, &mut *self.workspace);
+        let stream = &w.fetch;
         let (first, end) = (plan.row, plan.row + rows);
         let q_width = d.heads * d.head_dim;
         let predicted = match plan.source {
@@ -133,7 +134,7 @@ impl Forward<'_> {
             QuerySource::Renormalised(weight) => {
                 let norm = &self.decoder.blocks[layer].attention_norm;
                 let x = w.hidden.get(end).row_range(first, rows);
-                backend.norm(&w.stream, x, norm, w.renormalised.get_mut(rows))?;
+                backend.norm(stream, x, norm, w.renormalised.get_mut(rows))?;
                 Some((w.renormalised.get(rows), weight))
             }
             QuerySource::Exact => None,
@@ -141,19 +142,19 @@ impl Forward<'_> {
         let queries = match predicted {
             None => w.qkv.get(end).row_range(first, rows).col_range(0, q_width),
             Some((x, weight)) => {
-                backend.matmul(&w.stream, x, weight, false, Shape::Decode, w.predicted.get_mut(rows))?;
+                backend.matmul(stream, x, weight, false, Shape::Decode, w.predicted.get_mut(rows))?;
                 if let Some(norm) = &self.decoder.blocks[layer].attention.query_norm {
-                    backend.norm_heads(&w.stream, w.predicted.get_mut(rows), norm)?;
+                    backend.norm_heads(stream, w.predicted.get_mut(rows), norm)?;
                 }
                 if let Positions::Rotary(rotary) = &self.decoder.positions {
                     let table = w.rotation.get(end).row_range(first, rows);
-                    backend.rotate(&w.stream, &rotary.short, table, d.head_dim, w.predicted.get_mut(rows))?;
+                    backend.rotate(stream, &rotary.short, table, d.head_dim, w.predicted.get_mut(rows))?;
                 }
                 w.predicted.get(rows)
             }
         };
         let width = d.heads * plan.maps.outputs;
-        let partial = w.partial[layer % 2].get_mut(at + rows).row_range(at, rows).col_range(0, width);
-        backend.project_heads(&w.stream, queries, plan.maps, partial)
+        let partial = w.partial.get_mut(at + rows).row_range(at, rows).col_range(0, width);
+        backend.project_heads(stream, queries, plan.maps, partial)
     }
 }

@@ -75,9 +75,8 @@ pub(super) struct Workspace {
     pub(super) qkv: Slot,
     /// Queries of the coming layer, guessed.
     pub(super) predicted: Slot,
-    /// The same in the basis of the index: of even layers and of odd ones, for one may still be read on the side stream
-    /// while the next is made.
-    pub(super) partial: [Slot; 2],
+    /// The same in the basis of the index.
+    pub(super) partial: Slot,
     /// One row of input of the coming layer's norm.
     pub(super) renormalised: Slot,
     /// Attention output, all heads.
@@ -131,7 +130,7 @@ impl Workspace {
             normed: Slot::new("normalised hidden state", d.hidden, a),
             qkv: Slot::new("queries, keys and values", d.qkv, a),
             predicted: Slot::new("predicted queries", d.heads * d.head_dim, a),
-            partial: ["partial queries", "more partial queries"].map(|name| Slot::new(name, d.heads * d.head_dim, a)),
+            partial: Slot::new("partial queries", d.heads * d.head_dim, a),
             renormalised: Slot::new("renormalised hidden state", d.hidden, a),
             attended: Slot::new("attention output", d.attended, a),
             up: Slot::new("MLP input", d.up, a),
@@ -184,8 +183,7 @@ impl Workspace {
     }
 
     /// Slots with a row for each token whose logits are wanted; every token that is decoded is one of them.
-    fn logit_slots(&mut self) -> [&mut Slot; 9] {
-        let [even, odd] = &mut self.partial;
+    fn logit_slots(&mut self) -> [&mut Slot; 8] {
         [
             &mut self.selected,
             &mut self.projected,
@@ -193,8 +191,7 @@ impl Workspace {
             &mut self.targets,
             &mut self.scores,
             &mut self.predicted,
-            even,
-            odd,
+            &mut self.partial,
             &mut self.renormalised,
         ]
     }

@@ -54,6 +54,7 @@ pub(super) fn capture_layers(
         attention_scale: config.attention_scale(),
         workspace: &mut workspace,
         probe: Some(&mut Watch { capture, take }),
+        queried: None,
     };
     forward.run(tokens, &mut parts, Shape::Prefill, 1)
 }
