@@ -10,8 +10,9 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{Guard, KvGeometry, KvRuns, KvRunsMut, Move};
+use crate::backend::{Backend, Guard, KvGeometry, KvRuns, KvRunsMut, Move, Slot, Stream};
 
+use super::overwritten::Overwritten;
 use super::{Pool, SequenceKv, SlotTable};
 
 /// Slots of every layer and KV head of one sequence.
@@ -25,6 +26,8 @@ pub struct HotCache {
     clock: u32,
     /// That of the first token of this step.
     begun: u32,
+    /// Entries that this step overwrites, where they are kept ([`HotCache::keep`]).
+    overwritten: Overwritten,
     /// Scratch of the search for victims.
     candidates: Vec<u64>,
 }
@@ -58,6 +61,7 @@ impl HotCache {
             counts: vec![0; tables],
             clock: 1,
             begun: 1,
+            overwritten: Overwritten::new(geometry.row_bytes()),
             candidates: Vec::new(),
         }
     }
@@ -82,6 +86,7 @@ impl HotCache {
     pub fn begin(&mut self) {
         self.clock += 1;
         self.begun = self.clock;
+        self.overwritten.clear();
         for table in &mut self.tables {
             table.journal.clear();
             table.replaced = None;
@@ -212,6 +217,30 @@ impl HotCache {
             }
             None => self.admit(layer, head, row, slots, guard),
         }
+    }
+
+    /// Keeps the entries in slots (KV head, slot) that are about to be overwritten. Needed where the store would not give
+    /// back the same bits: an entry that was admitted is exact, also where the store has it quantized.
+    pub fn keep(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        slots: impl Iterator<Item = (u32, u32)>,
+    ) -> Result<()> {
+        let KvGeometry { kv_heads, extent_tokens, .. } = *self.kv.geometry();
+        for (head, slot) in slots {
+            let (extent, at) = (slot as usize / extent_tokens, slot as usize % extent_tokens);
+            let row = (layer * kv_heads + head as usize) * extent_tokens + at;
+            let place = Slot { buffer: extent, offset: row * self.kv.geometry().row_bytes() };
+            self.overwritten.save(backend, stream, self.kv.buffers(), place)?;
+        }
+        Ok(())
+    }
+
+    /// Brings back all entries that this step has kept, in place of the fetches that [`HotCache::undo`] asks for.
+    pub fn restore(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        self.overwritten.restore(backend, stream, self.kv.buffers_mut())
     }
 
     /// Takes back what this step has changed in a layer. `moves` gets the entries that must be fetched once more.

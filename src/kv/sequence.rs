@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    Backend, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Rows, Slot, Stream,
+    Backend, Buffer, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Rows, Slot, Stream,
 };
 
 use super::overwritten::Overwritten;
@@ -40,6 +40,16 @@ impl SequenceKv {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.extents.bytes()
+    }
+
+    /// The extents.
+    pub(super) fn buffers(&self) -> &[Buffer] {
+        self.extents.buffers()
+    }
+
+    /// The extents, for writing.
+    pub(super) fn buffers_mut(&mut self) -> &mut [Buffer] {
+        self.extents.buffers_mut()
     }
 
     /// One layer, for reading.

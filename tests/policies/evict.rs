@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvahead::backend::{AttentionShape, DType, KvRuns, Rows, Visible};
@@ -15,6 +16,7 @@ use kvahead::policy::{
 use kvahead::{Error, ErrorCode, Result};
 
 use crate::common::{data, load, relative_error};
+use crate::failing::Failing;
 
 const KINDS: [Eviction; 3] = [Eviction::Fifo, Eviction::Lru, Eviction::Counter];
 const SINKS: usize = 2;
@@ -420,6 +422,44 @@ fn a_long_prompt_is_decoded_past_the_pool() {
         let counters = whole.kv_counters().unwrap();
         assert_eq!(counters.steps, 60);
         assert_eq!(counters, KvCounters { host_bytes: counters.host_bytes, ..parts.kv_counters().unwrap() });
+    }
+}
+
+/// A long prompt that is given up after many evictions leaves every entry as it was, wherever it is: what comes next is
+/// something else, and fetches what had been overwritten.
+#[test]
+fn a_prompt_given_up_brings_every_victim_back() {
+    let (model, tokens) = (model(), text(120));
+    let file = |buffered| KvTier::File(FileOptions { buffered, checksum: true, ..FileOptions::default() });
+    let places = [
+        (KvTier::Device, Payload::Exact),
+        (KvTier::Host, Payload::Int8),
+        (file(true), Payload::Exact),
+        (file(false), Payload::Int4),
+    ];
+    for kind in KINDS {
+        for (tier, payload) in places.clone() {
+            let policy = PolicyOptions { tier, payload, ..evicting(kind, 24, 11) };
+            let prepare = [vec![18], vec![1; 12]].concat();
+            let mut twin = session(&model, &policy);
+            run(&mut twin, &tokens, &prepare);
+            let expected = run(&mut twin, &tokens[30..], &[1; 30]);
+            for fail in [7, 60, 170, 300, 419] {
+                let left = Arc::new(AtomicUsize::new(0));
+                let mut failing = Session::with_policy(&model, &options(&policy), |setting| {
+                    Ok(Box::new(Failing { inner: policy::create(&policy, setting)?, left: left.clone() }))
+                })
+                .unwrap();
+                run(&mut failing, &tokens, &prepare);
+                let before = failing.kv_counters();
+                left.store(fail, Ordering::Relaxed);
+                let error = failing.prefill(&tokens[60..100]).unwrap_err();
+                assert_eq!(error.code(), ErrorCode::Device, "{fail} calls: {error}");
+                assert_eq!(failing.kv_counters().evicted, before.evicted);
+                let logits = run(&mut failing, &tokens[30..], &[1; 30]);
+                assert!(logits == expected, "{policy:?}: given up after {fail} calls");
+            }
+        }
     }
 }
 

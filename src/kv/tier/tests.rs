@@ -72,6 +72,9 @@ fn stored(payload: Payload, x: &[f32]) -> Vec<f32> {
 /// A move, and the rows that may arrive by it.
 type Awaited = (Move, Vec<Vec<u8>>);
 
+/// Rows as they are on the device, by layer, KV head and row.
+type Entries = HashMap<(usize, usize, usize), Vec<u8>>;
+
 /// A store, and what it must hold.
 pub(super) struct Checked {
     pub(super) backend: Arc<dyn Backend>,
@@ -80,10 +83,10 @@ pub(super) struct Checked {
     payload: Payload,
     /// Rows appended, by layer.
     pub(super) rows: Vec<usize>,
-    /// Rows as they are on the device.
-    entries: HashMap<(usize, usize, usize), Vec<u8>>,
+    /// What has been appended.
+    entries: Entries,
     /// The rows that had entries when the step began, and all entries then.
-    begun: (usize, HashMap<(usize, usize, usize), Vec<u8>>),
+    begun: (usize, Entries),
     /// Open fetches: the layer, and of every move what may arrive.
     open: Vec<(usize, Vec<Awaited>)>,
     /// Layers of which the first rows are being fetched, whose targets have runs as long as the store's.

@@ -100,6 +100,11 @@ impl Held {
         self.kind != Eviction::Off
     }
 
+    /// Whether the step began with no token at all, so that there is nothing to go back to.
+    pub(super) fn began_empty(&self) -> bool {
+        self.begun.0 == 0
+    }
+
     /// Rows in use when this step began.
     pub(super) fn begun_rows(&self) -> usize {
         self.begun.1

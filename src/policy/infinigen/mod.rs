@@ -23,7 +23,7 @@ mod room;
 use crate::backend::{
     AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, Selected, Visible,
 };
-use crate::kv::{self, Eviction, HotCache, KvTier, SequenceIndex, SequenceKv, Store};
+use crate::kv::{self, Eviction, HotCache, KvTier, Payload, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
 use super::{
@@ -40,6 +40,8 @@ pub(super) struct Infinigen {
     /// Tokens that the resident layers take room for at once, 0 for as many as there are: a session that evicts must not
     /// find their room taken by its own pool.
     resident_tokens: usize,
+    /// Whether the store gives back the bits that it was given.
+    exact: bool,
     resident: SequenceKv,
     store: Box<dyn Store>,
     index: SequenceIndex,
@@ -86,6 +88,7 @@ impl Infinigen {
                 None => None,
             },
             held: Held::new(options, plan::least_rows(&options.infinigen), &stored),
+            exact: options.payload == Payload::Exact,
             resident_tokens: if options.eviction == Eviction::Off { 0 } else { capacity },
             plan,
         })
@@ -109,6 +112,7 @@ impl Infinigen {
     fn fetch_now(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
         if !self.moves.is_empty() {
             self.held.locate(layer, &mut self.moves);
+            self.keep_slots(step, layer, None)?;
             self.store.begin_fetch(layer, &self.moves)?;
             self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
         }
@@ -205,6 +209,7 @@ impl Policy for Infinigen {
             }
         }
         self.held.locate(layer, &mut self.moves);
+        self.keep_slots(step, layer, None)?;
         if self.moves.is_empty() { Ok(()) } else { self.store.begin_fetch(layer, &self.moves) }
     }
 
@@ -309,8 +314,11 @@ impl Policy for Infinigen {
         for layer in 0..self.selected.len() {
             self.moves.clear();
             self.cache.undo(layer, &mut self.moves);
-            self.fetch_now(step, layer)?;
+            if self.exact {
+                self.fetch_now(step, layer)?;
+            }
         }
+        self.cache.restore(step.backend, step.stream)?;
         self.give_back(length, self.held.count(0, length));
         Ok(())
     }

@@ -54,6 +54,19 @@ impl Infinigen {
         self.store.truncate(rows);
     }
 
+    /// Keeps what lies in the cache where `admitted` or else `self.moves` will go, for a step that is undone, where the
+    /// store could not give it back.
+    pub(super) fn keep_slots(&mut self, step: &Step<'_>, layer: usize, admitted: Option<&[u32]>) -> Result<()> {
+        if self.exact || self.held.began_empty() {
+            return Ok(());
+        }
+        let (backend, stream) = (step.backend, step.stream);
+        match admitted {
+            Some(slots) => self.cache.keep(backend, stream, layer, (0..).zip(slots.iter().copied())),
+            None => self.cache.keep(backend, stream, layer, self.moves.iter().map(|m| (m.head, m.to))),
+        }
+    }
+
     /// Takes the new token: into store and index, over victims where the pool is full, and into the cache.
     pub(super) fn append_one(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
         let (backend, stream, heads) = (step.backend, step.stream, self.kv_heads());
@@ -79,6 +92,7 @@ impl Infinigen {
                 (0..heads).map(over).collect()
             }
         };
+        self.keep_slots(step, layer, Some(&admitted))?;
         backend.store_kv_rows(stream, keys, values, &mut self.cache.runs_mut(layer), &admitted)
     }
 }
