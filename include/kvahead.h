@@ -688,6 +688,16 @@ typedef struct {
    * The cache holds at least this many tokens: a shorter sequence is attended in full. Default: 320; paper: 64.
    */
   uint64_t cache_least;
+  /**
+   * 1: attend also one entry that stands for everything else: its value is the mean of all, its weight what speculation
+   * gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`.
+   * Default: 1; paper: 0.
+   */
+  uint32_t tail;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
 } kva_infinigen_options;
 
 /**

@@ -263,6 +263,9 @@ impl Forward<'_> {
         let mut row = 0;
         for part in parts.iter_mut() {
             let step = part.step(backend, &w.stream, layer);
+            if step.phase == Phase::Decode {
+                part.policy.complete(&step, w.attended.get_mut(rows).row_range(row, 1))?;
+            }
             part.policy.observe(&step, &attention_shape, queries.row_range(row, part.rows))?;
             row += part.rows;
         }

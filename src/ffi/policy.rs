@@ -133,9 +133,15 @@ pub struct kva_infinigen_options {
     pub cache_tokens: u64,
     /// The cache holds at least this many tokens: a shorter sequence is attended in full. Default: 320; paper: 64.
     pub cache_least: u64,
+    /// 1: attend also one entry that stands for everything else: its value is the mean of all, its weight what speculation
+    /// gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`.
+    /// Default: 1; paper: 0.
+    pub tail: u32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
-sized32!(kva_infinigen_options, last: cache_least: u64);
+sized32!(kva_infinigen_options, last: reserved: u32);
 
 impl Options for kva_infinigen_options {
     fn defaults() -> Self {
@@ -195,6 +201,8 @@ impl From<InfinigenOptions> for kva_infinigen_options {
             attend_cache: options.attend_cache.into(),
             cache_tokens,
             cache_least: options.cache_least as u64,
+            tail: options.tail.into(),
+            reserved: 0,
         }
     }
 }
@@ -212,6 +220,14 @@ fn budget(share: f32, tokens: u64) -> Budget {
     if tokens == 0 { Budget::Share(share) } else { Budget::Tokens(self::tokens(tokens)) }
 }
 
+fn switch(value: u32, name: &str) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Error::invalid_argument(format!("{name} is {other}, not 0 or 1"))),
+    }
+}
+
 fn infinigen_mode(value: i32, name: &str) -> Result<InfinigenMode> {
     match value {
         KVA_INFINIGEN_DEFAULT => Ok(InfinigenMode::Default),
@@ -224,6 +240,7 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
     type Error = Error;
 
     fn try_from(options: kva_infinigen_options) -> Result<InfinigenOptions> {
+        super::options::check_reserved(options.reserved, "options.infinigen")?;
         Ok(InfinigenOptions {
             mode: infinigen_mode(options.mode, "options.infinigen.mode")?,
             basis: match options.basis {
@@ -252,15 +269,8 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
             resident_layers: options.resident_layers as usize,
             cache: budget(options.cache_share, options.cache_tokens),
             cache_least: tokens(options.cache_least),
-            attend_cache: match options.attend_cache {
-                0 => false,
-                1 => true,
-                other => {
-                    return Err(Error::invalid_argument(format!(
-                        "options.infinigen.attend_cache is {other}, not 0 or 1"
-                    )));
-                }
-            },
+            attend_cache: switch(options.attend_cache, "options.infinigen.attend_cache")?,
+            tail: switch(options.tail, "options.infinigen.tail")?,
         })
     }
 }
@@ -383,6 +393,7 @@ mod tests {
                 resident_layers: 3,
                 cache: Budget::Tokens(99),
                 cache_least: 5,
+                tail: false,
                 ..InfinigenOptions::default()
             },
             InfinigenOptions { predictor: Predictor::Exact, cache: Budget::Share(0.0), ..InfinigenOptions::default() },

@@ -25,6 +25,7 @@ mod project;
 mod rotary;
 mod simd;
 mod store_kv;
+mod tail;
 #[cfg(test)]
 mod tests;
 mod unit;
@@ -33,7 +34,7 @@ mod view;
 use crate::backend::{
     Activation, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut, KvGeometry,
     KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, Stream, Visible,
+    Selected, Selection, Shape, Slot, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -414,7 +415,37 @@ impl Backend for CpuBackend {
             assert!(rehearsal.rows <= rehearsal.runs.capacity(), "rows past the extents' end");
             assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
         }
+        for (rehearsal, selected) in rehearsals.iter().zip(&*selected).filter(|(_, s)| !s.present.is_empty()) {
+            assert!(!matches!(rehearsal.selection, Selection::Paper { .. }), "the paper's rule knows no probabilities");
+            assert_eq!(selected.present.len(), rehearsal.runs.geometry().kv_heads);
+            assert!(selected.present.iter().all(|rows| rows.len() <= rehearsal.rows), "a row is present twice");
+        }
         index::rehearse(self, queries, rehearsals, selected)
+    }
+
+    fn has_tail(&self) -> bool {
+        true
+    }
+
+    fn blend(&self, _: &Stream, from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(toward, out);
+        assert_eq!((toward.rows(), toward.cols()), (out.rows(), out.cols()));
+        if let Some(from) = &from {
+            assert_activations!(from);
+            assert_eq!((from.rows(), from.cols()), (out.rows(), out.cols()));
+        }
+        tail::blend(from, toward, factor, out);
+        Ok(())
+    }
+
+    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: &[f32], out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, out);
+        assert_eq!((means.rows(), out.rows()), (1, 1));
+        assert!(!weights.is_empty() && out.cols().is_multiple_of(weights.len()));
+        let d = out.cols() / weights.len();
+        assert!(means.cols().is_multiple_of(d) && weights.len().is_multiple_of(means.cols() / d));
+        tail::add(means, weights, out);
+        Ok(())
     }
 
     fn log_probability(&self, _: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

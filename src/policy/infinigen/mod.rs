@@ -14,10 +14,11 @@
 mod columns;
 mod plan;
 mod prompt;
+mod tail;
 
 use crate::backend::{
-    AttentionShape, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rehearsal, Rows, Selected,
-    Visible,
+    AttentionShape, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rehearsal, Rows, RowsMut,
+    Selected, Visible,
 };
 use crate::kv::{self, HotCache, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
@@ -25,6 +26,7 @@ use crate::{Error, Result};
 use super::{KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter};
 use plan::Plan;
 use prompt::Prompt;
+use tail::Tail;
 
 pub(super) struct Infinigen {
     plan: Plan,
@@ -33,6 +35,8 @@ pub(super) struct Infinigen {
     index: SequenceIndex,
     cache: HotCache,
     prompt: Prompt,
+    /// What stands for the entries that are not attended.
+    tail: Option<Tail>,
     /// What each layer of the store selects in this step.
     selected: Vec<Selected>,
     /// Slots that each layer of the store attends in this step, where that is not the whole cache.
@@ -61,6 +65,7 @@ impl Infinigen {
             index: SequenceIndex::new(pool.clone(), index),
             cache: HotCache::new(pool.clone(), stored),
             prompt: Prompt::new(pool, stored),
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored)?) } else { None },
             selected: vec![Selected::default(); stored.layers],
             listed: vec![vec![Vec::new(); geometry.kv_heads]; stored.layers],
             partial_key: backend.allocate(geometry.kv_heads * plan.columns * 4, Place::Device, "partial keys")?,
@@ -126,6 +131,31 @@ impl Infinigen {
         }
     }
 
+    /// Takes the values of every token from `length` on out of the tail's means.
+    fn truncate_tail(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        let Some(tail) = &mut self.tail else { return Ok(()) };
+        let forgotten = (step.position + step.rows).saturating_sub(length);
+        tail.begin();
+        if forgotten > 0 && length > 0 {
+            // By reading what is forgotten, from the end on, or what stays, whichever is less.
+            let goes = forgotten < length;
+            let (first, end) = if goes { (length, length + forgotten) } else { (0, length) };
+            for layer in 0..self.selected.len() {
+                for at in (first..end).step_by(kv::EXTENT_TOKENS) {
+                    let rows = kv::EXTENT_TOKENS.min(end - at);
+                    let begin = if goes { end - (at - first) - rows } else { at };
+                    let runs = self.prompt.bring(step, layer, &mut *self.store, begin..begin + rows)?;
+                    let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
+                    tail.blend_runs(step, layer, runs, rows, factor)?;
+                }
+            }
+            tail.commit();
+            tail.begin();
+            self.prompt.finish();
+        }
+        Ok(())
+    }
+
     fn count_attended(&mut self, attended: u64, held: usize) {
         self.counters.attended += attended;
         self.counters.held += held as u64;
@@ -140,6 +170,9 @@ impl Policy for Infinigen {
         self.store.reserve(length)?;
         self.cache.begin();
         self.prompt.begin();
+        if let Some(tail) = &mut self.tail {
+            tail.begin();
+        }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -157,13 +190,29 @@ impl Policy for Infinigen {
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<(Rehearsal<'_>, &mut Selected)> {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal(self.index.layer(stored), position);
-        Some((rehearsal, &mut self.selected[stored]))
+        let selected = &mut self.selected[stored];
+        if self.tail.is_some() {
+            let heads = self.cache.counts(stored).len();
+            selected.present.resize_with(heads, Vec::new);
+            for (head, present) in selected.present.iter_mut().enumerate() {
+                present.clear();
+                if self.plan.attend_cache {
+                    present.extend(self.cache.rows(stored, head));
+                } else {
+                    present.extend((0..rehearsal.from as u32).chain(rehearsal.to as u32..rehearsal.rows as u32));
+                }
+            }
+        }
+        Some((rehearsal, selected))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         let Some(layer) = self.stored(step.layer) else { return Ok(()) };
         let length = step.position + 1;
         let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
+        if let Some(tail) = &mut self.tail {
+            tail.rehearsed(layer);
+        }
         self.moves.clear();
         for head in 0..self.kv_heads() {
             let rows = &self.selected[layer].rows[head];
@@ -191,6 +240,9 @@ impl Policy for Infinigen {
             return step.backend.store_kv(step.stream, keys, values, runs, step.position);
         };
         self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
+        if let (Some(tail), Phase::Decode) = (&mut self.tail, step.phase) {
+            tail.append(step, layer, values)?;
+        }
         match step.phase {
             Phase::Decode => self.append_one(step, layer, keys, values),
             Phase::Prefill { .. } => {
@@ -245,11 +297,28 @@ impl Policy for Infinigen {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        if last { self.prompt.observe(step, layer, shape, queries, &*self.store) } else { Ok(()) }
+        if !last {
+            return Ok(());
+        }
+        if let Some(tail) = &mut self.tail {
+            let length = step.position + step.rows;
+            tail.blend_runs(step, layer, self.prompt.runs(layer, &*self.store), length, 1.0)?;
+        }
+        self.prompt.observe(step, layer, shape, queries, &*self.store)
+    }
+
+    fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
+        match (self.stored(step.layer), &self.tail) {
+            (Some(layer), Some(tail)) => tail.add(step, layer, &self.selected[layer].tail, attended),
+            _ => Ok(()),
+        }
     }
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.commit();
+        }
         if step.phase == Phase::Decode && !self.prompt.ended() {
             self.counters.steps += 1;
             return self.trace.as_mut().map_or(Ok(()), TraceWriter::flush);
@@ -290,6 +359,9 @@ impl Policy for Infinigen {
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.store.abandon_fetches();
         self.prompt.roll_back();
+        if let Some(tail) = &mut self.tail {
+            tail.roll_back();
+        }
         self.counters = self.counted;
         if let Some(columns) = self.plan.columns_mut() {
             columns.roll_back();
@@ -307,6 +379,7 @@ impl Policy for Infinigen {
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        self.truncate_tail(step, length)?;
         self.cache.begin();
         for layer in 0..self.selected.len() {
             self.moves.clear();
@@ -332,6 +405,7 @@ impl Policy for Infinigen {
     fn bytes(&self) -> TierBytes {
         let (host, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
+        let device = device + self.tail.as_ref().map_or(0, Tail::bytes);
         TierBytes { device, pinned: host, file }
     }
 
@@ -375,7 +449,8 @@ pub(super) fn estimate(options: &PolicyOptions, geometry: &KvGeometry, capacity:
     let (host, file) = kv::store_bytes(&stored, options.payload, &options.tier, capacity);
     let device = resident.extents(capacity) * resident.extent_bytes()
         + index.extents(capacity) * index.extent_bytes()
-        + stored.extents(plan::slots(own, capacity)) * stored.extent_bytes();
+        + stored.extents(plan::slots(own, capacity)) * stored.extent_bytes()
+        + if own.tail { tail::bytes(&stored) } else { 0 };
     TierBytes { device, pinned: host, file }
 }
 
