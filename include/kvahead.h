@@ -705,9 +705,11 @@ typedef struct {
    */
   float select_renewed;
   /**
-   * Must be 0.
+   * 1: attend also one entry that stands for everything else: its value is the mean of all, its weight what speculation
+   * gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`, and not on
+   * a GPU yet. Default: 1; paper: 0.
    */
-  uint32_t reserved;
+  uint32_t tail;
 } kva_infinigen_options;
 
 /**

@@ -490,6 +490,7 @@ struct InfinigenOptions {
   Budget cache;                           ///< entries that each layer and KV head keeps on the device
   std::uint64_t cache_least = 0;          ///< fewest of them: a shorter sequence is attended in full
   bool attend_cache = false;              ///< attend everything that is on the device, selected or not
+  bool tail = false;                      ///< attend also one entry that stands for everything else
 
   /// The library's defaults for a mode.
   explicit InfinigenOptions(InfinigenMode of = InfinigenMode::standard) : mode(of) {
@@ -511,6 +512,7 @@ struct InfinigenOptions {
       cache = Budget{c->cache_share, c->cache_tokens};
       cache_least = c->cache_least;
       attend_cache = c->attend_cache != 0;
+      tail = c->tail != 0;
     }
   }
 
@@ -538,6 +540,7 @@ struct InfinigenOptions {
       c->cache_tokens = cache.tokens;
       c->cache_least = cache_least;
       c->attend_cache = attend_cache ? 1 : 0;
+      c->tail = tail ? 1 : 0;
     }
     return c;
   }

@@ -258,22 +258,15 @@ template <class Unit> __device__ void gather(const Gather &p) {
             all += total;
         }
         __syncthreads();
-        // Each warp has a stretch of consecutive rows.
-        const u32 share = (all + warps - 1) / warps, begin = min(all, warp * share), end = min(all, begin + share);
-        u32 list = 0;
-        for (u32 low = 0, high = here; low < high;) {  // the first list that ends past `begin`
-            const u32 middle = (low + high) / 2;
-            if (ends[middle] > begin) high = middle;
-            else low = middle + 1;
-            list = low;
-        }
+        // All warps move through the rows together: what is read at a time lies in few pages.
         const u32 units = p.row_bytes / sizeof(Unit);
-        for (u32 i0 = begin; i0 < end; i0 += IN_FLIGHT) {
+        u32 list = 0;
+        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
             const Unit *from[IN_FLIGHT];
             Unit *to[IN_FLIGHT];
 #pragma unroll
             for (u32 k = 0; k < IN_FLIGHT; k++) {
-                const u32 i = min(i0 + k, end - 1);
+                const u32 i = min(begin + k * warps + warp, all - 1);
                 while (ends[list] <= i) list++;
                 const Gathered &g = p.sequences[(first + list) / p.kv_heads];
                 const u32 head = (first + list) % p.kv_heads, at = i - (list ? ends[list - 1] : 0);
@@ -288,7 +281,7 @@ template <class Unit> __device__ void gather(const Gather &p) {
                 for (u32 k = 0; k < IN_FLIGHT; k++) values[k] = from[k][u];
 #pragma unroll
                 for (u32 k = 0; k < IN_FLIGHT; k++) {
-                    if (i0 + k < end) to[k][u] = values[k];
+                    if (begin + k * warps + warp < all) to[k][u] = values[k];
                 }
             }
         }

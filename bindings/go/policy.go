@@ -129,6 +129,7 @@ type InfinigenOptions struct {
 	Cache          Budget  // entries that each layer and KV head keeps on the device
 	CacheLeast     uint64  // fewest of them: a shorter sequence is attended in full
 	AttendCache    bool    // attend everything that is on the device, selected or not
+	Tail           bool    // attend also one entry that stands for everything else
 }
 
 // NewInfinigenOptions gives the library's defaults for a mode.
@@ -156,6 +157,7 @@ func NewInfinigenOptions(mode InfinigenMode) (*InfinigenOptions, error) {
 		Cache:          Budget{float32(c.cache_share), uint64(c.cache_tokens)},
 		CacheLeast:     uint64(c.cache_least),
 		AttendCache:    c.attend_cache != 0,
+		Tail:           c.tail != 0,
 	}, nil
 }
 
@@ -190,6 +192,10 @@ func (a *arena) infinigen(o *InfinigenOptions) (*C.kva_infinigen_options, error)
 	c.attend_cache = 0
 	if o.AttendCache {
 		c.attend_cache = 1
+	}
+	c.tail = 0
+	if o.Tail {
+		c.tail = 1
 	}
 	return c, nil
 }

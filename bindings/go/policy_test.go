@@ -8,11 +8,11 @@ import (
 func TestInfinigenDefaults(t *testing.T) {
 	standard := must(NewInfinigenOptions(InfinigenDefault))(t)
 	paper := must(NewInfinigenOptions(InfinigenPaper))(t)
-	if standard.Rule != ProbabilityRule || standard.Basis != BalancedIndex || standard.IndexBits != 4 || !standard.AttendCache ||
+	if standard.Rule != ProbabilityRule || standard.Basis != BalancedIndex || standard.IndexBits != 4 || !standard.AttendCache || !standard.Tail ||
 		standard.Cache.Share == 0 || standard.CacheLeast == 0 {
 		t.Errorf("defaults %+v", standard)
 	}
-	if paper.Rule != PaperRule || paper.Alpha != 4 || paper.Predictor != OwnPredictor || paper.AttendCache || paper.Window != 0 {
+	if paper.Rule != PaperRule || paper.Alpha != 4 || paper.Predictor != OwnPredictor || paper.AttendCache || paper.Tail || paper.Window != 0 {
 		t.Errorf("paper %+v", paper)
 	}
 	_, err := NewInfinigenOptions(7)

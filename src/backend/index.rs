@@ -229,4 +229,10 @@ pub struct Selected {
     /// For each KV head the selected rows, ascending. Rows of equal score are taken in ascending order; a score that is
     /// NaN ranks below all others.
     pub rows: Vec<Vec<u32>>,
+    /// Given, where the tail is wanted: for each KV head the rows of the index that will be attended whether they are
+    /// selected or not, each once. Not with [`Selection::Paper`], which knows no probabilities.
+    pub present: Vec<Vec<u32>>,
+    /// Where `present` is given: for each query head the speculated probability of all rows that are neither present nor
+    /// selected, 0 to 1.
+    pub tail: Vec<f32>,
 }

@@ -15,7 +15,7 @@ mod runs;
 mod slots;
 mod weights;
 
-use crate::Result;
+use crate::{Error, Result};
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns};
@@ -246,6 +246,31 @@ pub trait Backend: Send + Sync {
 
     /// Copies the entry of every row that has a slot into it.
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
+
+    /// Whether [`Backend::rehearse`] finds out tails, and [`Backend::blend`] and [`Backend::add_tail`] work.
+    fn has_tail(&self) -> bool {
+        false
+    }
+
+    /// `out = from + factor · (toward − from)`, element by element; what `out` holds already stands for `from` where there
+    /// is none. `from` and `out` are f32, `toward` activations, all of one shape.
+    fn blend(
+        &self,
+        _stream: &Stream,
+        _from: Option<Rows<'_>>,
+        _toward: Rows<'_>,
+        _factor: f32,
+        _out: RowsMut<'_>,
+    ) -> Result<()> {
+        Err(Error::unsupported("this backend cannot blend rows"))
+    }
+
+    /// Lets each query head attend its KV head's mean value with a weight and everything else with the rest of it:
+    /// `out[h] += weights[h] · (means[h's KV head] − out[h])`. `means` is one row of f32, `kv_heads × d`, `out` one of
+    /// activations, `weights.len() × d`.
+    fn add_tail(&self, _stream: &Stream, _means: Rows<'_>, _weights: &[f32], _out: RowsMut<'_>) -> Result<()> {
+        Err(Error::unsupported("this backend cannot add tails"))
+    }
 
     /// `out[i] = logits[i][targets[i]] − log Σ exp(logits[i])`, f32, one column.
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()>;

@@ -68,8 +68,12 @@ pub(super) struct Part<'a> {
 
 impl Part<'_> {
     /// What the part's policy is told in `layer`.
-    pub(super) fn step<'a>(&self, backend: &'a dyn Backend, workspace: &'a Workspace, layer: usize) -> Step<'a> {
-        let (stream, fetch) = (&workspace.stream, &workspace.fetch);
+    pub(super) fn step<'a>(
+        &self,
+        backend: &'a dyn Backend,
+        (stream, fetch): (&'a Stream, &'a Stream),
+        layer: usize,
+    ) -> Step<'a> {
         Step { backend, stream, fetch, layer, position: self.position, rows: self.rows, phase: self.phase }
     }
 }
@@ -126,7 +130,7 @@ impl Forward<'_> {
             return Ok(());
         }
         parts.iter_mut().try_for_each(|part| {
-            let step = part.step(self.backend, self.workspace, layer);
+            let step = part.step(self.backend, self.workspace.streams(), layer);
             part.policy.prefetch(&step)
         })
     }
@@ -240,7 +244,7 @@ impl Forward<'_> {
         for part in parts.iter_mut() {
             let own = qkv.row_range(row, part.rows);
             let (keys, values) = (own.col_range(q_width, kv_width), own.col_range(q_width + kv_width, kv_width));
-            let step = part.step(backend, w, layer);
+            let step = part.step(backend, (&w.stream, &w.fetch), layer);
             part.policy.append(&step, keys, values)?;
             part.policy.land(&step)?;
             row += part.rows;
@@ -249,7 +253,7 @@ impl Forward<'_> {
         let segments: Vec<Segment<'_>> = parts
             .iter()
             .map(|part| {
-                let (runs, visible) = part.policy.attended(&part.step(backend, w, layer));
+                let (runs, visible) = part.policy.attended(&part.step(backend, (&w.stream, &w.fetch), layer));
                 row += part.rows;
                 Segment { row: row - part.rows, rows: part.rows, position: part.position, runs, visible }
             })
@@ -265,7 +269,10 @@ impl Forward<'_> {
         backend.attend(&w.stream, queries, &attention_shape, &segments, w.attended.get_mut(rows))?;
         let mut row = 0;
         for part in parts.iter_mut() {
-            let step = part.step(backend, w, layer);
+            let step = part.step(backend, (&w.stream, &w.fetch), layer);
+            if step.phase == Phase::Decode {
+                part.policy.complete(&step, w.attended.get_mut(rows).row_range(row, 1))?;
+            }
             part.policy.observe(&step, &attention_shape, queries.row_range(row, part.rows))?;
             row += part.rows;
         }

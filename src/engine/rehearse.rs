@@ -68,7 +68,7 @@ impl Forward<'_> {
         self.rehearse_rows(layer, parts, &wanted)?;
         let (backend, w) = (self.backend, &*self.workspace);
         wanted.into_iter().try_for_each(|i| {
-            let step = parts[i].step(backend, w, layer);
+            let step = parts[i].step(backend, w.streams(), layer);
             parts[i].policy.rehearsed(&step)
         })
     }

@@ -161,6 +161,11 @@ impl Workspace {
         self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).fold(rows, add)
     }
 
+    /// The stream, and the one beside it.
+    pub(super) fn streams(&self) -> (&Stream, &Stream) {
+        (&self.stream, &self.fetch)
+    }
+
     /// Makes the normalised state the residual stream (post-norm models).
     pub(super) fn exchange_hidden_and_normed(&mut self) {
         std::mem::swap(&mut self.hidden, &mut self.normed);

@@ -142,11 +142,13 @@ pub struct kva_infinigen_options {
     pub select_tokens: u64,
     /// `KVA_RULE_RANDOM`: how many of the selected tokens are others in the next step, as a share of them. Default: 1.
     pub select_renewed: f32,
-    /// Must be 0.
-    pub reserved: u32,
+    /// 1: attend also one entry that stands for everything else: its value is the mean of all, its weight what speculation
+    /// gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`, and not on
+    /// a GPU yet. Default: 1; paper: 0.
+    pub tail: u32,
 }
 
-sized32!(kva_infinigen_options, last: reserved: u32);
+sized32!(kva_infinigen_options, last: tail: u32);
 
 impl Options for kva_infinigen_options {
     fn defaults() -> Self {
@@ -217,7 +219,7 @@ impl From<InfinigenOptions> for kva_infinigen_options {
             cache_least: options.cache_least as u64,
             select_tokens: random.0,
             select_renewed: random.1,
-            reserved: 0,
+            tail: options.tail.into(),
         }
     }
 }
@@ -233,6 +235,14 @@ fn tokens(value: u64) -> usize {
 
 fn budget(share: f32, tokens: u64) -> Budget {
     if tokens == 0 { Budget::Share(share) } else { Budget::Tokens(self::tokens(tokens)) }
+}
+
+fn switch(value: u32, name: &str) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Error::invalid_argument(format!("{name} is {other}, not 0 or 1"))),
+    }
 }
 
 fn infinigen_mode(value: i32, name: &str) -> Result<InfinigenMode> {
@@ -279,15 +289,8 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
             resident_layers: options.resident_layers as usize,
             cache: budget(options.cache_share, options.cache_tokens),
             cache_least: tokens(options.cache_least),
-            attend_cache: match options.attend_cache {
-                0 => false,
-                1 => true,
-                other => {
-                    return Err(Error::invalid_argument(format!(
-                        "options.infinigen.attend_cache is {other}, not 0 or 1"
-                    )));
-                }
-            },
+            attend_cache: switch(options.attend_cache, "options.infinigen.attend_cache")?,
+            tail: switch(options.tail, "options.infinigen.tail")?,
         })
     }
 }
@@ -410,6 +413,7 @@ mod tests {
                 resident_layers: 3,
                 cache: Budget::Tokens(99),
                 cache_least: 5,
+                tail: false,
                 ..InfinigenOptions::default()
             },
             InfinigenOptions { predictor: Predictor::Exact, cache: Budget::Share(0.0), ..InfinigenOptions::default() },

@@ -23,6 +23,8 @@ pub struct DeviceCache {
     tables: Buffer,
     /// Tables with more room, which become ours at the next chance.
     grown: Option<(SlotGeometry, Buffer)>,
+    /// The tables that this step has moved out of, as they were, and whether they were ready.
+    outgrown: Option<(SlotGeometry, Buffer, bool)>,
     /// Whether the tables hold anything that means something.
     ready: bool,
     /// The number of this step.
@@ -55,6 +57,7 @@ impl DeviceCache {
             tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
             grown: None,
+            outgrown: None,
             ready: false,
             step: 1,
             host: HotCache::new(pool.clone(), kv),
@@ -87,7 +90,7 @@ impl DeviceCache {
         let Some((geometry, buffer)) = self.grown.take() else { return Ok(()) };
         let old = if self.ready { Some(self.get(backend, stream)?) } else { None };
         let before = std::mem::replace(&mut self.geometry, geometry);
-        self.tables = buffer;
+        self.outgrown = Some((before, std::mem::replace(&mut self.tables, buffer), self.ready));
         let Some(old) = old else { return Ok(()) };
         let mut words = self.empty();
         for table in 0..geometry.tables() {
@@ -104,20 +107,25 @@ impl DeviceCache {
         self.put(backend, stream, &words)
     }
 
-    /// Gives back the room past the first `slots` slots.
+    /// Gives back the room past the first `slots` slots, and that of tables that were reserved in vain.
     pub fn shrink(&mut self, slots: usize) {
+        self.grown = None;
         self.kv.truncate(slots);
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.kv.bytes() + self.tables.bytes() + self.grown.as_ref().map_or(0, |(_, buffer)| buffer.bytes())
+        let other =
+            [self.grown.as_ref().map(|(_, tables)| tables), self.outgrown.as_ref().map(|(_, tables, _)| tables)];
+        let other = other.into_iter().flatten().map(Buffer::bytes).sum::<usize>();
+        self.kv.bytes() + self.tables.bytes() + other
     }
 
     /// A new step begins; the last one can no longer be undone.
     pub fn begin(&mut self) {
         self.step += 1;
         self.before = None;
+        self.outgrown = None;
     }
 
     /// The entries of a layer.
@@ -167,6 +175,11 @@ impl DeviceCache {
 
     /// Takes back what this step has changed, and fetches what was there before.
     pub fn undo(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
+        if let Some((geometry, tables, ready)) = self.outgrown.take() {
+            // The step had done nothing yet when it moved.
+            (self.geometry, self.tables, self.ready, self.before) = (geometry, tables, ready, None);
+            return if ready { self.refill(backend, stream, store) } else { Ok(()) };
+        }
         let before = match self.before.take() {
             Some(before) => before,
             None if self.ready => Some(self.get(backend, stream)?),

@@ -29,7 +29,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::backend::{
-    AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows, Selected, Stream, Visible,
+    AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows, RowsMut, Selected,
+    Stream, Visible,
 };
 use crate::kv::{KvTier, Payload, Pool};
 use crate::speculate::Speculation;
@@ -97,7 +98,7 @@ pub enum Ahead<'a> {
 /// The KV side of one session.
 ///
 /// In a step each layer's calls come in this order, and the first three a layer ahead where there is a layer before:
-/// `prefetch`, `lookahead` and `rehearsal`, `rehearsed`; then `append`, `land`, `attended`, `observe`.
+/// `prefetch`, `lookahead` and `rehearsal`, `rehearsed`; then `append`, `land`, `attended`, `complete` (of a decoded token), `observe`.
 pub trait Policy: Send {
     /// Begins a step: makes room for a sequence of `length` tokens. On an error nothing has changed.
     fn reserve(&mut self, length: usize) -> Result<()>;
@@ -132,6 +133,11 @@ pub trait Policy: Send {
 
     /// What the attention of the layer reads.
     fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>);
+
+    /// May change what a decoded token has attended: `attended` is its row, `heads × head_dim`.
+    fn complete(&mut self, _step: &Step<'_>, _attended: RowsMut<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// Is shown the queries (rotated, one row a token) that have just attended.
     fn observe(&mut self, _step: &Step<'_>, _shape: &AttentionShape, _queries: Rows<'_>) -> Result<()> {

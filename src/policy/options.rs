@@ -115,6 +115,9 @@ pub struct InfinigenOptions {
     pub cache_least: usize,
     /// Attend everything that is on the device, selected or not.
     pub attend_cache: bool,
+    /// Attend also one entry that stands for everything else, with the mean value and the weight that speculation gives
+    /// to it. Not with the paper's rule.
+    pub tail: bool,
 }
 
 impl InfinigenOptions {
@@ -134,6 +137,7 @@ impl InfinigenOptions {
                 cache: Budget::Share(0.2),
                 cache_least: 320,
                 attend_cache: true,
+                tail: true,
             },
             InfinigenMode::Paper => InfinigenOptions {
                 mode,
@@ -148,6 +152,7 @@ impl InfinigenOptions {
                 cache: Budget::Share(0.25),
                 cache_least: 64,
                 attend_cache: false,
+                tail: false,
             },
         }
     }

@@ -55,12 +55,12 @@ static void defaults(void) {
   CHECK(!options.infinigen);
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_DEFAULT));
   CHECK(infinigen.mode == KVA_INFINIGEN_DEFAULT && infinigen.basis == KVA_INDEX_BALANCED && infinigen.index_bits == 4);
-  CHECK(infinigen.rule == KVA_RULE_PROBABILITY && infinigen.select_below == 7 && infinigen.attend_cache == 1);
+  CHECK(infinigen.rule == KVA_RULE_PROBABILITY && infinigen.select_below == 7 && infinigen.attend_cache == 1 && infinigen.tail == 1);
   CHECK(infinigen.predictor == KVA_PREDICTOR_FITTED);
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_PAPER));
   CHECK(infinigen.mode == KVA_INFINIGEN_PAPER && infinigen.basis == KVA_INDEX_SKEWED && infinigen.index_bits == 32);
   CHECK(infinigen.rule == KVA_RULE_PAPER && infinigen.alpha == 4 && infinigen.predictor == KVA_PREDICTOR_OWN);
-  CHECK(infinigen.ratio == 0.3f && infinigen.select_cap == 0.2f && !infinigen.sinks && !infinigen.attend_cache);
+  CHECK(infinigen.ratio == 0.3f && infinigen.select_cap == 0.2f && !infinigen.sinks && !infinigen.attend_cache && !infinigen.tail);
   FAILS(kva_infinigen_options_init(&infinigen, sizeof infinigen, 2), KVA_ERROR_INVALID_ARGUMENT, "mode is 2");
   FAILS(kva_infinigen_options_init(&infinigen, sizeof infinigen, -1), KVA_ERROR_INVALID_ARGUMENT, "KVA_INFINIGEN");
   FAILS(kva_infinigen_options_init(NULL, sizeof infinigen, 0), KVA_ERROR_INVALID_ARGUMENT, "options is NULL");
@@ -76,6 +76,7 @@ static void names(void) {
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.predictor, KVA_PREDICTOR_EXACT, "infinigen.predictor");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_PAPER, "infinigen.rule");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.attend_cache, 2, "attend_cache is 2");
+  REFUSED(KVA_POLICY_INFINIGEN, infinigen.tail, 2, "tail is 2");
   /* Names are looked at even where the policy has no use for them. */
   REFUSED(KVA_POLICY_FULL, infinigen.basis, 9, "infinigen.basis is 9");
 }

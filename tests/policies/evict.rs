@@ -451,11 +451,11 @@ fn a_prompt_given_up_brings_every_victim_back() {
                 })
                 .unwrap();
                 run(&mut failing, &tokens, &prepare);
-                let before = failing.kv_counters();
+                let before = failing.kv_counters().unwrap();
                 left.store(fail, Ordering::Relaxed);
                 let error = failing.prefill(&tokens[60..100]).unwrap_err();
                 assert_eq!(error.code(), ErrorCode::Device, "{fail} calls: {error}");
-                assert_eq!(failing.kv_counters().evicted, before.evicted);
+                assert_eq!(failing.kv_counters().unwrap().evicted, before.evicted);
                 let logits = run(&mut failing, &tokens[30..], &[1; 30]);
                 assert!(logits == expected, "{policy:?}: given up after {fail} calls");
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvahead::backend::{AttentionShape, KvRuns, Rows, Visible};
+use kvahead::backend::{AttentionShape, KvRuns, Rows, RowsMut, Visible};
 use kvahead::policy::{Ahead, KvCounters, Lookahead, Policy, Step, TierBytes};
 use kvahead::{Error, ErrorCode, Result};
 
@@ -57,6 +57,11 @@ impl Policy for Failing {
 
     fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
         self.inner.attended(step)
+    }
+
+    fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
+        self.tick()?;
+        self.inner.complete(step, attended)
     }
 
     fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) -> Result<()> {

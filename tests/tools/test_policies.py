@@ -55,6 +55,7 @@ class FlagTest(PolicyTest):
             (("--select", "0.1"), "--select needs --policy infinigen"),
             (("--policy", "h2o", "--alpha", "4"), "--alpha needs --policy infinigen"),
             (("--no-attend-cache",), "--no-attend-cache needs --policy infinigen"),
+            (("--no-tail",), "--no-tail needs --policy infinigen"),
             (("--policy", "window", "--eviction", "lru"), "--eviction needs --policy infinigen"),
             (("--policy", "window", "--pool-tokens", "99"), "--pool-tokens needs --policy infinigen"),
             (("--policy", "infinigen", "--select", "0.1", "--cap", "0.1"), "--cap needs --probability or --alpha"),

@@ -26,6 +26,7 @@ mod rotary;
 mod simd;
 mod slots;
 mod store_kv;
+mod tail;
 #[cfg(test)]
 mod tests;
 mod unit;
@@ -34,7 +35,7 @@ mod view;
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
-    RowsMut, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
+    RowsMut, Segment, Selected, Selection, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -451,6 +452,11 @@ impl Backend for CpuBackend {
             assert!(rehearsal.rows <= rehearsal.runs.capacity(), "rows past the extents' end");
             assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
         }
+        for (rehearsal, selected) in rehearsals.iter().zip(&*selected).filter(|(_, s)| !s.present.is_empty()) {
+            assert!(!matches!(rehearsal.selection, Selection::Paper { .. }), "the paper's rule knows no probabilities");
+            assert_eq!(selected.present.len(), rehearsal.runs.geometry().kv_heads);
+            assert!(selected.present.iter().all(|rows| rows.len() <= rehearsal.rows), "a row is present twice");
+        }
         index::rehearse(self, queries, rehearsals, selected)
     }
 
@@ -482,6 +488,31 @@ impl Backend for CpuBackend {
 
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
         self.copy_kv_rows(stream, from, to, &slots::held(&slots))
+    }
+
+    fn has_tail(&self) -> bool {
+        true
+    }
+
+    fn blend(&self, _: &Stream, from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(toward, out);
+        assert_eq!((toward.rows(), toward.cols()), (out.rows(), out.cols()));
+        if let Some(from) = &from {
+            assert_activations!(from);
+            assert_eq!((from.rows(), from.cols()), (out.rows(), out.cols()));
+        }
+        tail::blend(from, toward, factor, out);
+        Ok(())
+    }
+
+    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: &[f32], out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, out);
+        assert_eq!((means.rows(), out.rows()), (1, 1));
+        assert!(!weights.is_empty() && out.cols().is_multiple_of(weights.len()));
+        let d = out.cols() / weights.len();
+        assert!(means.cols().is_multiple_of(d) && weights.len().is_multiple_of(means.cols() / d));
+        tail::add(means, weights, out);
+        Ok(())
     }
 
     fn log_probability(&self, _: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

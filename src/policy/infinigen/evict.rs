@@ -253,6 +253,13 @@ impl Held {
         rows.iter_mut().for_each(|row| *row = run.tokens[*row as usize]);
     }
 
+    /// Replaces tokens that are held by their rows of a KV head's run.
+    pub(super) fn rows_of(&self, layer: usize, head: usize, tokens: &mut [u32]) {
+        if let Some(run) = self.runs.get(layer * self.kv_heads + head) {
+            tokens.iter_mut().for_each(|token| *token = run.rows[*token as usize]);
+        }
+    }
+
     /// Makes tokens that are to be fetched into rows of the store, in the order that it wants.
     pub(super) fn locate(&self, layer: usize, moves: &mut [Move]) {
         if self.in_order() {

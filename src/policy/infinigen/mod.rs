@@ -19,9 +19,11 @@ mod evict;
 mod plan;
 mod prompt;
 mod room;
+mod tail;
 
 use crate::backend::{
-    AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, Selected, Visible,
+    AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, RowsMut,
+    Selected, Visible,
 };
 use crate::kv::{self, Eviction, HotCache, KvTier, Payload, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
@@ -33,6 +35,7 @@ pub(super) use device::OnDevice;
 use evict::Held;
 use plan::Plan;
 use prompt::Prompt;
+use tail::Tail;
 
 pub(super) struct Infinigen {
     plan: Plan,
@@ -47,6 +50,8 @@ pub(super) struct Infinigen {
     index: SequenceIndex,
     cache: HotCache,
     prompt: Prompt,
+    /// What stands for the entries that are not attended.
+    tail: Option<Tail>,
     /// What each layer of the store selects in this step.
     selected: Vec<Selected>,
     /// Slots that each layer of the store attends in this step, where that is not the whole cache.
@@ -76,6 +81,7 @@ impl Infinigen {
             index: SequenceIndex::new(pool.clone(), index),
             cache: HotCache::new(pool.clone(), stored),
             prompt: Prompt::new(pool, stored),
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored)?) } else { None },
             selected: vec![Selected::default(); stored.layers],
             listed: vec![vec![Vec::new(); geometry.kv_heads]; stored.layers],
             partial_key: backend.allocate(geometry.kv_heads * plan.columns * 4, Place::Device, "partial keys")?,
@@ -137,6 +143,31 @@ impl Infinigen {
         }
     }
 
+    /// Takes the values of every token from `length` on out of the tail's means.
+    fn truncate_tail(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        let Some(tail) = &mut self.tail else { return Ok(()) };
+        let forgotten = (step.position + step.rows).saturating_sub(length);
+        tail.begin();
+        if forgotten > 0 && length > 0 {
+            // By reading what is forgotten, from the end on, or what stays, whichever is less.
+            let goes = forgotten < length && self.held.in_order();
+            let (first, end) = if goes { (length, length + forgotten) } else { (0, length) };
+            for layer in 0..self.selected.len() {
+                for at in (first..end).step_by(kv::EXTENT_TOKENS) {
+                    let rows = kv::EXTENT_TOKENS.min(end - at);
+                    let begin = if goes { end - (at - first) - rows } else { at };
+                    let runs = self.prompt.bring(step, layer, &mut *self.store, begin..begin + rows)?;
+                    let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
+                    tail.blend_runs(step, layer, runs, rows, factor)?;
+                }
+            }
+            tail.commit();
+            tail.begin();
+            self.prompt.finish();
+        }
+        Ok(())
+    }
+
     fn count_attended(&mut self, attended: u64, held: usize) {
         self.counters.attended += attended;
         self.counters.held += held as u64;
@@ -152,6 +183,9 @@ impl Policy for Infinigen {
         self.cache.begin();
         self.prompt.begin();
         self.selected.iter_mut().for_each(|selected| selected.rows.iter_mut().for_each(Vec::clear));
+        if let Some(tail) = &mut self.tail {
+            tail.begin();
+        }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -178,13 +212,30 @@ impl Policy for Infinigen {
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
-        Some(Ahead::Select(rehearsal, &mut self.selected[stored]))
+        let selected = &mut self.selected[stored];
+        if self.tail.is_some() {
+            let guard = self.plan.guard(position + 1);
+            let always = (0..guard.below.min(guard.from)).chain(guard.from..position as u32);
+            selected.present.resize_with(self.cache.counts(stored).len(), Vec::new);
+            for (head, present) in selected.present.iter_mut().enumerate() {
+                present.clear();
+                match self.plan.attend_cache {
+                    true => present.extend(self.cache.rows(stored, head)),
+                    false => present.extend(always.clone()),
+                }
+                self.held.rows_of(stored, head, present);
+            }
+        }
+        Some(Ahead::Select(rehearsal, selected))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         let Some(layer) = self.stored(step.layer) else { return Ok(()) };
         let (guard, slots) = (self.plan.guard(step.position + 1), self.slots(layer, step.position));
         let past = self.held.count(layer, step.position);
+        if let Some(tail) = &mut self.tail {
+            tail.rehearsed(layer);
+        }
         self.moves.clear();
         for head in 0..self.kv_heads() {
             let tokens = &mut self.selected[layer].rows[head];
@@ -218,6 +269,9 @@ impl Policy for Infinigen {
             let runs = &mut self.resident.layer_mut(step.layer);
             return step.backend.store_kv(step.stream, keys, values, runs, step.position);
         };
+        if let (Some(tail), Phase::Decode) = (&mut self.tail, step.phase) {
+            tail.append(step, layer, values)?;
+        }
         match step.phase {
             Phase::Decode => self.append_one(step, layer, keys, values),
             Phase::Prefill { .. } => {
@@ -274,11 +328,28 @@ impl Policy for Infinigen {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        if last { self.prompt.observe(step, layer, shape, queries, &*self.store) } else { Ok(()) }
+        if !last {
+            return Ok(());
+        }
+        if let Some(tail) = &mut self.tail {
+            let length = step.position + step.rows;
+            tail.blend_runs(step, layer, self.prompt.runs(layer, &*self.store), length, 1.0)?;
+        }
+        self.prompt.observe(step, layer, shape, queries, &*self.store)
+    }
+
+    fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
+        match (self.stored(step.layer), &self.tail) {
+            (Some(layer), Some(tail)) => tail.add(step, layer, &self.selected[layer].tail, attended),
+            _ => Ok(()),
+        }
     }
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.commit();
+        }
         self.held.commit(length);
         if !self.prompt.ended() {
             self.counters.steps += step.rows as u64;
@@ -304,6 +375,9 @@ impl Policy for Infinigen {
     fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.store.abandon_fetches();
         self.prompt.roll_back();
+        if let Some(tail) = &mut self.tail {
+            tail.roll_back();
+        }
         self.counters = self.counted;
         if let Some(columns) = self.plan.columns_mut() {
             columns.roll_back();
@@ -328,6 +402,7 @@ impl Policy for Infinigen {
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        self.truncate_tail(step, length)?;
         self.cache.begin();
         self.held.truncate(length);
         for layer in 0..self.selected.len() {
@@ -353,6 +428,7 @@ impl Policy for Infinigen {
     fn bytes(&self) -> TierBytes {
         let (host, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
+        let device = device + self.tail.as_ref().map_or(0, Tail::bytes);
         TierBytes { device, pinned: host, file }
     }
 
@@ -402,7 +478,8 @@ pub(super) fn estimate(
     let (host, file) = kv::store_bytes(&stored, options.payload, &options.tier, rows);
     let device = resident.extents(resident_tokens) * resident.extent_bytes()
         + index.extents(rows) * index.extent_bytes()
-        + stored.extents(plan::slots(own, rows)) * stored.extent_bytes();
+        + stored.extents(plan::slots(own, rows)) * stored.extent_bytes()
+        + if own.tail && backend.has_tail() { tail::bytes(&stored) } else { 0 };
     if !backend.selects_on_device() {
         return TierBytes { device, pinned: host, file };
     }

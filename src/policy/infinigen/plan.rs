@@ -21,6 +21,8 @@ pub(super) struct Plan {
     pub(super) columns: usize,
     pub(super) bits: IndexBits,
     pub(super) attend_cache: bool,
+    /// Whether what is not attended has a part of the attention.
+    pub(super) tail: bool,
     scale: f32,
     speculation: Arc<Speculation>,
     basis: Basis,
@@ -58,6 +60,7 @@ impl Plan {
             columns: columns(&own, d),
             bits: bits(&own),
             attend_cache: own.attend_cache,
+            tail: own.tail && !matches!(own.rule, Rule::Paper { .. }) && setting.backend.has_tail(),
             scale: setting.scale,
             speculation,
             basis,

@@ -1,5 +1,6 @@
 //! What a prompt leaves for decode: the index, and the ranking that the cache is first filled by.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::Result;
@@ -92,6 +93,23 @@ impl Prompt {
     /// The layer in full; after [`Prompt::land`].
     pub(super) fn runs<'a>(&'a self, layer: usize, store: &'a dyn Store) -> KvRuns<'a> {
         store.runs(layer).unwrap_or_else(|| self.staging.layer(0))
+    }
+
+    /// Fetches rows of a layer into the first rows of the staging area, which is returned.
+    pub(super) fn bring(
+        &mut self,
+        step: &Step<'_>,
+        layer: usize,
+        store: &mut dyn Store,
+        rows: Range<usize>,
+    ) -> Result<KvRuns<'_>> {
+        self.staging.reserve(rows.len())?;
+        let of_head = |head| rows.clone().enumerate().map(move |(to, from)| (head, from as u32, to as u32));
+        let heads = 0..self.staging.geometry().kv_heads as u32;
+        let moves: Vec<Move> = heads.flat_map(of_head).map(|(head, from, to)| Move { head, from, to }).collect();
+        store.begin_fetch(layer, &moves)?;
+        store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))?;
+        Ok(self.staging.layer(0))
     }
 
     /// Ranks the layer's entries by the attention of the last queries.

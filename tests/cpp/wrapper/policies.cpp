@@ -24,10 +24,10 @@ TEST(defaults_are_the_librarys) {
   CHECK(options.policy == kva::Policy::full && options.kv_tier == kva::KvTier::device);
   CHECK(options.budget.share > 0 && options.budget.tokens == 0 && options.sinks == 4);
   const kva::InfinigenOptions standard;
-  CHECK(standard.rule == kva::Rule::probability && standard.basis == kva::IndexBasis::balanced && standard.attend_cache);
+  CHECK(standard.rule == kva::Rule::probability && standard.basis == kva::IndexBasis::balanced && standard.attend_cache && standard.tail);
   const kva::InfinigenOptions paper(kva::InfinigenMode::paper);
   CHECK(paper.rule == kva::Rule::paper && paper.alpha == 4 && paper.predictor == kva::Predictor::own);
-  CHECK(paper.window == 0 && !paper.attend_cache && paper.mode == kva::InfinigenMode::paper);
+  CHECK(paper.window == 0 && !paper.attend_cache && !paper.tail && paper.mode == kva::InfinigenMode::paper);
 }
 
 TEST(every_policy_tier_and_eviction_has_a_name_in_the_library) {

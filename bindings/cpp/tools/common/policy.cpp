@@ -104,6 +104,7 @@ kva::InfinigenOptions infinigen(const Flags& flags) {
   take(flags.resident_layers, options.resident_layers);
   take(flags.cache, options.cache);
   if (flags.no_attend_cache) options.attend_cache = false;
+  if (flags.no_tail) options.tail = false;
   return options;
 }
 
@@ -156,6 +157,7 @@ void Flags::declare(args::Parser& parser) {
   parser.option("--resident-layers", "N", "first layers, attended in full from device memory (default 2)", resident_layers);
   tokens("--cache", "entries to keep on the device, in each layer and KV head (default 0.2; 0.25 in paper mode)", cache);
   parser.flag("--no-attend-cache", "attend what was selected only, not all that is on the device", no_attend_cache);
+  parser.flag("--no-tail", "no entry that stands for everything that is not attended", no_tail);
 
   parser.group("KV memory");
   parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights (default auto)", program::dtypes(), kv_dtype);
@@ -198,6 +200,7 @@ void Flags::check() const {
       needs_infinigen("--resident-layers", resident_layers.has_value()),
       needs_infinigen("--cache", cache.has_value()),
       needs_infinigen("--no-attend-cache", no_attend_cache),
+      needs_infinigen("--no-tail", no_tail),
       needs_infinigen("--eviction", eviction != kva::Eviction::off),
       needs_infinigen("--pool-tokens", pool_tokens != 0),
       {"--cap", cap.has_value(), settings.rule == kva::Rule::probability || settings.rule == kva::Rule::paper,
@@ -266,7 +269,8 @@ nlohmann::json Flags::json() const {
                  {"resident_layers", infinigen.resident_layers},
                  {"cache", policy::json(infinigen.cache)},
                  {"cache_least", infinigen.cache_least},
-                 {"attend_cache", infinigen.attend_cache}});
+                 {"attend_cache", infinigen.attend_cache},
+                 {"tail", infinigen.tail}});
   if (infinigen.rule == kva::Rule::share) {
     result["select"] = program::rounded(infinigen.select_share);
   } else if (infinigen.rule == kva::Rule::random) {

@@ -46,6 +46,7 @@ struct Flags {
   std::optional<std::uint32_t> resident_layers;
   std::optional<kva::Budget> cache;
   bool no_attend_cache = false;
+  bool no_tail = false;
 
   void declare(args::Parser& parser);
   /// Throws UsageError for flags that the policy, the tier or another flag leaves without a use.

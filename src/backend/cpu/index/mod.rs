@@ -15,7 +15,7 @@ mod score;
 mod select;
 
 use super::CpuBackend;
-use super::simd::LANES;
+use super::simd::{LANES, Proven};
 use super::view::{Shared, row};
 use crate::Result;
 use crate::backend::index::random_row;
@@ -164,6 +164,8 @@ pub(super) fn rehearse(
         floats += (heads * (stride + 2 * chunks)).next_multiple_of(LANES);
         longest = longest.max(stride);
         selected.rows.resize_with(geometry.kv_heads, Vec::new);
+        let wants_tail = !selected.present.is_empty();
+        selected.tail.resize(if wants_tail { heads } else { 0 }, 0.0);
     }
 
     // Behind the scores of all, each thread has ranks, blocks' largest, candidates and their rows.
@@ -233,16 +235,18 @@ pub(super) fn rehearse(
         });
     }
 
-    let slots: Vec<Mutex<&mut Vec<u32>>> =
-        selected.iter_mut().flat_map(|s| s.rows.iter_mut().map(Mutex::new)).collect();
+    let outcomes: Vec<Mutex<Outcome<'_>>> =
+        selected.iter_mut().flat_map(|s| Outcome::of_heads(s)).map(Mutex::new).collect();
     cpu.pool.split_indexed(kv_heads, grain, &|thread, range| {
         for (at, plan, head) in range.map(plan_of) {
-            let mut slot = slots[plan.first_kv_head + head].lock();
+            let mut outcome = outcomes[plan.first_kv_head + head].lock();
             let Rehearsal { from, to, selection, .. } = *plan.rehearsal;
-            if from == to {
-                slot.clear();
+            if plan.stride == 0 {
+                outcome.rows.clear();
+                outcome.tail.fill(0.0);
                 continue;
             }
+            let shifts = &shifts[plan.first_head + head * plan.group..][..plan.group];
             let first = from / BLOCK * BLOCK;
             let rows = to.next_multiple_of(BLOCK) - first;
             // SAFETY: this thread's own floats behind those of all, of which `rows` ≤ `longest`; a u32 is as large.
@@ -255,7 +259,6 @@ pub(super) fn rehearse(
                     std::slice::from_raw_parts_mut(base.add(2 * longest).cast::<u32>(), rows),
                 )
             };
-            let shifts = &shifts[plan.first_head + head * plan.group..][..plan.group];
             blocks[rows / BLOCK..].fill(f32::NEG_INFINITY);
             let largest = &mut blocks[..rows / BLOCK];
             let scores = scores_of(plan, head);
@@ -274,16 +277,70 @@ pub(super) fn rehearse(
                 Selection::Random { count, .. } => count,
             };
             let work = Workspace { ranks, largest: blocks, values, rows: numbers, first };
-            select::best(cpu.level, work, from, to, count, &mut slot);
+            select::best(cpu.level, work, from, to, count, outcome.rows);
             if let Selection::Random { seed, step, period, .. } = selection {
-                let count = slot.len() as u32;
+                let count = outcome.rows.len() as u32;
                 let row = |j| random_row(seed, head as u32, j, count, step, period, from as u32, to as u32);
-                slot.clear();
-                slot.extend((0..count).map(row));
+                outcome.rows.clear();
+                outcome.rows.extend((0..count).map(row));
             }
+            if outcome.tail.is_empty() {
+                continue;
+            }
+            // SAFETY: this KV head's scores, which this thread alone has from here on; and this thread's own floats of
+            // candidates and their rows, whose references above are not used any more.
+            let (scores, values) = unsafe {
+                let scores = float_at(plan.scores + head * plan.group * plan.stride);
+                (
+                    std::slice::from_raw_parts_mut(scores, plan.group * plan.stride),
+                    std::slice::from_raw_parts_mut(float_at(floats + thread * own + longest), 2 * longest),
+                )
+            };
+            outcome.estimate_tail(cpu.level, scores, plan.stride, shifts, values);
         }
     });
     Ok(())
+}
+
+/// What a rehearsal finds out for one KV head.
+struct Outcome<'a> {
+    rows: &'a mut Vec<u32>,
+    present: &'a [u32],
+    /// Of its query heads; none where it is not wanted.
+    tail: &'a mut [f32],
+}
+
+impl<'a> Outcome<'a> {
+    fn of_heads(selected: &'a mut Selected) -> impl Iterator<Item = Outcome<'a>> {
+        let Selected { rows, present, tail } = selected;
+        let present = &*present;
+        let group = tail.len() / rows.len().max(1);
+        let mut tails = tail.chunks_exact_mut(group.max(1));
+        rows.iter_mut().enumerate().map(move |(head, rows)| Outcome {
+            rows,
+            present: present.get(head).map_or(&[], Vec::as_slice),
+            tail: tails.next().unwrap_or_default(),
+        })
+    }
+
+    /// 1 − what the rows that are present or selected have. `scores`, `stride` apart for each query head, are used up;
+    /// `values` takes two for every row.
+    fn estimate_tail(&mut self, level: Proven, scores: &mut [f32], stride: usize, shifts: &[f32], values: &mut [f32]) {
+        for ((tail, scores), &shift) in self.tail.iter_mut().zip(scores.chunks_exact_mut(stride)).zip(shifts) {
+            // Not where scores are NaN or infinite.
+            let known = shift.is_finite() && scores.iter().any(|&score| score > f32::NEG_INFINITY);
+            let mut count = 0usize;
+            for (value, &row) in values.iter_mut().zip(self.present.iter().chain(&*self.rows)) {
+                // A row that is there twice counts once.
+                *value = std::mem::replace(&mut scores[row as usize], f32::NEG_INFINITY);
+                count += 1;
+            }
+            let padded = count.next_multiple_of(LANES);
+            values[count..padded].fill(f32::NEG_INFINITY);
+            let here = level.run(SumExp { scores: &values[..padded], shift });
+            *tail = if known { (1.0 - here).max(0.0) } else { 0.0 };
+        }
+    }
 }
 
 /// Scores of one chunk of one KV head's rows for its query heads, and of each the largest and Σ exp(score − largest).

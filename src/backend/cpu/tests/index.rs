@@ -133,11 +133,21 @@ fn assert_best(case: &str, rows: &[u32], ranks: &[f64], rehearsal: &Rehearsal<'_
 }
 
 fn run(b: &CpuBackend, query: &[f32], rehearsals: &[Rehearsal<'_>]) -> Vec<Selected> {
+    run_beside(b, query, rehearsals, &vec![Vec::new(); rehearsals.len()])
+}
+
+/// As [`run`], with the rows that are present in each rehearsal's heads.
+fn run_beside(b: &CpuBackend, query: &[f32], rehearsals: &[Rehearsal<'_>], present: &[Vec<Vec<u32>>]) -> Vec<Selected> {
     let count = rehearsals.iter().map(|r| r.row).max().unwrap_or(0) + 1;
     let cols = query.len() / count;
     let q = buffer(b, DType::F32, query);
     // What an earlier step left must not matter.
-    let mut out = vec![Selected { rows: vec![vec![7; 3]; 9] }; rehearsals.len()];
+    let old = |present: &Vec<Vec<u32>>| Selected {
+        rows: vec![vec![7; 3]; 9],
+        present: present.clone(),
+        tail: vec![f32::NAN; 5],
+    };
+    let mut out: Vec<Selected> = present.iter().map(old).collect();
     let mut places: Vec<&mut Selected> = out.iter_mut().collect();
     b.rehearse(&Stream(0), q.rows(DType::F32, count, cols), rehearsals, &mut places).unwrap();
     out
@@ -227,16 +237,88 @@ fn rehearsals_do_not_depend_on_threads_or_on_others_beside_them() {
                         Rehearsal { row, runs, rows, from, to: rows - from.min(rows - from), scale: 0.3, selection }
                     })
                     .collect();
-                let together = run(&one, &query, &rehearsals);
-                let parallel = run(&three, &query, &rehearsals);
+                let present: Vec<Vec<Vec<u32>>> = match selection {
+                    Selection::Paper { .. } => vec![Vec::new(); 4],
+                    _ => lengths.iter().map(|&rows| some_rows(&mut random, rows, 3)).collect(),
+                };
+                let together = run_beside(&one, &query, &rehearsals, &present);
+                let parallel = run_beside(&three, &query, &rehearsals, &present);
                 for (i, rehearsal) in rehearsals.iter().enumerate() {
-                    let alone = run(&three, &query[i * 288..][..288], &[Rehearsal { row: 0, ..*rehearsal }]);
+                    let (rehearsal, beside) = ([Rehearsal { row: 0, ..*rehearsal }], &present[i..i + 1]);
+                    let alone = run_beside(&three, &query[i * 288..][..288], &rehearsal, beside);
+                    assert_eq!(together[i].tail, parallel[i].tail, "{level:?} {bits:?} {selection:?} {i}");
+                    assert_eq!(together[i].tail, alone[0].tail, "{level:?} {bits:?} {selection:?} {i} alone");
                     assert_eq!(together[i].rows, parallel[i].rows, "{level:?} {bits:?} {selection:?} {i}");
                     assert_eq!(together[i].rows, alone[0].rows, "{level:?} {bits:?} {selection:?} {i} alone");
                 }
             }
         }
     }
+}
+
+/// Some of `rows` rows for each of `heads` heads, in no order.
+fn some_rows(random: &mut Random, rows: usize, heads: usize) -> Vec<Vec<u32>> {
+    (0..heads)
+        .map(|_| {
+            let chance = 1 + random.below(9);
+            let mut some: Vec<u32> = (0..rows as u32).filter(|_| random.below(chance) == 0).collect();
+            (1..some.len()).for_each(|i| some.swap(i, random.below(i + 1)));
+            some
+        })
+        .collect()
+}
+
+#[test]
+fn the_tail_is_what_is_neither_present_nor_selected() {
+    let mut random = Random(47);
+    for bits in BITS {
+        for (heads, kv_heads, columns, extent_tokens, rows) in SHAPES {
+            let geometry = IndexGeometry { layers: 2, kv_heads, columns, extent_tokens, bits };
+            let keys = random.normals(rows * kv_heads * columns);
+            let query = random.normals(heads * columns);
+            let present = some_rows(&mut random, rows, kv_heads);
+            let (from, to) = if rows > 100 { (4, rows - 61) } else { (0, rows) };
+            for (name, b) in backends() {
+                let index = Index::new(&b, geometry, keys.clone(), rows / 2);
+                for selection in selections(rows) {
+                    if matches!(selection, Selection::Paper { .. }) {
+                        continue;
+                    }
+                    let scale = 2.0 / (columns as f32).sqrt();
+                    let rehearsal = Rehearsal { row: 0, runs: index.runs(), rows, from, to, scale, selection };
+                    let got = run_beside(&b, &query, &[rehearsal], std::slice::from_ref(&present)).remove(0);
+                    let plain = run(&b, &query, &[rehearsal]).remove(0);
+                    let case = format!("{name} {geometry:?} {rows} rows, {selection:?}");
+                    assert_eq!(got.rows, plain.rows, "{case}: the tail changes the selection");
+                    assert!(plain.tail.is_empty(), "{case}: a tail that nobody has asked for");
+                    assert_eq!(got.tail.len(), heads, "{case}");
+                    for (head, logits) in logits(&index, &query, heads, scale).iter().enumerate() {
+                        let g = head / (heads / kv_heads);
+                        let attended = |row: &usize| {
+                            present[g].contains(&(*row as u32)) || got.rows[g].binary_search(&(*row as u32)).is_ok()
+                        };
+                        let weight = |row: usize| (logits[row] - largest(logits)).exp();
+                        let left: f64 = (0..rows).filter(|row| !attended(row)).map(weight).sum();
+                        let tail = left / (0..rows).map(weight).sum::<f64>();
+                        let error = (f64::from(got.tail[head]) - tail).abs();
+                        assert!(error < 1e-4, "{case}, head {head}: {} for {tail}", got.tail[head]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where scores are NaN nothing is known of a tail, and it has no part.
+#[test]
+fn there_is_no_tail_without_scores() {
+    let (_, b) = backends().next().unwrap();
+    let geometry = IndexGeometry { layers: 2, kv_heads: 1, columns: 8, extent_tokens: 64, bits: IndexBits::Full };
+    let index = Index::new(&b, geometry, Random(5).normals(40 * 8), 20);
+    let selection = Selection::Count { count: 3 };
+    let rehearsal = Rehearsal { row: 0, runs: index.runs(), rows: 40, from: 0, to: 40, scale: 1.0, selection };
+    let got = run_beside(&b, &[f32::NAN; 8], &[rehearsal], &[vec![vec![9, 30]]]).remove(0);
+    assert_eq!(got.tail, [0.0]);
 }
 
 #[test]

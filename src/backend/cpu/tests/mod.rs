@@ -8,6 +8,7 @@ mod index;
 mod matrix;
 mod payload;
 mod rowwise;
+mod tail;
 
 use super::{CpuBackend, CpuOptions, Level};
 use crate::backend::{Backend, Buffer, DType, Linear, Place, Rows, Stream, Vector};
