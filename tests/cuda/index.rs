@@ -200,7 +200,7 @@ fn rehearse(rig: &Rig<'_>, query: &[f32], rehearsals: &[Rehearsal<'_>]) -> Vec<V
     let rows = rehearsals.iter().map(|r| r.row).max().unwrap_or(0) + 1;
     let q = rig.buffer(DType::F32, query);
     // What an earlier step left must not matter.
-    let mut out = vec![Selected { rows: vec![vec![7; 3]; 9] }; rehearsals.len()];
+    let mut out = vec![Selected { rows: vec![vec![7; 3]; 9], ..Selected::default() }; rehearsals.len()];
     let mut places: Vec<&mut Selected> = out.iter_mut().collect();
     let q = q.rows(DType::F32, rows, query.len() / rows);
     rig.b.rehearse(&rig.stream, q, rehearsals, &mut places).unwrap();
