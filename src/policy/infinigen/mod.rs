@@ -192,6 +192,7 @@ impl Policy for Infinigen {
         let rehearsal = self.plan.rehearsal(self.index.layer(stored), position);
         let selected = &mut self.selected[stored];
         if self.tail.is_some() {
+            // Rows that will give way to this step's misses are among them: few, and used least.
             let heads = self.cache.counts(stored).len();
             selected.present.resize_with(heads, Vec::new);
             for (head, present) in selected.present.iter_mut().enumerate() {
