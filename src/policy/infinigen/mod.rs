@@ -214,6 +214,7 @@ impl Policy for Infinigen {
         let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
         let selected = &mut self.selected[stored];
         if self.tail.is_some() {
+            // Rows that will give way to this step's misses are among them: few, and used least.
             let guard = self.plan.guard(position + 1);
             let always = (0..guard.below.min(guard.from)).chain(guard.from..position as u32);
             selected.present.resize_with(self.cache.counts(stored).len(), Vec::new);

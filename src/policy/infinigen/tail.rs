@@ -198,7 +198,7 @@ mod tests {
             for layer in 0..LAYERS {
                 let buffer = self.next(layer);
                 let backend = self.backend.clone();
-                let step = step(&*backend, &Stream(0), self.values[layer].len() - 1);
+                let step = step(&backend, &Stream(0), self.values[layer].len() - 1);
                 self.tail.append(&step, layer, buffer.rows(DType::F32, 1, WIDTH)).unwrap();
             }
         }
@@ -208,7 +208,7 @@ mod tests {
             for layer in 0..LAYERS {
                 let mut out = self.upload(&[0.0; WIDTH]);
                 self.tail.rehearsed(layer);
-                let step = step(&*self.backend, &Stream(0), 0);
+                let step = step(&self.backend, &Stream(0), 0);
                 self.tail.add(&step, layer, &[1.0; KV_HEADS], out.rows_mut(DType::F32, 1, WIDTH)).unwrap();
                 let mut bytes = vec![0; WIDTH * 4];
                 self.backend.download(&Stream(0), out.rows(DType::F32, 1, WIDTH), &mut bytes).unwrap();
@@ -296,7 +296,7 @@ mod tests {
         rig.decode();
         let mut out = rig.upload(&[5.0; WIDTH]);
         for weights in [&[1.0; KV_HEADS][..], &[]] {
-            let step = step(&*rig.backend, &Stream(0), 0);
+            let step = step(&rig.backend, &Stream(0), 0);
             rig.tail.add(&step, 0, weights, out.rows_mut(DType::F32, 1, WIDTH)).unwrap();
             let mut bytes = vec![0; WIDTH * 4];
             rig.backend.download(&Stream(0), out.rows(DType::F32, 1, WIDTH), &mut bytes).unwrap();
