@@ -33,6 +33,8 @@ double each_step(std::uint64_t count, const Row& row, const Options& options) {
   return static_cast<double>(count) / static_cast<double>(options.steps * row.decode.samples.size());
 }
 
+double steps_per_second(const Row& row) { return row.decode.median() / static_cast<double>(row.batch); }
+
 nlohmann::json to_json(const kva::Model& model, const Row& row, const Options& options) {
   const kva::Statistics& s = row.statistics;
   const auto selected = traffic::selected_per_head(s, selecting_heads(model, row.policy->flags));
@@ -45,6 +47,7 @@ nlohmann::json to_json(const kva::Model& model, const Row& row, const Options& o
                            {"prefill_tokens_per_second", to_json(row.prefill)},
                            {"decode_tokens_per_second", to_json(row.decode)},
                            {"decode_ratio_to_first", to_json(row.ratio)},
+                           {"step_seconds", 1 / steps_per_second(row)},
                            {"peak_memory_bytes", row.peak_memory_bytes},
                            {"selected_per_step_and_head", selected ? nlohmann::json(*selected) : nlohmann::json()},
                            {"bytes_fetched_per_step",
@@ -96,8 +99,10 @@ void print(const kva::Model& model, const Row& row, const Options& options) {
       line += program::format("; a step selects %.1f tokens a head", *selected);
     }
     if (const auto hits = traffic::hit_rate(s)) line += ", " + traffic::percent(hits) + " of them on the device";
-    line += program::format("; it fetches %s from RAM, %s from file",
-                            program::bytes(static_cast<std::uint64_t>(each_step(s.kv_host_fetched_bytes, row, options))).c_str(),
+    const double from_host = each_step(s.kv_host_fetched_bytes, row, options);
+    line += program::format("; it fetches %s from RAM (%.1f GB/s), %s from file",
+                            program::bytes(static_cast<std::uint64_t>(from_host)).c_str(),
+                            from_host * steps_per_second(row) / 1e9,
                             program::bytes(static_cast<std::uint64_t>(each_step(s.kv_file_read_bytes, row, options))).c_str());
     if (const auto hidden = traffic::hidden(s)) line += ", " + traffic::percent(hidden) + " of read time hidden";
     std::printf("%17s%s\n", "", line.c_str());
