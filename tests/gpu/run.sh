@@ -6,8 +6,8 @@
 #                                       only `tar xf FILE.tar && kvahead-gpu/run.sh [part ...]`
 #
 # Parts: operations (each against the CPU backend), golden (logits of every architecture), policies (against each other and
-# against naive ones), real (the real model, where .cache holds it), bench (speed; never asserted). Default: all of them.
-# Logs go to $OUT, or a temporary folder.
+# against naive ones), real (the real model, where .cache holds it), bench (speed; never asserted), and only when asked for
+# offload (speed with KV in host memory; wants 140 GB on the device). Logs go to $OUT, or a temporary folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
