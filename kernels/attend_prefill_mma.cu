@@ -11,11 +11,9 @@
 // Addresses in shared memory are numbers of 32 bits here: what the instructions below take.
 __device__ __forceinline__ u32 shared_address(const void *p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes from device memory to shared memory, or 16 zeros; done at wait_for_copies.
-__device__ __forceinline__ void copy_16(u32 to, const void *from, bool zeros) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
-                 "r"(zeros ? 0 : 16)
-                 : "memory");
+// 16 bytes from an address in device memory to shared memory; done at wait_for_copies.
+__device__ __forceinline__ void copy_16(u32 to, u64 from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -98,48 +96,60 @@ template <int D> struct Layout {
 template <class T, int D> __device__ __forceinline__ void prefill(const Prefill &p) {
     typedef Layout<D> L;
     constexpr u32 M = L::M, TOKENS = L::TOKENS, STEPS = D / 16, GROUPS = TOKENS / 16;
-    constexpr bool HELD = D <= 80;  // whether registers hold the queries
+    constexpr bool HELD = D <= 64;  // whether registers hold the queries
     extern __shared__ __align__(16) u32 shared[];
-    __shared__ u64 addresses[2][TOKENS];  // of the rows of a tile, 0 behind the last
+    // Of a tile's rows. Behind the last one it is read again: what weighs nothing must be a number.
+    __shared__ u64 addresses[2][TOKENS];
     const u32 queries = shared_address(shared), kv = queries + L::ROWS * L::STRIDE;
+    const u32 thread = threadIdx.x % THREADS;  // the compiler learns its bits
     const u32 head = blockIdx.x, row0 = (gridDim.y - 1 - blockIdx.y) * L::ROWS;
     const u32 here = min(L::ROWS, p.rows - row0), end = p.position + row0 + here;
     auto first_seen = [&](u32 at) { return p.window && at + 1 > p.window ? at + 1 - p.window : 0; };
     const u32 first_tile = first_seen(p.position + row0) / TOKENS, end_tile = (end + TOKENS - 1) / TOKENS;
 
     auto locate = [&](u32 tile) {
-        const u32 t = tile * TOKENS + threadIdx.x;
-        return threadIdx.x < TOKENS && t < end
-            ? reinterpret_cast<u64>(run_row<T>(p.runs, p.extents, head / p.group, t)) : 0;
+        const u32 t = min(tile * TOKENS + thread, end - 1);
+        return thread < TOKENS ? reinterpret_cast<u64>(run_row<T>(p.runs, p.extents, head / p.group, t)) : 0;
     };
     auto fetch = [&](u32 tile) {
+        constexpr u32 ROW = 2 * L::PIECES, COPIES = TOKENS * ROW / THREADS;
+        static_assert(COPIES * THREADS == TOKENS * ROW, "threads copy alike");
         const u64 *rows = addresses[tile % 2];
         const u32 to = kv + tile % 2 * 2 * L::TILE;
+        if constexpr (L::PERMUTED) {
+            // A thread copies one piece of every STEP-th row, and the permutation differs by whole bits.
+            constexpr u32 STEP = THREADS / ROW;
+            const u32 t = thread / ROW, piece = thread % ROW, place = 16 * (piece % L::PIECES ^ t);
+            const u32 first = to + piece / L::PIECES * L::TILE + t * L::STRIDE;
 #pragma unroll
-        for (u32 i = threadIdx.x; i < TOKENS * 2 * L::PIECES; i += THREADS) {
-            const u32 t = i / (2 * L::PIECES), piece = i % (2 * L::PIECES);
-            const u32 value = piece / L::PIECES;
-            const u64 row = rows[t];
-            const void *from = row ? reinterpret_cast<const void *>(row + 16 * piece) : p.extents;
-            copy_16(to + value * L::TILE + L::at(t, piece - value * L::PIECES), from, !row);
+            for (u32 u = 0; u < COPIES; u++) {
+                const u32 differs = 16 * (u * STEP % 8);
+                copy_16(first + u * STEP * L::STRIDE + (place ^ differs), rows[t + u * STEP] + 16 * piece);
+            }
+        } else {
+#pragma unroll
+            for (u32 u = 0; u < COPIES; u++) {
+                const u32 i = thread + u * THREADS, t = i / ROW, piece = i % ROW;
+                copy_16(to + piece / L::PIECES * L::TILE + L::at(t, piece % L::PIECES), rows[t] + 16 * piece);
+            }
         }
     };
 
-    if (threadIdx.x < TOKENS) {
-        addresses[first_tile % 2][threadIdx.x] = locate(first_tile);
-        addresses[(first_tile + 1) % 2][threadIdx.x] = locate(first_tile + 1);
+    if (thread < TOKENS) {
+        addresses[first_tile % 2][thread] = locate(first_tile);
+        addresses[(first_tile + 1) % 2][thread] = locate(first_tile + 1);
     }
     __syncthreads();
     fetch(first_tile);
 #pragma unroll 8
-    for (u32 i = threadIdx.x; i < L::ROWS * D / 2; i += THREADS) {
-        const u32 row = i / (D / 2), column = i % (D / 2) * 2;
+    for (u32 u = 0; u < L::ROWS * D / 2 / THREADS; u++) {
+        const u32 i = thread + u * THREADS, row = i / (D / 2), column = i % (D / 2) * 2;
         const float *q = p.q + (row0 + row) * p.q_stride + head * D + column;
         const u32 both = row < here ? narrow2(q[0], q[1], T()) : 0;
         shared[L::at(row, column / 8) / 4 + column % 8 / 2] = both;
     }
 
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warp_row = warp * 16 * M;
+    const u32 lane = thread % WARP, warp = thread / WARP, warp_row = warp * 16 * M;
     // Which row and piece of a 16 × 16 tile a lane names: of queries and values, and of keys, whose rows are columns of b.
     const u32 a_row = lane % 16, a_piece = lane / 16, b_row = lane / 16 * 8 + lane % 8, b_piece = lane / 8 % 2;
     const u32 lowest = p.position + row0 + warp_row, highest = lowest + 16 * M - 1;  // positions of the warp's rows
@@ -262,7 +272,7 @@ template <class T, int D> __device__ __forceinline__ void prefill(const Prefill 
         }
         // Warps differ in what they see: a tile may be ahead of one's last row, or before the window of its first.
         if (warp_row < here && tile * TOKENS <= highest && tile * TOKENS + TOKENS > seen_by_lowest) attend(tile);
-        if (threadIdx.x < TOKENS) addresses[tile % 2][threadIdx.x] = address;
+        if (thread < TOKENS) addresses[tile % 2][thread] = address;
     }
 
     const bool pairs = (reinterpret_cast<u64>(p.out) | p.out_stride * 4) % 8 == 0;
@@ -275,10 +285,11 @@ template <class T, int D> __device__ __forceinline__ void prefill(const Prefill 
             for (int step = 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL, sum, step);
             const u32 row = warp_row + 16 * m + 8 * half + lane / 4;
             if (row >= here) continue;
+            const float inverse = __fdividef(1.0f, sum);
             float *out = p.out + (row0 + row) * p.out_stride + head * D + lane % 4 * 2;
 #pragma unroll
             for (u32 n = 0; n < D / 8; n++) {
-                const float left = y[m][n][2 * half] / sum, right = y[m][n][2 * half + 1] / sum;
+                const float left = y[m][n][2 * half] * inverse, right = y[m][n][2 * half + 1] * inverse;
                 if (pairs) {
                     *reinterpret_cast<float2 *>(out + 8 * n) = make_float2(left, right);
                 } else {
