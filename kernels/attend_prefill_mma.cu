@@ -210,7 +210,9 @@ template <class T, int D> __device__ __forceinline__ void prefill(const Prefill 
                 // Never below LEAST, a number: where a row sees nothing of the tile, differences are 0, weights 2^-∞.
                 float next = most[m][half];
 #pragma unroll
-                for (u32 n = 0; n < TOKENS / 8; n++) next = fmaxf(next, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                for (u32 n = 0; n < TOKENS / 8; n++) {
+                    next = fmaxf(next, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                }
 #pragma unroll
                 for (int step = 2; step > 0; step /= 2) next = fmaxf(next, __shfl_xor_sync(FULL, next, step));
                 const float rescale = exp2_fast((most[m][half] - next) * to_exponent), shift = -next * to_exponent;
@@ -275,17 +277,23 @@ template <class T, int D> __device__ __forceinline__ void prefill(const Prefill 
         if (thread < TOKENS) addresses[tile % 2][thread] = address;
     }
 
+    // A lane summed the weights of its columns.
+#pragma unroll
+    for (u32 m = 0; m < M; m++) {
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+#pragma unroll
+            for (int step = 2; step > 0; step /= 2) sums[m][half] += __shfl_xor_sync(FULL, sums[m][half], step);
+        }
+    }
     const bool pairs = (reinterpret_cast<u64>(p.out) | p.out_stride * 4) % 8 == 0;
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
-            float sum = sums[m][half];
-#pragma unroll
-            for (int step = 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL, sum, step);
             const u32 row = warp_row + 16 * m + 8 * half + lane / 4;
             if (row >= here) continue;
-            const float inverse = __fdividef(1.0f, sum);
+            const float inverse = __fdividef(1.0f, sums[m][half]);
             float *out = p.out + (row0 + row) * p.out_stride + head * D + lane % 4 * 2;
 #pragma unroll
             for (u32 n = 0; n < D / 8; n++) {
