@@ -150,7 +150,7 @@ template <class T, int D> __device__ __forceinline__ void prefill(const Prefill 
     }
 
     const u32 lane = thread % WARP, warp = thread / WARP, warp_row = warp * 16 * M;
-    // Which row and piece of a 16 × 16 tile a lane names: of queries and values, and of keys, whose rows are columns of b.
+    // Which row and piece of a 16 × 16 tile a lane names: of queries and values; of keys, whose rows are columns of b.
     const u32 a_row = lane % 16, a_piece = lane / 16, b_row = lane / 16 * 8 + lane % 8, b_piece = lane / 8 % 2;
     const u32 lowest = p.position + row0 + warp_row, highest = lowest + 16 * M - 1;  // positions of the warp's rows
     const u32 seen_by_lowest = first_seen(lowest), seen_by_highest = first_seen(highest);
