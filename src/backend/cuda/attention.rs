@@ -84,6 +84,25 @@ const MOST_SEGMENTS: usize = 65535;
 /// Query rows and KV tokens of a prefill tile (`attend_prefill.cu`).
 const TILE: usize = 32;
 
+/// Threads of a prefill block that uses tensor cores (`attend_prefill_mma.cu`).
+const MMA_THREADS: usize = 128;
+
+/// Prefill kernels that use tensor cores, by head dimension: those of models in 16 bits.
+const MMA_F16: [(usize, &str); 5] = [
+    (64, "attend_prefill_mma_f16_64"),
+    (80, "attend_prefill_mma_f16_80"),
+    (96, "attend_prefill_mma_f16_96"),
+    (128, "attend_prefill_mma_f16_128"),
+    (256, "attend_prefill_mma_f16_256"),
+];
+const MMA_BF16: [(usize, &str); 5] = [
+    (64, "attend_prefill_mma_bf16_64"),
+    (80, "attend_prefill_mma_bf16_80"),
+    (96, "attend_prefill_mma_bf16_96"),
+    (128, "attend_prefill_mma_bf16_128"),
+    (256, "attend_prefill_mma_bf16_256"),
+];
+
 /// Tokens of a chunk of a sequence that attends `n`; the kernel's `chunk_tokens`.
 fn chunk_tokens(n: usize) -> usize {
     match n {
@@ -277,17 +296,6 @@ fn prefill(
 ) -> Result<()> {
     assert!(matches!(segment.visible, Visible::Causal), "segments of several rows are causal");
     let geometry = *segment.runs.geometry();
-    let names = match geometry.dtype {
-        DType::F32 => ["attend_prefill_f32_64", "attend_prefill_f32_128", "attend_prefill_f32_256"],
-        DType::F16 => ["attend_prefill_f16_64", "attend_prefill_f16_128", "attend_prefill_f16_256"],
-        DType::BF16 => ["attend_prefill_bf16_64", "attend_prefill_bf16_128", "attend_prefill_bf16_256"],
-        DType::U32 => unreachable!("keys and values are not u32"),
-    };
-    let name = match geometry.head_dim {
-        0..=64 => names[0],
-        65..=128 => names[1],
-        _ => names[2],
-    };
     let table = extent_table(&segment.runs);
     queue.reserve(8 * table.len(), 1)?;
     let rows = q.row_range(segment.row, segment.rows);
@@ -306,7 +314,49 @@ fn prefill(
         vectors: in_vectors(&geometry).into(),
         scale: shape.scale,
     };
+    if let Some(tiles) = mma_tiles(shape, &geometry) {
+        let grid = [shape.heads, segment.rows.div_ceil(tiles.rows), 1];
+        return queue.push(shared, tiles.kernel, grid, MMA_THREADS, &params);
+    }
+    let names = match geometry.dtype {
+        DType::F32 => ["attend_prefill_f32_64", "attend_prefill_f32_128", "attend_prefill_f32_256"],
+        DType::F16 => ["attend_prefill_f16_64", "attend_prefill_f16_128", "attend_prefill_f16_256"],
+        DType::BF16 => ["attend_prefill_bf16_64", "attend_prefill_bf16_128", "attend_prefill_bf16_256"],
+        DType::U32 => unreachable!("keys and values are not u32"),
+    };
+    let name = match geometry.head_dim {
+        0..=64 => names[0],
+        65..=128 => names[1],
+        _ => names[2],
+    };
     let stride = geometry.head_dim.next_multiple_of(4) + 4;
     let kernel = Kernel::new(Module::AttendPrefill, name).with_shared(4 * 2 * TILE * stride);
     queue.push(shared, kernel, [segment.rows.div_ceil(TILE), shape.heads, 1], 256, &params)
+}
+
+/// A prefill kernel that uses tensor cores, and the query rows that a block of it takes.
+struct MmaTiles {
+    kernel: Kernel,
+    rows: usize,
+}
+
+/// What serves a shape on tensor cores; None: nothing, the kernel of plain products does.
+fn mma_tiles(shape: &AttentionShape, geometry: &KvGeometry) -> Option<MmaTiles> {
+    let d = geometry.head_dim;
+    let kernels = match geometry.dtype {
+        DType::F16 => MMA_F16,
+        DType::BF16 => MMA_BF16,
+        _ => return None,
+    };
+    let &(_, name) = kernels.iter().find(|(dimension, _)| *dimension == d)?;
+    // The kernel takes the largest score before it is scaled.
+    if shape.scale <= 0.0 {
+        return None;
+    }
+    // `Layout` of the kernel: bytes of a row in shared memory, and what lies there: queries, and two tiles of KV.
+    let (rows, tokens) = if d <= 128 { (128, 64) } else { (64, 32) };
+    let pieces = d / 8;
+    let stride = 16 * if pieces.is_multiple_of(8) { pieces } else { pieces | 1 };
+    let kernel = Kernel::new(Module::AttendPrefillMma, name).with_shared((rows + 2 * 2 * tokens) * stride);
+    Some(MmaTiles { kernel, rows })
 }

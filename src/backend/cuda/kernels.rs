@@ -36,6 +36,7 @@ modules! {
     AttendDecodeF16: "attend_decode_f16";
     AttendDecodeBf16: "attend_decode_bf16";
     AttendPrefill: "attend_prefill";
+    AttendPrefillMma: "attend_prefill_mma";
     Embed: "embed";
     Gemm: "gemm";
     Index: "index";
