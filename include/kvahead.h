@@ -730,7 +730,8 @@ typedef struct {
    */
   int32_t kv_dtype;
   /**
-   * Tokens of a prompt that are computed at once, which bounds scratch memory; 0 (the default) for 512.
+   * Tokens of a prompt that are computed at once, which bounds scratch memory; 0 (the default) for 512, on a
+   * GPU 2048.
    */
   uint32_t prefill_chunk;
   /**

@@ -56,6 +56,11 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// Rows of a prompt that it runs at once unless told otherwise: enough to fill it, few enough for scratch memory.
+    fn prefill_chunk(&self) -> usize {
+        512
+    }
+
     /// Element type of activations (`f32` on the CPU).
     fn activation(&self) -> DType;
 

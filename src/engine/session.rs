@@ -16,9 +16,6 @@ use super::{Control, Model};
 /// Rows of logits that a score holds at once: a vocabulary is wide, and each row is needed only for a moment.
 pub(super) const LOGIT_ROWS: usize = 32;
 
-/// Rows of a prefill that run at once unless the options say otherwise.
-const DEFAULT_PREFILL_CHUNK: usize = 512;
-
 /// How to create a session.
 #[derive(Clone, Debug, Default)]
 pub struct SessionOptions {
@@ -26,7 +23,7 @@ pub struct SessionOptions {
     pub policy: PolicyOptions,
     /// Most tokens that the session may hold; 0 for the model's context length.
     pub capacity: usize,
-    /// Tokens of a prompt that run at once, which bounds scratch memory; 0 for 512.
+    /// Tokens of a prompt that run at once, which bounds scratch memory; 0 for what suits the backend.
     pub prefill_chunk: usize,
     /// Type of keys and values in memory; `None` for the weights' type.
     pub kv_dtype: Option<DType>,
@@ -59,7 +56,10 @@ impl SessionOptions {
         Ok(ResolvedOptions {
             policy: self.policy.clone(),
             capacity: if self.capacity == 0 { longest } else { self.capacity },
-            prefill_chunk: if self.prefill_chunk == 0 { DEFAULT_PREFILL_CHUNK } else { self.prefill_chunk },
+            prefill_chunk: match self.prefill_chunk {
+                0 => model.backend().prefill_chunk(),
+                rows => rows,
+            },
             geometry: KvGeometry {
                 layers: config.layers,
                 kv_heads: config.kv_heads,

@@ -37,7 +37,8 @@ pub struct kva_session_options {
     /// Type of keys and values in memory, one of `KVA_DTYPE_...`. Default: `KVA_DTYPE_AUTO`, the type of the
     /// weights.
     pub kv_dtype: i32,
-    /// Tokens of a prompt that are computed at once, which bounds scratch memory; 0 (the default) for 512.
+    /// Tokens of a prompt that are computed at once, which bounds scratch memory; 0 (the default) for 512, on a
+    /// GPU 2048.
     pub prefill_chunk: u32,
     /// Most tokens that the session may hold; 0 (the default) for the model's context length. KV memory is taken as
     /// the session grows.

@@ -32,8 +32,9 @@ for line in sys.stdin:
     cp "$(find build/cpp -name kva-bench -type f | head -1)" "$1/"
     strip "$1"/*
     cp "$here/run.sh" "$1/"
-    mkdir -p "$1/root/tests"
+    mkdir -p "$1/root/tests" "$1/root/docs"
     cp -r tests/data "$1/root/tests/"
+    cp docs/policies.md "$1/root/docs/"
     if [ -e .cache/SmolLM2-135M-Instruct.Q4_1.gguf ]; then
         mkdir -p "$1/root/.cache"
         cp .cache/SmolLM2-135M-Instruct.Q4_1.gguf "$1/root/.cache/"
@@ -86,7 +87,8 @@ for part in "${parts[@]}"; do
     case $part in
         operations) run operations "$here/cuda" ;;
         golden) run golden "$here/golden_logits" ;;
-        policies) run policies "$here/policies" ;;
+        # Eviction is the CPU backend's.
+        policies) run policies "$here/policies" --skip evict:: ;;
         real)
             if [ -e "$KVAHEAD_TEST_ROOT/.cache/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
                 run real "$here/real_model" --nocapture

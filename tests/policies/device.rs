@@ -132,7 +132,7 @@ fn what_the_device_cannot_do_is_refused() {
         assert!(error.message().contains(says), "{error}");
     };
     refused(&|policy| policy.payload = Payload::Int8, "payload");
-    refused(&|policy| policy.tier = KvTier::File(Default::default()), "file tier");
+    refused(&|policy| policy.tier = KvTier::File(Default::default()), "file");
     refused(&|policy| policy.infinigen.attend_cache = false, "attended whole");
     refused(&|policy| policy.trace = Some("/tmp/never".into()), "trace");
 }

@@ -389,6 +389,10 @@ impl Backend for CudaBackend {
         false
     }
 
+    fn prefill_chunk(&self) -> usize {
+        2048
+    }
+
     fn selects_on_device(&self) -> bool {
         true
     }
