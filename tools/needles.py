@@ -104,7 +104,7 @@ def arguments():
 def main():
     options = arguments()
     made = prompts(options.seed, options.repeats, options.tokens)
-    base = [str(options.tool), "--model", str(options.model), "--chat", "--prompt-file", "-", "--max-tokens", "16", *options.flags.split()]
+    base = [str(options.tool), "--model", str(options.model), "--chat", "--prompt-file", "-", "--max-tokens", "32", *options.flags.split()]
     answers, lengths = [], []
     width = max(len(policy) for policy in options.policies)
     heads = "".join(f"{depth:>7.0%}" for depth in DEPTHS)

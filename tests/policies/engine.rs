@@ -204,6 +204,36 @@ fn a_budget_for_everything_is_full() {
     }
 }
 
+/// What is not attended is not nothing: with a tail a session is nearer to one that attends everything, and so it is after
+/// a truncation by a few tokens or by most of them.
+#[test]
+fn a_tail_stands_for_what_is_not_attended() {
+    for name in ["smollm2", "qwen3"] {
+        let (model, golden) = model(name);
+        let n = golden.tokens.len();
+        let logits = |policy: &PolicyOptions, back: Option<usize>| {
+            let mut session = session(&model, policy);
+            session.prefill(&golden.tokens[..n / 2]).unwrap();
+            golden.tokens[n / 2..].iter().for_each(|&token| session.decode(token).unwrap());
+            let from = back.unwrap_or(n);
+            session.truncate(from).unwrap();
+            (0..n - from / 2).map(|i| call(&mut session, &[7, 3, 11], (i % 3, i % 3 + 1)).unwrap()).collect::<Vec<_>>()
+        };
+        for back in [None, Some(n - 3), Some(n / 3 + 5)] {
+            let full = logits(&of(PolicyKind::Full), back);
+            let error = |tail: bool| {
+                let mut policy = infinigen(InfinigenMode::Default);
+                policy.infinigen.tail = tail;
+                let near = logits(&policy, back);
+                near.iter().zip(&full).map(|(a, b)| relative_error(a, b)).sum::<f32>() / full.len() as f32
+            };
+            let (with, without) = (error(true), error(false));
+            println!("{name}, back to {back:?}: {with} with a tail, {without} without");
+            assert!(with < 0.9 * without, "{name}, back to {back:?}: {with} with a tail, {without} without");
+        }
+    }
+}
+
 /// Every call is made to fail at every place where it can, and then done.
 #[test]
 fn a_step_that_fails_leaves_the_session_as_it_was() {
