@@ -30,6 +30,8 @@ pub(super) struct Fetched {
     attended: [Option<Event>; 2],
     /// The area's fetch, where it has been enqueued already.
     landed: [Option<Event>; 2],
+    /// Entries of a prompt's last layer on their way to the store, from rows that the next layer will need.
+    left: Option<Event>,
     /// Whether the store is device memory.
     on_device: bool,
     /// Tokens held, those of a step under way not included.
@@ -48,6 +50,7 @@ impl Fetched {
             store: kv::store(&pool, &backend, geometry, payload, &options.tier, capacity)?,
             attended: [None, None],
             landed: [None, None],
+            left: None,
             on_device: options.tier == KvTier::Device,
             length: 0,
             tally: Tally::default(),
@@ -61,7 +64,7 @@ impl Fetched {
 
     /// Back to `length` tokens.
     fn shorten(&mut self, length: usize) {
-        self.landed = [None, None];
+        (self.landed, self.left) = ([None, None], None);
         self.store.abandon_fetches();
         self.store.truncate(length);
         self.staging.iter_mut().for_each(|staging| staging.truncate(length));
@@ -116,6 +119,9 @@ impl Policy for Fetched {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
+        if let Some(left) = self.left.take() {
+            step.backend.wait(step.stream, &left)?;
+        }
         if step.position == 0 || self.in_place(step.layer) {
             return Ok(());
         }
@@ -135,13 +141,21 @@ impl Policy for Fetched {
 
     fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
         let place = kv::Place::From(step.position);
-        self.store.append(step.backend, step.stream, step.layer, keys, values, place)?;
         if self.in_place(step.layer) {
-            return Ok(());
+            return self.store.append(step.backend, step.stream, step.layer, keys, values, place);
         }
         // Behind the rows that the fetch under way writes.
         let staging = &mut self.staging[step.layer % 2].layer_mut(0);
-        step.backend.store_kv(step.stream, keys, values, staging, step.position)
+        step.backend.store_kv(step.stream, keys, values, staging, step.position)?;
+        if step.rows == 1 || !self.store.in_memory() {
+            return self.store.append(step.backend, step.stream, step.layer, keys, values, place);
+        }
+        // Those of a prompt leave for the host while the layer goes on.
+        let computed = step.backend.record(step.stream)?;
+        step.backend.wait(step.fetch, &computed)?;
+        self.store.append(step.backend, step.fetch, step.layer, keys, values, place)?;
+        self.left = Some(step.backend.record(step.fetch)?);
+        Ok(())
     }
 
     fn land(&mut self, step: &Step<'_>) -> Result<()> {

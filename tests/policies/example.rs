@@ -6,7 +6,7 @@ use kvahead::kv::SequenceKv;
 use kvahead::policy::{Policy, Setting, Step, TierBytes};
 use kvahead::{Error, Result};
 
-use crate::common::{Golden, data, load, relative_error};
+use crate::common::{Golden, data, load, relative_error, root};
 
 // example: begin
 /// Keeps every token on the device, and lets a decoded one attend those at even positions and the `recent` last ones.
@@ -86,8 +86,7 @@ fn the_example_attends_what_it_says() {
 
 #[test]
 fn the_documentation_shows_the_example() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/policies.md");
-    let page = std::fs::read_to_string(path).unwrap();
+    let page = std::fs::read_to_string(root().join("docs/policies.md")).unwrap();
     let own = include_str!("example.rs");
     let example =
         own.split("// example: begin\n").nth(1).and_then(|rest| rest.split("// example: end").next()).unwrap();

@@ -112,7 +112,7 @@ impl OnDevice {
 
     /// Gives back room beyond that of `length` tokens.
     fn give_back(&mut self, length: usize) {
-        self.cache.shrink(self.plan.slots(length));
+        self.cache.shrink(if length == 0 { 0 } else { self.plan.slots(length) });
         self.prompt.release();
         self.resident.truncate(length);
         self.index.truncate(length);
@@ -135,9 +135,10 @@ impl OnDevice {
     }
 }
 
-/// Rows of the tables of a sequence of `length` tokens: they grow seldom, so that steps are replayed.
+/// Rows of the tables of a sequence of `length` tokens: they grow seldom, because that takes a while, and not directly
+/// after a prompt.
 fn table_rows(length: usize, capacity: usize) -> usize {
-    length.next_power_of_two().max(LEAST_ROWS).min(capacity)
+    (length + LEAST_ROWS / 2).next_power_of_two().max(LEAST_ROWS).min(capacity)
 }
 
 /// Bytes of the tables of a session when it is full.
@@ -260,7 +261,8 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        if last { self.prompt.observe(step, layer, shape, queries, &self.store) } else { Ok(()) }
+        let most = self.plan.ranked(step.position + step.rows);
+        if last { self.prompt.observe(step, (layer, most), shape, queries, &self.store) } else { Ok(()) }
     }
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {

@@ -336,7 +336,8 @@ impl Policy for Infinigen {
             let length = step.position + step.rows;
             tail.blend_runs(step, layer, self.prompt.runs(layer, &*self.store), length, 1.0)?;
         }
-        self.prompt.observe(step, layer, shape, queries, &*self.store)
+        let most = self.plan.ranked(step.position + step.rows);
+        self.prompt.observe(step, (layer, most), shape, queries, &*self.store)
     }
 
     fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {

@@ -165,6 +165,11 @@ impl Plan {
         most_selected(&self.options, length, 0)
     }
 
+    /// Rows of a prompt of `length` tokens that may get a slot by their rank, though others get one anyway.
+    pub(super) fn ranked(&self, length: usize) -> usize {
+        (self.slots(length) + always(&self.options)).min(length)
+    }
+
     /// Slots of each layer and KV head for a sequence of `length` tokens.
     pub(super) fn slots(&self, length: usize) -> usize {
         slots(&self.options, length)

@@ -21,7 +21,7 @@ pub(super) struct Prompt {
     staging: SequenceKv,
     /// Partial keys of one chunk.
     partial: Option<Buffer>,
-    /// Rows by attention at the end of the prompt, the most attended first, for each layer and KV head of the store.
+    /// The most attended rows at the end of the prompt, the most attended first, for each layer and KV head of the store.
     ranked: Vec<Vec<u32>>,
     /// Whether the prompt's last chunk has run.
     ended: bool,
@@ -112,11 +112,11 @@ impl Prompt {
         Ok(self.staging.layer(0))
     }
 
-    /// Ranks the layer's entries by the attention of the last queries.
+    /// Ranks the layer's `most` most attended entries by the attention of the last queries.
     pub(super) fn observe(
         &mut self,
         step: &Step<'_>,
-        layer: usize,
+        (layer, most): (usize, usize),
         shape: &AttentionShape,
         queries: Rows<'_>,
         store: &dyn Store,
@@ -141,7 +141,12 @@ impl Prompt {
             let mass: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect();
             let ranked = &mut self.ranked[layer * shape.kv_heads + head];
             *ranked = (0..length as u32).collect();
-            ranked.sort_by(|&a, &b| mass[b as usize].total_cmp(&mass[a as usize]).then(a.cmp(&b)));
+            let order = |a: &u32, b: &u32| mass[*b as usize].total_cmp(&mass[*a as usize]).then(a.cmp(b));
+            if most < length {
+                ranked.select_nth_unstable_by(most, order);
+                ranked.truncate(most);
+            }
+            ranked.sort_unstable_by(order);
         }
         self.ended = true;
         Ok(())
