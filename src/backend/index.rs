@@ -185,6 +185,7 @@ pub enum Selection {
 /// Which rows [`Selection::Random`] selects: the `j`-th of `count` for a KV head, of rows `from..to`. Every backend
 /// selects the same. The rows are in `count` parts, of each of which one is selected; a part's choice lasts for `period`
 /// steps, and in every step about as many choose anew.
+#[allow(clippy::too_many_arguments, reason = "each is one number")]
 pub(super) fn random_row(seed: u32, head: u32, j: u32, count: u32, step: u32, period: u32, from: u32, to: u32) -> u32 {
     let part = scramble(seed ^ scramble(head << 20 ^ j));
     let turn = (step + part % period) / period;

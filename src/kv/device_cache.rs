@@ -164,9 +164,9 @@ impl DeviceCache {
         let before = if self.ready { Some(self.get(backend, stream)?) } else { None };
         let mut words = before.clone().unwrap_or_else(|| self.empty());
         self.before.get_or_insert(before);
-        self.to_host(&words);
+        self.load_host(&words);
         change(&mut self.host);
-        self.from_host(&mut words);
+        self.store_host(&mut words);
         self.put(backend, stream, &words)?;
         let g = &self.geometry;
         self.refilled += (0..g.tables()).map(|table| u64::from(words[g.count_at(table)])).sum::<u64>();
@@ -277,7 +277,7 @@ impl DeviceCache {
         Ok(())
     }
 
-    fn to_host(&mut self, words: &[u32]) {
+    fn load_host(&mut self, words: &[u32]) {
         let g = self.geometry;
         for table in 0..g.tables() {
             let count = words[g.count_at(table)] as usize;
@@ -288,7 +288,7 @@ impl DeviceCache {
         self.host.set_clock(self.step);
     }
 
-    fn from_host(&mut self, words: &mut [u32]) {
+    fn store_host(&mut self, words: &mut [u32]) {
         let g = self.geometry;
         for table in 0..g.tables() {
             let (layer, head) = (table / g.kv_heads, table % g.kv_heads);

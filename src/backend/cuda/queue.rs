@@ -141,8 +141,12 @@ struct Lane {
 }
 
 impl Lane {
-    fn new() -> Result<Lane> {
-        let stream = check("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+    /// `first`: before others where both want to begin.
+    fn new(first: bool) -> Result<Lane> {
+        let (mut stream, flags) = (std::ptr::null_mut(), sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32);
+        // SAFETY: writes a new stream of the current context to a local. A priority out of range is taken as the nearest.
+        let made = unsafe { sys::cuStreamCreateWithPriority(&mut stream, flags, if first { -1 } else { 0 }) };
+        check("make a stream", made.result())?;
         let scratch = |purpose| Scratch { raw: Raw::NONE, purpose };
         Ok(Lane {
             stream,
@@ -226,7 +230,7 @@ impl Queue {
     /// A new stream of the context, which is current.
     pub(super) fn new() -> Result<Queue> {
         Ok(Queue {
-            lanes: vec![Lane::new()?],
+            lanes: vec![Lane::new(false)?],
             lane: 0,
             events: Vec::new(),
             scripts: 0,
@@ -253,7 +257,8 @@ impl Queue {
         if self.lanes.len() == LANES {
             return Err(Error::new(ErrorCode::Internal, format!("a stream has at most {} side streams", LANES - 1)));
         }
-        self.lanes.push(Lane::new()?);
+        // What is fetched comes first: it needs little of the device, and others will wait for it.
+        self.lanes.push(Lane::new(true)?);
         Ok(self.lanes.len() - 1)
     }
 
