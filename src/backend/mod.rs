@@ -161,6 +161,15 @@ pub trait Backend: Send + Sync {
     /// head in ascending order of `from` are read fastest.
     fn copy_kv_rows(&self, stream: &Stream, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()>;
 
+    /// Copies the rows `rows` of every head between runs of one shape: long pieces, by what does not take part in arithmetic.
+    fn copy_kv(
+        &self,
+        stream: &Stream,
+        from: &KvRuns<'_>,
+        to: &mut KvRunsMut<'_>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<()>;
+
     /// Stores keys and values (m rows of `kv_heads × head_dim` activations) as `payload` has it, that of token i and head h
     /// in slot `i × kv_heads + h`, which overlaps no other. Every backend writes the same bytes for the same finite input.
     #[allow(clippy::too_many_arguments, reason = "each is one thing")]

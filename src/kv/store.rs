@@ -88,6 +88,31 @@ pub trait Store: Send {
     /// Whether entries are in memory, so that [`Store::finish_fetch`] waits for nothing but enqueues operations.
     fn in_memory(&self) -> bool;
 
+    /// As a fetch of the first rows from beginning to end, for a layer of a prompt: by what does not take part in arithmetic.
+    /// Returns whether this store can; it has done nothing otherwise.
+    fn copy_first(
+        &mut self,
+        _backend: &dyn Backend,
+        _stream: &Stream,
+        _layer: usize,
+        _rows: usize,
+        _target: &mut KvRunsMut<'_>,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// As [`Store::append`], from rows `rows` of runs that hold the entries as they are stored, likewise.
+    fn copy_from(
+        &mut self,
+        _backend: &dyn Backend,
+        _stream: &Stream,
+        _layer: usize,
+        _from: &KvRuns<'_>,
+        _rows: std::ops::Range<usize>,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Waits for the layer's fetch and lands its entries in `target`, widened to its type. Nothing happens where none
     /// was begun. On an error rows of the target that were to be written are undefined.
     fn finish_fetch(

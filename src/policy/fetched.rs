@@ -30,8 +30,8 @@ pub(super) struct Fetched {
     attended: [Option<Event>; 2],
     /// The area's fetch, where it has been enqueued already.
     landed: [Option<Event>; 2],
-    /// Entries of a prompt's last layer on their way to the store, from rows that the next layer will need.
-    left: Option<Event>,
+    /// The area's entries of a prompt on their way to the store.
+    left: [Option<Event>; 2],
     /// Whether the store is device memory.
     on_device: bool,
     /// Tokens held, those of a step under way not included.
@@ -50,7 +50,7 @@ impl Fetched {
             store: kv::store(&pool, &backend, geometry, payload, &options.tier, capacity)?,
             attended: [None, None],
             landed: [None, None],
-            left: None,
+            left: [None, None],
             on_device: options.tier == KvTier::Device,
             length: 0,
             tally: Tally::default(),
@@ -64,7 +64,7 @@ impl Fetched {
 
     /// Back to `length` tokens.
     fn shorten(&mut self, length: usize) {
-        (self.landed, self.left) = ([None, None], None);
+        (self.landed, self.left) = ([None, None], [None, None]);
         self.store.abandon_fetches();
         self.store.truncate(length);
         self.staging.iter_mut().for_each(|staging| staging.truncate(length));
@@ -119,43 +119,49 @@ impl Policy for Fetched {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        if let Some(left) = self.left.take() {
-            step.backend.wait(step.stream, &left)?;
-        }
         if step.position == 0 || self.in_place(step.layer) {
             return Ok(());
         }
-        self.store.begin_fetch_first(step.layer, step.position)?;
-        if !self.store.in_memory() {
+        let area = step.layer % 2;
+        if self.store.in_memory() {
+            if let Some(attended) = &self.attended[area] {
+                step.backend.wait(step.fetch, attended)?;
+            }
+            let Step { backend, fetch, layer, position, .. } = *step;
+            let staging = &mut self.staging[area].layer_mut(0);
+            if step.rows == 1 || !self.store.copy_first(backend, fetch, layer, position, staging)? {
+                self.store.begin_fetch_first(layer, position)?;
+                self.store.finish_fetch(backend, fetch, layer, staging)?;
+            }
+            self.landed[area] = Some(backend.record(fetch)?);
             return Ok(());
         }
-        let area = step.layer % 2;
-        if let Some(attended) = &self.attended[area] {
-            step.backend.wait(step.fetch, attended)?;
-        }
-        let staging = &mut self.staging[area].layer_mut(0);
-        self.store.finish_fetch(step.backend, step.fetch, step.layer, staging)?;
-        self.landed[area] = Some(step.backend.record(step.fetch)?);
-        Ok(())
+        self.store.begin_fetch_first(step.layer, step.position)
     }
 
     fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
-        let place = kv::Place::From(step.position);
-        if self.in_place(step.layer) {
-            return self.store.append(step.backend, step.stream, step.layer, keys, values, place);
+        let Step { backend, stream, fetch, layer, position, rows, .. } = *step;
+        let place = kv::Place::From(position);
+        if self.in_place(layer) {
+            return self.store.append(backend, stream, layer, keys, values, place);
+        }
+        let area = layer % 2;
+        if let Some(left) = self.left[area].take() {
+            backend.wait(stream, &left)?;
         }
         // Behind the rows that the fetch under way writes.
-        let staging = &mut self.staging[step.layer % 2].layer_mut(0);
-        step.backend.store_kv(step.stream, keys, values, staging, step.position)?;
-        if step.rows == 1 || !self.store.in_memory() {
-            return self.store.append(step.backend, step.stream, step.layer, keys, values, place);
+        backend.store_kv(stream, keys, values, &mut self.staging[area].layer_mut(0), position)?;
+        if rows > 1 {
+            // Those of a prompt leave for the host while the layer goes on.
+            let computed = backend.record(stream)?;
+            backend.wait(fetch, &computed)?;
+            let staged = self.staging[area].layer(0);
+            if self.store.copy_from(backend, fetch, layer, &staged, position..position + rows)? {
+                self.left[area] = Some(backend.record(fetch)?);
+                return Ok(());
+            }
         }
-        // Those of a prompt leave for the host while the layer goes on.
-        let computed = step.backend.record(step.stream)?;
-        step.backend.wait(step.fetch, &computed)?;
-        self.store.append(step.backend, step.fetch, step.layer, keys, values, place)?;
-        self.left = Some(step.backend.record(step.fetch)?);
-        Ok(())
+        self.store.append(backend, stream, layer, keys, values, place)
     }
 
     fn land(&mut self, step: &Step<'_>) -> Result<()> {

@@ -307,6 +307,18 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn copy_kv(
+        &self,
+        stream: &Stream,
+        from: &KvRuns<'_>,
+        to: &mut KvRunsMut<'_>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let heads = from.geometry().kv_heads as u32;
+        let of_head = |head| rows.clone().map(move |row| Move { head, from: row as u32, to: row as u32 });
+        self.copy_kv_rows(stream, from, to, &(0..heads).flat_map(of_head).collect::<Vec<_>>())
+    }
+
     fn encode_kv(
         &self,
         _: &Stream,

@@ -397,6 +397,21 @@ impl Backend for CudaBackend {
         true
     }
 
+    fn copy_kv(
+        &self,
+        stream: &Stream,
+        from: &KvRuns<'_>,
+        to: &mut KvRunsMut<'_>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<()> {
+        let (a, b) = (*from.geometry(), *to.geometry());
+        assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
+        assert_eq!(a.extent_tokens, b.extent_tokens, "extents of one length");
+        assert!(rows.end <= from.capacity() && rows.end <= to.capacity(), "rows past the extents' end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        store_kv::copy_range(&mut queue, from, to, rows)
+    }
+
     fn encode_kv(
         &self,
         stream: &Stream,

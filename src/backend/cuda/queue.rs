@@ -594,6 +594,32 @@ impl Queue {
         check("upload", unsafe { result::memcpy_htod_async(target, source, stream) })
     }
 
+    /// Copies `count` pieces of `bytes` bytes, `pitch` apart at both ends, by the device's copy engines, at once.
+    pub(super) fn copy_pieces(&mut self, from: u64, to: u64, pitch: usize, bytes: usize, count: usize) -> Result<()> {
+        let stream = self.stream()?;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: pitch,
+            WidthInBytes: bytes,
+            Height: count,
+        };
+        // SAFETY: the caller's pieces lie inside live runs of device or pinned memory, which stay until the stream has
+        // passed: whoever gives them back synchronises first.
+        check("copy entries", unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream) }.result())
+    }
+
     /// See `Backend::download`.
     pub(super) fn download(&mut self, source: Rows<'_>, target: &mut [u8]) -> Result<()> {
         self.launch(true)?;

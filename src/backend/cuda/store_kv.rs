@@ -188,3 +188,24 @@ pub(super) fn copy_rows(
     }
     Ok(())
 }
+
+/// See `Backend::copy_kv`: a piece an extent, of all heads.
+pub(super) fn copy_range(
+    queue: &mut Queue,
+    from: &KvRuns<'_>,
+    to: &mut KvRunsMut<'_>,
+    rows: std::ops::Range<usize>,
+) -> Result<()> {
+    let geometry = *from.geometry();
+    let (tokens, bytes, pitch) = (geometry.extent_tokens, geometry.row_bytes(), geometry.run_bytes());
+    let mut row = rows.start;
+    while row < rows.end {
+        let (extent, token) = (row / tokens, row % tokens);
+        let count = (tokens - token).min(rows.end - row);
+        let source = address(from.run(extent, 0)) + (token * bytes) as u64;
+        let target = address(to.run_mut(extent, 0)) + (token * bytes) as u64;
+        queue.copy_pieces(source, target, pitch, count * bytes, geometry.kv_heads)?;
+        row += count;
+    }
+    Ok(())
+}

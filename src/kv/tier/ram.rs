@@ -183,6 +183,37 @@ impl Store for RamStore {
         Ok(())
     }
 
+    fn copy_first(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        rows: usize,
+        target: &mut KvRunsMut<'_>,
+    ) -> Result<bool> {
+        if self.payload != Payload::Exact {
+            return Ok(false);
+        }
+        backend.copy_kv(stream, &self.entries(layer), target, 0..rows)?;
+        self.counters.host_bytes += (self.geometry.kv_heads * rows * self.row_bytes()) as u64;
+        Ok(true)
+    }
+
+    fn copy_from(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        from: &KvRuns<'_>,
+        rows: std::ops::Range<usize>,
+    ) -> Result<bool> {
+        if self.payload != Payload::Exact {
+            return Ok(false);
+        }
+        backend.copy_kv(stream, from, &mut self.entries_mut(layer), rows)?;
+        Ok(true)
+    }
+
     fn in_memory(&self) -> bool {
         true
     }
