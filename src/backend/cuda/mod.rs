@@ -92,7 +92,7 @@ fn place_of(stream: &Stream) -> (usize, usize) {
 /// Bits of a stream's number that say the lane.
 const LANE_BITS: u32 = 2;
 
-/// An event's number: from above 10 bits of a queue, 2 of a lane, 38 of a script, 14 of a launch.
+/// An event's number: from above 10 bits of a queue, 2 of a lane, 38 of a script or CUDA event, 14 of a launch.
 fn event_of(queue: usize, point: Point) -> Result<Event> {
     if queue >= 1 << 10 {
         return Err(Error::new(ErrorCode::Internal, "events are recorded on the first 1024 streams only"));
@@ -195,15 +195,14 @@ impl Backend for CudaBackend {
     }
 
     fn record(&self, stream: &Stream) -> Result<Event> {
-        let (queue, _entered) = self.enter(stream)?;
-        event_of(place_of(stream).0, queue.point())
+        let (mut queue, _entered) = self.enter(stream)?;
+        event_of(place_of(stream).0, queue.point()?)
     }
 
     fn wait(&self, stream: &Stream, event: &Event) -> Result<()> {
         let (from, point) = point_of(event);
         if from == place_of(stream).0 {
-            self.enter(stream)?.0.wait(point);
-            return Ok(());
+            return self.enter(stream)?.0.wait(point);
         }
         // All that the other queue was told, which is never wrong to wait for.
         let event = self.enter(&Stream((from as u64) << LANE_BITS))?.0.event()?;

@@ -38,10 +38,12 @@ const MOST_GRAPHS: usize = 24;
 /// The main lane, and those that run beside it.
 pub(super) const LANES: usize = 3;
 
-/// Events by number: of lanes that catch up, of other queues that wait, and from `OWN_EVENTS` on of edges.
+/// Events by number: of lanes that catch up, of other queues that wait, from `OWN_EVENTS` on those that `point` records in
+/// turn, and behind them those of edges.
 const CATCH_UP: usize = 0;
 const OUTER: usize = 1;
 const OWN_EVENTS: usize = 2;
+const MARKS: usize = 256;
 
 /// Bytes through which small results travel.
 const STAGING: usize = 4 << 20;
@@ -175,7 +177,8 @@ struct Scratch {
     purpose: &'static str,
 }
 
-/// A point in a lane: after the `launches`-th launch of the `script`-th script, or after all scripts before it.
+/// A point in a lane: after the `launches`-th launch of the `script`-th script. Where nothing of the lane waits to be
+/// launched, `launches` is 0 and `script` the number of a CUDA event.
 #[derive(Clone, Copy)]
 pub(super) struct Point {
     pub(super) lane: usize,
@@ -193,6 +196,8 @@ pub(super) struct Queue {
     events: Vec<CUevent>,
     /// Scripts launched so far.
     scripts: u64,
+    /// Events that `point` has recorded.
+    marked: u64,
     script: Script,
     pub(super) block: Block,
     graphs: Vec<Graph>,
@@ -234,6 +239,7 @@ impl Queue {
             lane: 0,
             events: Vec::new(),
             scripts: 0,
+            marked: 0,
             script: Script::default(),
             block: Block::new(),
             graphs: Vec::new(),
@@ -393,7 +399,7 @@ impl Queue {
         for &launch in &self.script.edges {
             events[launch] = Some(std::ptr::null_mut());
         }
-        let mut used = OWN_EVENTS;
+        let mut used = OWN_EVENTS + MARKS;
         for i in 0..self.script.launches.len() {
             let launch = self.script.launches[i];
             self.catch_up(launch.lane)?;
@@ -541,19 +547,31 @@ impl Queue {
     }
 
     /// See `Backend::record`: where the lane is.
-    pub(super) fn point(&self) -> Point {
-        let launches = self.script.last[self.lane].map_or(0, |last| last + 1);
-        Point { lane: self.lane, script: self.scripts, launches }
+    pub(super) fn point(&mut self) -> Result<Point> {
+        let lane = self.lane;
+        if let Some(last) = self.script.last[lane] {
+            return Ok(Point { lane, script: self.scripts, launches: last + 1 });
+        }
+        self.catch_up(lane)?;
+        let number = self.marked;
+        self.record(OWN_EVENTS + (number % MARKS as u64) as usize, lane)?;
+        self.marked += 1;
+        Ok(Point { lane, script: number, launches: 0 })
     }
 
     /// See `Backend::wait`: the lane waits for a point of another lane of this queue.
-    pub(super) fn wait(&mut self, point: Point) {
+    pub(super) fn wait(&mut self, point: Point) -> Result<()> {
         if point.lane == self.lane {
-            return;
+            return Ok(());
         }
         self.last_alone();
+        if point.launches == 0 {
+            // Recorded again meanwhile, it stands for a later point, which is never wrong to wait for.
+            let event = self.events[OWN_EVENTS + (point.script % MARKS as u64) as usize];
+            return wait_for(self.lanes[self.lane].stream, event);
+        }
         let lane = &mut self.lanes[self.lane];
-        if point.script == self.scripts && point.launches > 0 {
+        if point.script == self.scripts {
             // The later one of a lane comes after the earlier one.
             let launch = point.launches - 1;
             match lane.after.iter_mut().find(|before| self.script.launches[**before].lane == point.lane) {
@@ -563,6 +581,7 @@ impl Queue {
         } else {
             lane.behind[point.lane] = true;
         }
+        Ok(())
     }
 
     /// Everything that was enqueued, as an event for other queues.
