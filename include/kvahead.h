@@ -731,7 +731,7 @@ typedef struct {
   int32_t kv_dtype;
   /**
    * Tokens of a prompt that are computed at once, which bounds scratch memory; 0 (the default) for 512, on a
-   * GPU 2048.
+   * GPU 4096.
    */
   uint32_t prefill_chunk;
   /**

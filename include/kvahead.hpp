@@ -557,7 +557,7 @@ struct InfinigenOptions {
 struct SessionOptions {
   Policy policy = Policy::full;
   std::uint64_t capacity = 0;            ///< tokens; 0: the model's context length
-  std::uint32_t prefill_chunk = 0;       ///< prompt tokens that run at once; 0: 512, 2048 on a GPU
+  std::uint32_t prefill_chunk = 0;       ///< prompt tokens that run at once; 0: 512, 4096 on a GPU
   DType kv_dtype = DType::automatic;     ///< automatic: the type of the weights
   KvTier kv_tier = KvTier::device;       ///< of the KV that the policy does not hold on the device
   KvPayload kv_payload = KvPayload::exact;

@@ -38,7 +38,7 @@ pub struct kva_session_options {
     /// weights.
     pub kv_dtype: i32,
     /// Tokens of a prompt that are computed at once, which bounds scratch memory; 0 (the default) for 512, on a
-    /// GPU 2048.
+    /// GPU 4096.
     pub prefill_chunk: u32,
     /// Most tokens that the session may hold; 0 (the default) for the model's context length. KV memory is taken as
     /// the session grows.

@@ -389,7 +389,7 @@ impl Backend for CudaBackend {
     }
 
     fn prefill_chunk(&self) -> usize {
-        2048
+        4096
     }
 
     fn selects_on_device(&self) -> bool {
