@@ -157,6 +157,28 @@ static void kv_limit(const golden *golden) {
   kva_model_free(model);
 }
 
+/* A session full of random numbers decodes like any other, and truncated to nothing it is an empty one. */
+static void filled(const kva_model *model, const golden *golden) {
+  float first[TEST_VOCABULARY], second[TEST_VOCABULARY];
+  kva_session *session = test_session(model, 20), *other = test_session(model, 20);
+  FAILS(kva_session_fill(NULL, 3, 1), KVA_ERROR_INVALID_ARGUMENT, "session");
+  FAILS(kva_session_fill(session, 0, 1), KVA_ERROR_INVALID_ARGUMENT, "at least one token");
+  FAILS(kva_session_fill(session, 21, 1), KVA_ERROR_CAPACITY, "");
+  CHECK(kva_session_length(session) == 0);
+  OK(kva_session_fill(session, 17, 1));
+  OK(kva_session_fill(other, 17, 2));
+  CHECK(kva_session_length(session) == 17);
+  FAILS(kva_session_fill(session, 1, 1), KVA_ERROR_INVALID_ARGUMENT, "empty");
+  OK(kva_session_decode(session, golden->tokens[0], first, TEST_VOCABULARY));
+  OK(kva_session_decode(other, golden->tokens[0], second, TEST_VOCABULARY));
+  CHECK(isfinite(first[0]) && memcmp(first, second, sizeof first) != 0);
+  OK(kva_session_truncate(session, 0));
+  OK(kva_session_prefill(session, golden->tokens, 5, first, TEST_VOCABULARY));
+  check_logits(first, golden->logits + 4 * TEST_VOCABULARY);
+  kva_session_free(session);
+  kva_session_free(other);
+}
+
 int main(void) {
   CHECK(strcmp(kva_version(), KVA_VERSION) == 0);
   golden golden = golden_read();
@@ -166,6 +188,7 @@ int main(void) {
   errors_leave_the_session_as_it_was(model, &golden);
   scores(model, &golden);
   statistics(model, &golden);
+  filled(model, &golden);
   kv_limit(&golden);
   kva_model_free(model);
   golden_free(&golden);
