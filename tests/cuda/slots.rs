@@ -134,15 +134,16 @@ fn maps(rig: &Rig<'_>, shape: &Shape) -> HeadMaps {
     HeadMaps { kv_heads: shape.kv.kv_heads, inputs: d, outputs: columns, data: rig.buffer(DType::F32, &values) }
 }
 
-fn prefetch(
-    rig: &Rig<'_>,
-    shape: &Shape,
-    sequences: &mut [Sequence],
+/// Where a step is: the layer, the slots that may be used, its number.
+#[derive(Clone, Copy)]
+struct At {
     layer: usize,
     limit: usize,
     step: u32,
-    q: &[f32],
-) {
+}
+
+fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q: &[f32]) {
+    let At { layer, limit, step } = at;
     let width = shape.group * shape.kv.kv_heads * shape.index.columns;
     let queries = rig.buffer(DType::F32, q);
     let mut all: Vec<Prefetch<'_>> = sequences
@@ -167,16 +168,8 @@ fn prefetch(
     rig.b.prefetch(&rig.stream, queries.rows(DType::F32, q.len() / width, width), &mut all).unwrap();
 }
 
-fn admit(
-    rig: &Rig<'_>,
-    shape: &Shape,
-    sequences: &mut [Sequence],
-    layer: usize,
-    limit: usize,
-    step: u32,
-    kv: &[f32],
-    maps: &HeadMaps,
-) {
+fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &[f32], maps: &HeadMaps) {
+    let At { layer, limit, step } = at;
     let width = shape.kv.kv_heads * shape.kv.head_dim;
     let rows = rig.buffer(DType::F32, kv);
     let rows = rows.rows(DType::F32, sequences.len(), 2 * width);
@@ -240,13 +233,14 @@ fn steps_leave_what_the_cpu_leaves() {
             }
             for step in 10..42 {
                 for layer in 0..LAYERS {
+                    let at = At { layer, limit, step };
                     let q = random.normals(lengths.len() * shape.group * shape.kv.kv_heads * shape.index.columns);
                     let kv = random.normals(lengths.len() * 2 * width);
                     for ((rig, sequences), maps) in rigs.iter().zip(&mut both).zip(&maps) {
                         if step % 5 != 0 {
-                            prefetch(rig, &shape, sequences, layer, limit, step, &q);
+                            prefetch(rig, &shape, sequences, at, &q);
                         }
-                        admit(rig, &shape, sequences, layer, limit, step, &kv, maps);
+                        admit(rig, &shape, sequences, at, &kv, maps);
                     }
                 }
                 for (i, (a, b)) in both[0].iter().zip(&both[1]).enumerate() {
