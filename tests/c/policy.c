@@ -74,7 +74,7 @@ static void names(void) {
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.mode, KVA_INFINIGEN_PAPER, "infinigen.mode");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.basis, KVA_INDEX_PLAIN, "infinigen.basis");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.predictor, KVA_PREDICTOR_EXACT, "infinigen.predictor");
-  TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_PAPER, "infinigen.rule");
+  TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_RANDOM, "infinigen.rule");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.attend_cache, 2, "attend_cache is 2");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.tail, 2, "tail is 2");
   /* Names are looked at even where the policy has no use for them. */
@@ -96,6 +96,10 @@ static void shares(void) {
     infinigen.rule = KVA_RULE_PROBABILITY;
     infinigen.select_cap = wrong[i];
     FAILS(check(), KVA_ERROR_INVALID_ARGUMENT, "select_cap is");
+    begin(KVA_POLICY_INFINIGEN);
+    infinigen.rule = KVA_RULE_RANDOM;
+    infinigen.select_renewed = wrong[i];
+    FAILS(check(), KVA_ERROR_INVALID_ARGUMENT, "select_renewed is");
   }
   begin(KVA_POLICY_INFINIGEN);
   infinigen.rule = KVA_RULE_PAPER;
