@@ -62,12 +62,14 @@ pub struct Speculation {
     layers: Vec<Option<LayerSpeculation>>,
     /// Leading rows of the balanced maps, by their number.
     cuts: Mutex<Vec<(usize, Cut)>>,
+    /// Made when it is first asked for.
+    identity: OnceLock<Arc<HeadMaps>>,
 }
 
 impl Speculation {
     /// The products of every layer; layer 0 has none, because nothing comes before it.
     pub fn new(backend: Arc<dyn Backend>, layers: Vec<Option<LayerSpeculation>>) -> Speculation {
-        Speculation { backend, layers, cuts: Mutex::default() }
+        Speculation { backend, layers, cuts: Mutex::default(), identity: OnceLock::new() }
     }
 
     /// Products of a model whose weights are random, from which there is nothing to learn: each layer's own query weight
@@ -75,13 +77,7 @@ impl Speculation {
     pub fn plain(backend: Arc<dyn Backend>, blocks: &[Block], layout: Layout) -> Result<Speculation> {
         let (kv_heads, d) = (layout.kv_heads, layout.head_dim);
         let stream = backend.stream()?;
-        let identity: Vec<u8> =
-            (0..kv_heads * d * d).flat_map(|i| f32::from(i / d % d == i % d).to_ne_bytes()).collect();
-        let maps = || -> Result<HeadMaps> {
-            let mut data = backend.allocate(identity.len(), Place::Device, "speculation basis")?;
-            backend.upload(&stream, &identity, &mut data, 0)?;
-            Ok(HeadMaps { kv_heads, inputs: d, outputs: d, data })
-        };
+        let maps = || identity(&*backend, &stream, kv_heads, d);
         let of = |block: &Block| -> Result<LayerSpeculation> {
             let fitted = query_part(&*backend, &block.attention, layout.heads * d)?;
             Ok(LayerSpeculation::new(fitted, maps()?, IndexMaps { query: maps()?, key: maps()? }))
@@ -152,6 +148,18 @@ impl Speculation {
         Ok(cut)
     }
 
+    /// The heads' own columns, as a basis like the others. Made once.
+    pub fn identity(&self, kv_heads: usize, head_dim: usize) -> Result<Arc<HeadMaps>> {
+        if let Some(maps) = self.identity.get() {
+            return Ok(maps.clone());
+        }
+        let stream = self.backend.stream()?;
+        let maps = identity(&*self.backend, &stream, kv_heads, head_dim)?;
+        self.backend.synchronize(&stream)?;
+        // Another thread may have been faster; both are the same.
+        Ok(self.identity.get_or_init(|| Arc::new(maps)).clone())
+    }
+
     /// Bytes held in backend memory, copies that were asked for not counted.
     pub fn bytes(&self) -> usize {
         let maps = |maps: &HeadMaps| maps.data.bytes();
@@ -162,6 +170,14 @@ impl Speculation {
         };
         self.layers.iter().flatten().map(of).sum()
     }
+}
+
+/// A map for each KV head that changes nothing.
+fn identity(backend: &dyn Backend, stream: &Stream, kv_heads: usize, d: usize) -> Result<HeadMaps> {
+    let bytes: Vec<u8> = (0..kv_heads * d * d).flat_map(|i| f32::from(i / d % d == i % d).to_ne_bytes()).collect();
+    let mut data = backend.allocate(bytes.len(), Place::Device, "speculation basis")?;
+    backend.upload(stream, &bytes, &mut data, 0)?;
+    Ok(HeadMaps { kv_heads, inputs: d, outputs: d, data })
 }
 
 /// The first `columns` rows of each head's map.

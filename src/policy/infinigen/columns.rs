@@ -7,18 +7,17 @@
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{Backend, Buffer, DType, HeadMaps, Place, Rows};
+use crate::backend::{Buffer, DType, HeadMaps, Place, Rows};
 use crate::policy::{Setting, Step};
 use crate::speculate::Speculation;
 
 pub(super) struct Columns {
     speculation: Arc<Speculation>,
-    backend: Arc<dyn Backend>,
     resident_layers: usize,
     /// Columns to choose.
     count: usize,
     /// The head's own columns, where these and not the skewed ones are chosen from.
-    plain: Option<HeadMaps>,
+    plain: Option<Arc<HeadMaps>>,
     /// Σ|q̃| + Σ|k̃| of each column, KV head after KV head, by layer of the store.
     sums: Vec<Vec<f64>>,
     /// What queries go through: the rows of the basis, zero where not chosen. All of them until the first prompt ends.
@@ -38,15 +37,9 @@ impl Columns {
     ) -> Result<Columns> {
         let geometry = &setting.geometry;
         let (heads, d, layers) = (geometry.kv_heads, geometry.head_dim, geometry.layers - resident_layers);
-        let plain = if skewed {
-            None
-        } else {
-            let identity: Vec<f32> = (0..heads * d * d).map(|i| f32::from(i / d % d == i % d)).collect();
-            Some(upload(&*setting.backend, &identity, heads, d)?)
-        };
+        let plain = if skewed { None } else { Some(speculation.identity(heads, d)?) };
         Ok(Columns {
             speculation: speculation.clone(),
-            backend: setting.backend.clone(),
             resident_layers,
             count,
             plain,
@@ -59,7 +52,7 @@ impl Columns {
 
     /// The whole basis of a layer of the model.
     pub(super) fn key(&self, layer: usize) -> &HeadMaps {
-        self.plain.as_ref().unwrap_or_else(|| self.speculation.skew(layer))
+        self.plain.as_deref().unwrap_or_else(|| self.speculation.skew(layer))
     }
 
     /// What queries of a layer of the model go through.
@@ -111,13 +104,12 @@ impl Columns {
     }
 
     /// The prompt is over: chooses the columns.
-    pub(super) fn choose(&mut self) -> Result<()> {
+    pub(super) fn choose(&mut self, step: &Step<'_>) -> Result<()> {
         for layer in 0..self.query.len() {
             let maps = self.key(layer + self.resident_layers);
             let (heads, d) = (maps.kv_heads, maps.inputs);
             let mut bytes = vec![0; heads * d * d * 4];
-            let stream = self.backend.stream()?;
-            self.backend.download(&stream, maps.data.rows(DType::F32, heads * d, d), &mut bytes)?;
+            step.backend.download(step.stream, maps.data.rows(DType::F32, heads * d, d), &mut bytes)?;
             let mut values: Vec<f32> =
                 bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect();
             for (head, sums) in self.sums[layer].chunks_exact(d).enumerate() {
@@ -127,18 +119,12 @@ impl Columns {
                     values[(head * d + column) * d..(head * d + column + 1) * d].fill(0.0);
                 }
             }
-            self.query[layer] = Some(upload(&*self.backend, &values, heads, d)?);
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+            let mut data = step.backend.allocate(bytes.len(), Place::Device, "columns of a session")?;
+            step.backend.upload(step.stream, &bytes, &mut data, 0)?;
+            self.query[layer] = Some(HeadMaps { kv_heads: heads, inputs: d, outputs: d, data });
         }
         self.scratch = None;
         Ok(())
     }
-}
-
-fn upload(backend: &dyn Backend, values: &[f32], kv_heads: usize, d: usize) -> Result<HeadMaps> {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
-    let mut data = backend.allocate(bytes.len(), Place::Device, "columns of a session")?;
-    let stream = backend.stream()?;
-    backend.upload(&stream, &bytes, &mut data, 0)?;
-    backend.synchronize(&stream)?;
-    Ok(HeadMaps { kv_heads, inputs: d, outputs: d, data })
 }

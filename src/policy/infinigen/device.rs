@@ -274,7 +274,7 @@ impl Policy for OnDevice {
             return Ok(());
         }
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.choose()?;
+            columns.choose(step)?;
         }
         let recent = self.prompt.recent(step.position, step.rows);
         let (layers, heads) = (self.fetches.len(), self.kv_heads());

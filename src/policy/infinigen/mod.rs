@@ -359,7 +359,7 @@ impl Policy for Infinigen {
         }
         let recent = self.prompt.recent(step.position, step.rows);
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.choose()?;
+            columns.choose(step)?;
         }
         for layer in 0..self.selected.len() {
             self.moves.clear();
