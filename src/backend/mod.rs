@@ -40,11 +40,6 @@ pub trait Backend: Send + Sync {
         true
     }
 
-    /// Whether it has what speculation needs: index and rehearsals.
-    fn has_speculation(&self) -> bool {
-        true
-    }
-
     /// Whether it has what eviction from a full pool needs: entries and partial keys that are stored over others.
     fn has_eviction(&self) -> bool {
         false

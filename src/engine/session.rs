@@ -74,21 +74,18 @@ impl SessionOptions {
 /// Errors where the model's backend lacks what a policy needs, before anything is made.
 fn check_backend(model: &Model, options: &PolicyOptions) -> Result<()> {
     let backend = model.backend();
-    let refused = |what: String| {
+    let refused = |what: &str| {
         Err(Error::unsupported(format!(
             "{what} is not there on {} yet; load the model with device=cpu",
             backend.description()
         )))
     };
-    if options.kind == PolicyKind::Infinigen && !backend.has_speculation() {
-        return refused(format!("policy {}", options.kind.name()));
-    }
     let stores = matches!(options.kind, PolicyKind::Full | PolicyKind::Int4 | PolicyKind::Infinigen);
     if stores && matches!(options.tier, KvTier::File(_)) && !backend.has_files() {
-        return refused("KV in a file (tier file)".to_string());
+        return refused("KV in a file (tier file)");
     }
     if options.eviction != Eviction::Off && !backend.has_eviction() {
-        return refused("eviction from a full pool".to_string());
+        return refused("eviction from a full pool");
     }
     Ok(())
 }

@@ -39,9 +39,7 @@ fn there(model: &Model, policy: &PolicyOptions) -> bool {
     if policy.kind == PolicyKind::Infinigen && by_host && backend.selects_on_device() {
         return false;
     }
-    (backend.has_files() || !in_file)
-        && (backend.has_eviction() || !evicts)
-        && (backend.has_speculation() || policy.kind != PolicyKind::Infinigen)
+    (backend.has_files() || !in_file) && (backend.has_eviction() || !evicts)
 }
 
 /// Whether entries may lie there.
