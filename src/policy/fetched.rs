@@ -6,6 +6,8 @@
 //!   sequence: while a layer is computed, the next one is on its way (FlexGen's order). This is so for decode and for
 //!   prompts alike; every chunk of a prompt fetches what came before it once.
 //! - From memory a layer lands as soon as it is asked for, on the side stream for fetches; from a file when it is needed.
+//!   A prompt's chunks move exact entries by copy engines where the backend has them (`copy_first` in, `copy_from` out),
+//!   so that the prompt keeps the multiprocessors.
 //!   Two events for each area keep the streams apart: the fetch waits until the area has been attended, and attention
 //!   until the fetch has landed.
 //! - A step's own entries are put into the staging area directly. They are attended exactly in that step, whatever the
