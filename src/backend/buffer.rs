@@ -18,6 +18,7 @@ pub enum DType {
 
 impl DType {
     /// Bytes of one element.
+    #[inline]
     pub const fn bytes(self) -> usize {
         match self {
             DType::F32 | DType::U32 => 4,
@@ -77,6 +78,7 @@ impl Buffer {
     }
 
     /// Size in bytes.
+    #[inline]
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -87,11 +89,13 @@ impl Buffer {
     }
 
     /// The address, meaningful to the backend that made the buffer.
+    #[inline]
     pub fn address(&self) -> *const u8 {
         self.address
     }
 
     /// The address for writing.
+    #[inline]
     pub fn address_mut(&mut self) -> *mut u8 {
         self.address
     }
@@ -100,17 +104,20 @@ impl Buffer {
     ///
     /// # Panics
     /// When the buffer is smaller than that: a defect of the caller, never of input.
+    #[inline]
     pub fn rows(&self, dtype: DType, rows: usize, cols: usize) -> Rows<'_> {
         self.check(dtype, rows, cols);
         Rows { base: self.address, rows, cols, stride: cols, dtype, borrow: PhantomData }
     }
 
     /// As [`Buffer::rows`], for writing.
+    #[inline]
     pub fn rows_mut(&mut self, dtype: DType, rows: usize, cols: usize) -> RowsMut<'_> {
         self.check(dtype, rows, cols);
         RowsMut { base: self.address, rows, cols, stride: cols, dtype, borrow: PhantomData }
     }
 
+    #[inline]
     fn check(&self, dtype: DType, rows: usize, cols: usize) {
         let wanted = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.bytes()));
         assert!(

@@ -19,6 +19,7 @@ pub struct Linear {
 
 impl Linear {
     /// The matrix as rows.
+    #[inline]
     pub fn rows(&self) -> Rows<'_> {
         self.data.rows(self.dtype, self.outputs, self.inputs)
     }

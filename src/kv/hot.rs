@@ -28,9 +28,22 @@ pub struct HotCache {
     begun: u32,
     /// Entries that this step overwrites, where they are kept ([`HotCache::keep`]).
     overwritten: Overwritten,
-    /// Scratch of the search for victims.
-    candidates: Vec<u64>,
+    /// What the search for victims works in, and has found.
+    search: Search,
 }
+
+/// Scratch of [`Table::victims`].
+#[derive(Default)]
+struct Search {
+    /// Oldest use of each block of slots, and the same sorted as far as needed.
+    oldest: Vec<u32>,
+    sorted: Vec<u32>,
+    /// Last use and slot in one number.
+    found: Vec<u64>,
+}
+
+/// Slots whose oldest use is looked for together.
+const BLOCK: usize = 64;
 
 /// Slots of one layer and KV head.
 #[derive(Default)]
@@ -62,7 +75,7 @@ impl HotCache {
             clock: 1,
             begun: 1,
             overwritten: Overwritten::new(geometry.row_bytes()),
-            candidates: Vec::new(),
+            search: Search::default(),
         }
     }
 
@@ -177,9 +190,10 @@ impl HotCache {
                 m.to = table.push(m.from, clock);
             }
             let rest = &mut moves[first + pushed..];
-            table.victims(rest.len(), clock, guard, &mut self.candidates);
-            assert!(self.candidates.len() >= rest.len(), "fewer slots than what is guarded and selected");
-            for (m, &victim) in rest.iter_mut().zip(&self.candidates) {
+            table.victims(rest.len(), clock, guard, &mut self.search);
+            let found = &self.search.found;
+            assert!(found.len() >= rest.len(), "fewer slots than what is guarded and selected");
+            for (m, &victim) in rest.iter_mut().zip(found) {
                 m.to = victim as u32;
                 table.replace(m.to, m.from, clock);
             }
@@ -200,8 +214,8 @@ impl HotCache {
             self.counts[at] += 1;
             return table.push(row, clock);
         }
-        table.victims(1, clock, guard, &mut self.candidates);
-        let victim = *self.candidates.first().expect("one slot more than what is guarded and selected") as u32;
+        table.victims(1, clock, guard, &mut self.search);
+        let victim = *self.search.found.first().expect("one slot more than what is guarded and selected") as u32;
         table.replace(victim, row, clock);
         victim
     }
@@ -344,18 +358,38 @@ impl Table {
         self.journal.push(Change::Replaced { slot, row, used });
     }
 
-    /// The `count` slots unused for longest, of equals the lower ones, into `found`: (last use, slot) in one number, in
-    /// ascending order of slots.
-    fn victims(&self, count: usize, clock: u32, guard: Guard, found: &mut Vec<u64>) {
+    /// The `count` slots unused for longest, of equals the lower ones, into `search.found`, in ascending order of slots.
+    ///
+    /// There are thousands of slots and few victims, every step and KV head, so most slots are only compared: the
+    /// `count`-th oldest of the blocks' oldest uses is a bound, for as many slots are at least as old.
+    fn victims(&self, count: usize, clock: u32, guard: Guard, search: &mut Search) {
+        let Search { oldest, sorted, found } = search;
         found.clear();
         if count == 0 {
             return;
         }
-        let all = self.used.iter().zip(self.slots.rows()).enumerate();
-        found.extend(
-            all.filter(|&(_, (&used, &row))| used < clock && !guard.protects(row))
-                .map(|(slot, (&used, _))| u64::from(used) << 32 | slot as u64),
+        // Never the use of a slot that may give way.
+        let never = u32::MAX;
+        let age = |used: u32, row: u32| if used < clock && !guard.protects(row) { used } else { never };
+        let blocks = || self.used.chunks(BLOCK).zip(self.slots.rows().chunks(BLOCK));
+        oldest.clear();
+        oldest.extend(
+            blocks().map(|(used, rows)| used.iter().zip(rows).fold(never, |least, (&u, &row)| least.min(age(u, row)))),
         );
+        let bound = if count <= oldest.len() {
+            sorted.clone_from(oldest);
+            *sorted.select_nth_unstable(count - 1).1
+        } else {
+            never
+        };
+        for (block, (used, rows)) in blocks().enumerate().filter(|&(block, _)| oldest[block] <= bound) {
+            for (i, (&used, &row)) in used.iter().zip(rows).enumerate() {
+                let age = age(used, row);
+                if age <= bound && age != never {
+                    found.push(u64::from(age) << 32 | (block * BLOCK + i) as u64);
+                }
+            }
+        }
         if count < found.len() {
             found.select_nth_unstable(count);
             found.truncate(count);

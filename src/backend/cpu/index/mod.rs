@@ -329,11 +329,13 @@ impl<'a> Outcome<'a> {
         for ((tail, scores), &shift) in self.tail.iter_mut().zip(scores.chunks_exact_mut(stride)).zip(shifts) {
             // Not where scores are NaN or infinite.
             let known = shift.is_finite() && scores.iter().any(|&score| score > f32::NEG_INFINITY);
-            let mut count = 0usize;
-            for (value, &row) in values.iter_mut().zip(self.present.iter().chain(&*self.rows)) {
-                // A row that is there twice counts once.
-                *value = std::mem::replace(&mut scores[row as usize], f32::NEG_INFINITY);
-                count += 1;
+            let count = self.present.len() + self.rows.len();
+            let (present, selected) = values.split_at_mut(self.present.len());
+            for (values, rows) in [(present, self.present), (selected, &*self.rows)] {
+                for (value, &row) in values.iter_mut().zip(rows) {
+                    // A row that is there twice counts once.
+                    *value = std::mem::replace(&mut scores[row as usize], f32::NEG_INFINITY);
+                }
             }
             let padded = count.next_multiple_of(LANES);
             values[count..padded].fill(f32::NEG_INFINITY);

@@ -177,8 +177,10 @@ impl Kernel for Ranks<'_> {
         let mut i = self.from / LANES * LANES;
         for (ranks, largest) in self.ranks.chunks_exact_mut(LANES).zip(self.largest) {
             let mut rank = never;
-            for (scores, &shift) in self.scores.chunks_exact(self.stride).zip(self.shifts) {
-                rank = s.max(s.sub(s.load_slice(&scores[i..]), s.splat(shift)), rank);
+            for (h, &shift) in self.shifts.iter().enumerate() {
+                // One index rather than slices of `stride`, which would divide for every vector.
+                let score = s.load_slice(&self.scores[h * self.stride + i..]);
+                rank = s.max(s.sub(score, s.splat(shift)), rank);
             }
             if i < self.from || i + LANES > self.to {
                 rank = within(s, rank, self.from as f32 - i as f32, self.to as f32 - i as f32, never);
