@@ -193,7 +193,7 @@ impl Layer<'_> {
         let selectable = SINKS..n - WINDOW;
         let most = |share: f32| {
             let wanted = (f64::from(share) * n as f64).round() as usize;
-            wanted.min(CACHE - ALWAYS).max(1).min(selectable.len())
+            wanted.clamp(1, CACHE - ALWAYS).min(selectable.len())
         };
         // Scores of past tokens, less what normalises them.
         let scores: Vec<Vec<f64>> = (0..self.heads)
