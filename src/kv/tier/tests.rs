@@ -247,7 +247,7 @@ impl Checked {
     }
 
     /// Rows that have come since the step began stay; they mean nothing to a caller that undoes it.
-    fn undo(&mut self) -> Result<()> {
+    pub(super) fn undo(&mut self) -> Result<()> {
         self.store.undo(&*self.backend, &Stream(0))?;
         self.open.clear();
         let (rows, before) = &self.begun;
