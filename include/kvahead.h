@@ -710,6 +710,16 @@ typedef struct {
    * a GPU yet. Default: 1; paper: 0.
    */
   uint32_t tail;
+  /**
+   * Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
+   * the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none. Not
+   * on a GPU yet. Default: 0; paper: 0.
+   */
+  float correct;
+  /**
+   * Must be 0.
+   */
+  uint32_t reserved;
 } kva_infinigen_options;
 
 /**
@@ -951,6 +961,10 @@ typedef struct {
    * Entries overwritten because there was no more room.
    */
   uint64_t kv_evicted;
+  /**
+   * Selected entries that a correction has added (`kva_infinigen_options.correct`).
+   */
+  uint64_t kv_corrected;
 } kva_statistics;
 
 /**

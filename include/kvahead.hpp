@@ -491,6 +491,7 @@ struct InfinigenOptions {
   std::uint64_t cache_least = 0;          ///< fewest of them: a shorter sequence is attended in full
   bool attend_cache = false;              ///< attend everything that is on the device, selected or not
   bool tail = false;                      ///< attend also one entry that stands for everything else
+  float correct = 0;                      ///< most to add when the true queries have come, as a share; 0: nothing
 
   /// The library's defaults for a mode.
   explicit InfinigenOptions(InfinigenMode of = InfinigenMode::standard) : mode(of) {
@@ -513,6 +514,7 @@ struct InfinigenOptions {
       cache_least = c->cache_least;
       attend_cache = c->attend_cache != 0;
       tail = c->tail != 0;
+      correct = c->correct;
     }
   }
 
@@ -541,6 +543,7 @@ struct InfinigenOptions {
       c->cache_least = cache_least;
       c->attend_cache = attend_cache ? 1 : 0;
       c->tail = tail ? 1 : 0;
+      c->correct = correct;
     }
     return c;
   }
@@ -942,6 +945,7 @@ struct Statistics {
   double kv_read_seconds = 0;               ///< reads from files were in flight
   double kv_wait_seconds = 0;               ///< steps stood still for them
   std::uint64_t kv_evicted = 0;             ///< entries overwritten because there was no more room
+  std::uint64_t kv_corrected = 0;           ///< selected entries that a correction has added
 };
 
 /// One sequence and its KV. Move-only; one thread at a time, except for `cancel`, `length` and `capacity`.
@@ -1090,6 +1094,7 @@ class Session {
     statistics.kv_read_seconds = c.kv_read_seconds;
     statistics.kv_wait_seconds = c.kv_wait_seconds;
     statistics.kv_evicted = c.kv_evicted;
+    statistics.kv_corrected = c.kv_corrected;
     return statistics;
   }
   Result<void> reset_statistics() { return detail::check(kva_session_reset_statistics(get())); }

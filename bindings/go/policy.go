@@ -130,6 +130,7 @@ type InfinigenOptions struct {
 	CacheLeast     uint64  // fewest of them: a shorter sequence is attended in full
 	AttendCache    bool    // attend everything that is on the device, selected or not
 	Tail           bool    // attend also one entry that stands for everything else
+	Correct        float32 // most to add when the true queries have come, as a share; 0: nothing
 }
 
 // NewInfinigenOptions gives the library's defaults for a mode.
@@ -158,6 +159,7 @@ func NewInfinigenOptions(mode InfinigenMode) (*InfinigenOptions, error) {
 		CacheLeast:     uint64(c.cache_least),
 		AttendCache:    c.attend_cache != 0,
 		Tail:           c.tail != 0,
+		Correct:        float32(c.correct),
 	}, nil
 }
 
@@ -197,6 +199,7 @@ func (a *arena) infinigen(o *InfinigenOptions) (*C.kva_infinigen_options, error)
 	if o.Tail {
 		c.tail = 1
 	}
+	c.correct = C.float(o.Correct)
 	return c, nil
 }
 

@@ -56,6 +56,7 @@ func TestPolicyOptionsAreChecked(t *testing.T) {
 		"budget is 4 tokens":                {Policy: Window, Budget: Budget{Tokens: 4}},
 		"eviction needs policy infinigen":   {Eviction: EvictionLRU},
 		"ratio is 2":                        {Policy: Infinigen, Infinigen: infinigen(func(o *InfinigenOptions) { o.Ratio = 2 })},
+		"correct is -1":                     {Policy: Infinigen, Infinigen: infinigen(func(o *InfinigenOptions) { o.Correct = -1 })},
 		"index_bits is 5":                   {Policy: Infinigen, Infinigen: infinigen(func(o *InfinigenOptions) { o.IndexBits = 5 })},
 		"options.infinigen.predictor is 11": {Policy: Infinigen, Infinigen: infinigen(func(o *InfinigenOptions) { o.Predictor = 11 })},
 	} {

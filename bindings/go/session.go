@@ -295,6 +295,7 @@ type Statistics struct {
 	KVReadSeconds      float64 // reads from files were in flight
 	KVWaitSeconds      float64 // steps stood still for them
 	KVEvicted          uint64  // entries overwritten because there was no more room
+	KVCorrected        uint64  // selected entries that a correction has added
 }
 
 // Statistics says what the session has done.
@@ -327,6 +328,7 @@ func (s *Session) Statistics() (Statistics, error) {
 		KVReadSeconds:      float64(c.kv_read_seconds),
 		KVWaitSeconds:      float64(c.kv_wait_seconds),
 		KVEvicted:          uint64(c.kv_evicted),
+		KVCorrected:        uint64(c.kv_corrected),
 	}, nil
 }
 

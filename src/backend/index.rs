@@ -230,10 +230,13 @@ pub struct Selected {
     /// For each KV head the selected rows, ascending. Rows of equal score are taken in ascending order; a score that is
     /// NaN ranks below all others.
     pub rows: Vec<Vec<u32>>,
-    /// Given, where the tail is wanted: for each KV head the rows of the index that will be attended whether they are
-    /// selected or not, each once. Not with [`Selection::Paper`], which knows no probabilities.
+    /// Given, where the tail or a correction is wanted: for each KV head the rows of the index that will be attended whether
+    /// they are selected or not, each once.
     pub present: Vec<Vec<u32>>,
+    /// Given, for a correction: what the rule picks of the rows that are present is left out, and of the others each KV head
+    /// keeps the best ones, at most so many.
+    pub most_absent: Vec<usize>,
     /// Where `present` is given: for each query head the speculated probability of all rows that are neither present nor
-    /// selected, 0 to 1.
+    /// selected, 0 to 1. Not with [`Selection::Paper`], which knows no probabilities.
     pub tail: Vec<f32>,
 }

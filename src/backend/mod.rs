@@ -256,7 +256,7 @@ pub trait Backend: Send + Sync {
     /// Copies the entry of every row that has a slot into it.
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
 
-    /// Whether [`Backend::rehearse`] finds out tails, and [`Backend::blend`] and [`Backend::add_tail`] work.
+    /// Whether [`Backend::rehearse`] finds out tails and corrections, and [`Backend::blend`] and [`Backend::add_tail`] work.
     fn has_tail(&self) -> bool {
         false
     }

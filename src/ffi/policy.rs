@@ -146,9 +146,15 @@ pub struct kva_infinigen_options {
     /// gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`, and not on
     /// a GPU yet. Default: 1; paper: 0.
     pub tail: u32,
+    /// Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
+    /// the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none. Not
+    /// on a GPU yet. Default: 0; paper: 0.
+    pub correct: f32,
+    /// Must be 0.
+    pub reserved: u32,
 }
 
-sized32!(kva_infinigen_options, last: tail: u32);
+sized32!(kva_infinigen_options, versions: [tail: u32, reserved: u32]);
 
 impl Options for kva_infinigen_options {
     fn defaults() -> Self {
@@ -220,6 +226,8 @@ impl From<InfinigenOptions> for kva_infinigen_options {
             select_tokens: random.0,
             select_renewed: random.1,
             tail: options.tail.into(),
+            correct: options.correct,
+            reserved: 0,
         }
     }
 }
@@ -257,6 +265,7 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
     type Error = Error;
 
     fn try_from(options: kva_infinigen_options) -> Result<InfinigenOptions> {
+        options::check_reserved(options.reserved, "options.infinigen")?;
         Ok(InfinigenOptions {
             mode: infinigen_mode(options.mode, "options.infinigen.mode")?,
             basis: match options.basis {
@@ -291,6 +300,7 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
             cache_least: tokens(options.cache_least),
             attend_cache: switch(options.attend_cache, "options.infinigen.attend_cache")?,
             tail: switch(options.tail, "options.infinigen.tail")?,
+            correct: options.correct,
         })
     }
 }
@@ -414,6 +424,7 @@ mod tests {
                 cache: Budget::Tokens(99),
                 cache_least: 5,
                 tail: false,
+                correct: 0.01,
                 ..InfinigenOptions::default()
             },
             InfinigenOptions { predictor: Predictor::Exact, cache: Budget::Share(0.0), ..InfinigenOptions::default() },

@@ -163,9 +163,11 @@ pub struct kva_statistics {
     pub kv_wait_seconds: f64,
     /// Entries overwritten because there was no more room.
     pub kv_evicted: u64,
+    /// Selected entries that a correction has added (`kva_infinigen_options.correct`).
+    pub kv_corrected: u64,
 }
 
-sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64]);
+sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64, kv_corrected: u64]);
 
 /// Options as the engine takes them.
 ///
@@ -524,6 +526,7 @@ pub unsafe extern "C" fn kva_session_get_statistics(
             kv_read_seconds: counters.read_seconds,
             kv_wait_seconds: counters.wait_seconds,
             kv_evicted: counters.evicted,
+            kv_corrected: counters.corrected,
         });
         Ok(())
     })

@@ -98,6 +98,9 @@ impl InfinigenOptions {
         if self.sinks.checked_add(self.window).is_none() {
             return Err(out_of_range("window", self.window, "a number of tokens"));
         }
+        if self.correct.is_nan() || !(0.0..=1.0).contains(&self.correct) {
+            return Err(out_of_range("correct", self.correct, "a share of the tokens from 0 (no correction) to 1"));
+        }
         match self.cache {
             Budget::Share(share) if share.is_nan() || !(0.0..=1.0).contains(&share) => {
                 Err(out_of_range("cache", share, "a share of the tokens from 0 to 1"))
@@ -178,8 +181,10 @@ mod tests {
         // Nothing need be cached.
         for share in [0.0, 1.0] {
             infinigen(|o| o.cache = Budget::Share(share)).check().unwrap();
+            infinigen(|o| o.correct = share).check().unwrap();
         }
         for share in [f32::NAN, -0.1, 1.1] {
+            refused(&infinigen(|o| o.correct = share), &format!("correct is {share}"));
             refused(&infinigen(|o| o.cache = Budget::Share(share)), "cache is");
         }
         for value in [f32::NAN, f32::INFINITY, 0.0, -1.0] {

@@ -83,7 +83,7 @@ pub enum QuerySource<'a> {
     Previous(&'a Linear),
     /// This weight on the hidden state before the layer before, normalised by this layer's norm.
     Renormalised(&'a Linear),
-    /// The layer's own queries: too late to hide a fetch, for tests.
+    /// The layer's own queries: too late to hide a fetch, for corrections and for tests.
     Exact,
 }
 
@@ -108,7 +108,8 @@ pub trait Policy: Send {
         Ok(())
     }
 
-    /// What the rehearsal of `layer` needs, if this policy rehearses it at `position`.
+    /// What the rehearsal of `layer` needs, if this policy rehearses it at `position`. Asked a layer ahead, where all but
+    /// [`QuerySource::Exact`] is done, and again when the layer's own queries are there, where that is done.
     fn lookahead(&self, _layer: usize, _position: usize) -> Option<Lookahead<'_>> {
         None
     }

@@ -118,6 +118,9 @@ pub struct InfinigenOptions {
     /// Attend also one entry that stands for everything else, with the mean value and the weight that speculation gives
     /// to it. Not with the paper's rule.
     pub tail: bool,
+    /// Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
+    /// the best entries, at most this share of the tokens in each KV head; 0 for none.
+    pub correct: f32,
 }
 
 impl InfinigenOptions {
@@ -138,6 +141,7 @@ impl InfinigenOptions {
                 cache_least: 320,
                 attend_cache: true,
                 tail: true,
+                correct: 0.0,
             },
             InfinigenMode::Paper => InfinigenOptions {
                 mode,
@@ -153,6 +157,7 @@ impl InfinigenOptions {
                 cache_least: 64,
                 attend_cache: false,
                 tail: false,
+                correct: 0.0,
             },
         }
     }
@@ -222,6 +227,8 @@ pub struct KvCounters {
     pub hits: u64,
     /// Selected entries that were not, and were fetched.
     pub misses: u64,
+    /// Selected entries that a correction has added.
+    pub corrected: u64,
     /// Bytes fetched from the host tier.
     pub host_bytes: u64,
     /// Bytes read from the file tier, as the entries need them.

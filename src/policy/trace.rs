@@ -1,8 +1,9 @@
 //! A trace: what was speculated, selected, hit, missed and fetched, by step, layer and KV head.
 //!
-//! The file is little-endian: the bytes `KVATRACE`, then `u32` version (1), layers of the model, KV heads, 0. Then one record after
+//! The file is little-endian: the bytes `KVATRACE`, then `u32` version (2), layers of the model, KV heads, 0. Then one record after
 //! another: `u32` position of the step's token, `u16` layer, `u16` KV head, `u32` candidates (past tokens held), `u32` selected,
-//! `u32` hits, `u32` misses; then the positions of the selected and then of the missed tokens, ascending, as `u32` each.
+//! `u32` hits, `u32` misses, `u32` corrected; then the positions of the selected, of the missed and of the corrected tokens, ascending, as
+//! `u32` each.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use crate::{Error, ErrorCode, Result};
 
 const MAGIC: &[u8; 8] = b"KVATRACE";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Writes a trace.
 pub struct TraceWriter {
@@ -34,6 +35,8 @@ pub struct Record {
     pub selected: Vec<u32>,
     /// Those of them that were not on the device, ascending.
     pub missed: Vec<u32>,
+    /// Those of the selected ones that a correction has added, ascending.
+    pub corrected: Vec<u32>,
 }
 
 impl TraceWriter {
@@ -49,7 +52,7 @@ impl TraceWriter {
 
     /// Adds a record.
     pub fn write(&mut self, record: &Record) -> Result<()> {
-        let Record { selected, missed, .. } = record;
+        let Record { selected, missed, corrected, .. } = record;
         let counts = [
             record.position,
             u32::from(record.layer) | u32::from(record.head) << 16,
@@ -57,8 +60,10 @@ impl TraceWriter {
             selected.len() as u32,
             (selected.len() - missed.len()) as u32,
             missed.len() as u32,
+            corrected.len() as u32,
         ];
-        let result = self.words(&counts).and_then(|()| self.words(selected)).and_then(|()| self.words(missed));
+        let lists = [&counts[..], selected, missed, corrected];
+        let result = lists.into_iter().try_for_each(|words| self.words(words));
         self.checked(result)
     }
 
@@ -94,7 +99,7 @@ impl TraceReader {
         reader.fill(&mut magic)?;
         let version = reader.word()?;
         if &magic != MAGIC || version != VERSION {
-            return Err(reader.invalid("this is no trace of version 1"));
+            return Err(reader.invalid("this is no trace of version 2"));
         }
         (reader.layers, reader.kv_heads) = (reader.word()?, reader.word()?);
         reader.word()?;
@@ -113,16 +118,17 @@ impl TraceReader {
         }
         self.fill(&mut first[1..])?;
         let place = self.word()?;
-        let (candidates, selected, hits, missed) = (self.word()?, self.word()?, self.word()?, self.word()?);
+        let (candidates, selected, hits) = (self.word()?, self.word()?, self.word()?);
+        let (missed, corrected) = (self.word()?, self.word()?);
         let (layer, head) = (place as u16, (place >> 16) as u16);
-        let fits = selected <= candidates && hits.checked_add(missed) == Some(selected);
+        let fits = selected <= candidates && hits.checked_add(missed) == Some(selected) && corrected <= selected;
         if !fits || u32::from(layer) >= self.layers || u32::from(head) >= self.kv_heads {
             return Err(self.invalid("a record's counts do not fit each other"));
         }
         // Grown by what is really there, so that a count of nonsense allocates nothing.
         let mut rows = |count: u32| (0..count).map(|_| self.word()).collect::<Result<Vec<u32>>>();
-        let (selected, missed) = (rows(selected)?, rows(missed)?);
-        Ok(Some(Record { position: u32::from_le_bytes(first), layer, head, candidates, selected, missed }))
+        let (selected, missed, corrected) = (rows(selected)?, rows(missed)?, rows(corrected)?);
+        Ok(Some(Record { position: u32::from_le_bytes(first), layer, head, candidates, selected, missed, corrected }))
     }
 
     fn word(&mut self) -> Result<u32> {
@@ -154,7 +160,15 @@ mod tests {
 
     fn records() -> Vec<Record> {
         vec![
-            Record { position: 900, layer: 2, head: 1, candidates: 900, selected: vec![4, 8, 77], missed: vec![8] },
+            Record {
+                position: 900,
+                layer: 2,
+                head: 1,
+                candidates: 900,
+                selected: vec![4, 8, 77],
+                missed: vec![8],
+                corrected: vec![8, 77],
+            },
             Record { position: 900, layer: 3, head: 0, candidates: 900, ..Record::default() },
         ]
     }
@@ -171,7 +185,7 @@ mod tests {
         assert_eq!(reader.collect::<Result<Vec<_>>>().unwrap(), records());
 
         let bytes = std::fs::read(&path).unwrap();
-        let ends = [24, 24 + 24 + 16, bytes.len()];
+        let ends = [24, 24 + 28 + 24, bytes.len()];
         for length in 0..bytes.len() {
             std::fs::write(&path, &bytes[..length]).unwrap();
             let outcome = TraceReader::open(&path).and_then(|reader| reader.collect::<Result<Vec<_>>>());

@@ -7,6 +7,7 @@
 enum {
   FIRST_MODEL = offsetof(kva_model_options, speculation_cache_path),
   FIRST_SESSION = offsetof(kva_session_options, kv_tier),
+  FIRST_INFINIGEN = offsetof(kva_infinigen_options, correct),
   FIRST_STATISTICS = offsetof(kva_statistics, kv_steps)
 };
 
@@ -171,7 +172,7 @@ static void nested_sampling_options(kva_session *session) {
 int main(void) {
   TEST_INIT(kva_model_options_init, model, kva_model_options, FIRST_MODEL);
   TEST_INIT(kva_session_options_init, session, kva_session_options, FIRST_SESSION);
-  TEST_INIT(infinigen_init, infinigen, kva_infinigen_options, sizeof(kva_infinigen_options));
+  TEST_INIT(infinigen_init, infinigen, kva_infinigen_options, FIRST_INFINIGEN);
   TEST_INIT(kva_sampling_options_init, sampling, kva_sampling_options, sizeof(kva_sampling_options));
   TEST_INIT(kva_generate_options_init, generate, kva_generate_options, sizeof(kva_generate_options));
 
@@ -181,8 +182,7 @@ int main(void) {
   OK(kva_session_prefill(session, &token, 1, NULL, 0));
   TEST_OPTIONS(kva_model_options_init, model, kva_model_options, FIRST_MODEL, load());
   TEST_OPTIONS(kva_session_options_init, session, kva_session_options, FIRST_SESSION, create(model));
-  TEST_OPTIONS(infinigen_init, infinigen, kva_infinigen_options, sizeof(kva_infinigen_options),
-               create_with_infinigen(model));
+  TEST_OPTIONS(infinigen_init, infinigen, kva_infinigen_options, FIRST_INFINIGEN, create_with_infinigen(model));
   TEST_OPTIONS(kva_sampling_options_init, sampling, kva_sampling_options, sizeof(kva_sampling_options), sample(session));
   TEST_OPTIONS(kva_generate_options_init, generate, kva_generate_options, sizeof(kva_generate_options),
                generate(session));

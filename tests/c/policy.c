@@ -56,6 +56,7 @@ static void defaults(void) {
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_DEFAULT));
   CHECK(infinigen.mode == KVA_INFINIGEN_DEFAULT && infinigen.basis == KVA_INDEX_BALANCED && infinigen.index_bits == 4);
   CHECK(infinigen.rule == KVA_RULE_PROBABILITY && infinigen.select_below == 7 && infinigen.attend_cache == 1 && infinigen.tail == 1);
+  CHECK(infinigen.correct == 0);
   CHECK(infinigen.predictor == KVA_PREDICTOR_FITTED);
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_PAPER));
   CHECK(infinigen.mode == KVA_INFINIGEN_PAPER && infinigen.basis == KVA_INDEX_SKEWED && infinigen.index_bits == 32);
@@ -77,6 +78,7 @@ static void names(void) {
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_RANDOM, "infinigen.rule");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.attend_cache, 2, "attend_cache is 2");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.tail, 2, "tail is 2");
+  REFUSED(KVA_POLICY_INFINIGEN, infinigen.reserved, 1, "reserved is 1");
   /* Names are looked at even where the policy has no use for them. */
   REFUSED(KVA_POLICY_FULL, infinigen.basis, 9, "infinigen.basis is 9");
 }
@@ -92,6 +94,7 @@ static void shares(void) {
     infinigen.select_share = wrong[i];
     FAILS(check(), KVA_ERROR_INVALID_ARGUMENT, "select_share is");
     if (wrong[i] != 0) REFUSED(KVA_POLICY_INFINIGEN, infinigen.cache_share, wrong[i], "cache is");
+    if (wrong[i] != 0) REFUSED(KVA_POLICY_INFINIGEN, infinigen.correct, wrong[i], "correct is");
     begin(KVA_POLICY_INFINIGEN);
     infinigen.rule = KVA_RULE_PROBABILITY;
     infinigen.select_cap = wrong[i];

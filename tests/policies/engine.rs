@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use kvahead::backend::{Backend, DType};
 use kvahead::engine::{Estimate, Model, Session, SessionOptions, decode_batch};
 use kvahead::kv::{Eviction, FileOptions, KvTier, Payload};
-use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
+use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Predictor, Rule};
 use kvahead::{Error, ErrorCode};
 
 use crate::common::{Golden, data, load, relative_error};
@@ -35,7 +35,8 @@ fn there(model: &Model, policy: &PolicyOptions) -> bool {
     let in_file = matches!(policy.tier, KvTier::File(_));
     let evicts = policy.eviction != Eviction::Off;
     // What only the host's variant of infinigen does.
-    let by_host = policy.payload != Payload::Exact || !policy.infinigen.attend_cache;
+    let own = &policy.infinigen;
+    let by_host = policy.payload != Payload::Exact || !own.attend_cache || own.correct > 0.0;
     if policy.kind == PolicyKind::Infinigen && by_host && backend.selects_on_device() {
         return false;
     }
@@ -76,8 +77,22 @@ fn every(model: &Model) -> Vec<PolicyOptions> {
         },
         PolicyOptions { tier: KvTier::Host, ..evicting(InfinigenMode::Default, Eviction::Counter, 11, 20) },
         evicting(InfinigenMode::Paper, Eviction::Counter, 10, 6),
+        correcting(infinigen(InfinigenMode::Default)),
+        correcting(infinigen(InfinigenMode::Paper)),
+        correcting(PolicyOptions {
+            tier: file(false),
+            payload: Payload::Int8,
+            ..evicting(InfinigenMode::Default, Eviction::Lru, 16, 10)
+        }),
+        correcting(PolicyOptions { tier: file(true), ..evicting(InfinigenMode::Default, Eviction::Counter, 11, 20) }),
     ];
     all.into_iter().filter(|policy| there(model, policy)).collect()
+}
+
+/// The same with a weak predictor, which leaves something to correct.
+fn correcting(policy: PolicyOptions) -> PolicyOptions {
+    let infinigen = InfinigenOptions { predictor: Predictor::Own, correct: 0.1, ..policy.infinigen };
+    PolicyOptions { infinigen, ..policy }
 }
 
 /// A pool and a cache of so many tokens.

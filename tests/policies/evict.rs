@@ -11,7 +11,7 @@ use kvahead::engine::{Model, ModelOptions, Session, SessionOptions, decode_batch
 use kvahead::kv::{Eviction, FileOptions, KvTier, Payload, SequenceKv};
 use kvahead::policy::{
     self, Ahead, Budget, InfinigenMode, InfinigenOptions, KvCounters, Lookahead, Phase, Policy, PolicyKind,
-    PolicyOptions, Rule, Setting, Step, TierBytes, TraceReader,
+    PolicyOptions, Predictor, Record, Rule, Setting, Step, TierBytes, TraceReader,
 };
 use kvahead::{Error, ErrorCode, Result};
 
@@ -197,7 +197,7 @@ impl Policy for Watching {
 struct Outcome {
     logits: Vec<Vec<f32>>,
     attended: Sets,
-    selected: HashMap<(usize, usize, usize), Vec<u32>>,
+    selected: HashMap<(usize, usize, usize), Selected>,
     counters: KvCounters,
 }
 
@@ -218,9 +218,17 @@ fn watch(model: &Model, policy: &PolicyOptions, tokens: &[u32], calls: &[usize])
     Outcome { logits, attended, selected: selections(&trace), counters }
 }
 
-fn selections(trace: &Path) -> HashMap<(usize, usize, usize), Vec<u32>> {
+/// What a step has selected, and those of it that a correction has added.
+#[derive(Default)]
+struct Selected {
+    tokens: Vec<u32>,
+    corrected: Vec<u32>,
+}
+
+fn selections(trace: &Path) -> HashMap<(usize, usize, usize), Selected> {
     let records = TraceReader::open(trace).unwrap().map(|record| record.unwrap());
-    records.map(|r| ((r.position as usize, r.layer as usize, r.head as usize), r.selected)).collect()
+    let selected = |r: Record| Selected { tokens: r.selected, corrected: r.corrected };
+    records.map(|r| ((r.position as usize, r.layer as usize, r.head as usize), selected(r))).collect()
 }
 
 /// The tokens that one KV head holds, and when and how often each was used.
@@ -233,13 +241,15 @@ struct NaivePool {
 }
 
 impl NaivePool {
-    fn token(&mut self, position: usize, selected: &[u32]) {
-        let now = 2 * position;
+    /// What was selected is used before what a correction has added, and that before the new token.
+    fn token(&mut self, position: usize, Selected { tokens: selected, corrected }: &Selected) {
+        let now = 3 * position;
         for entry in self.held.iter_mut().filter(|entry| selected.contains(&entry.0)) {
-            entry.2 = now;
+            entry.2 = now + usize::from(corrected.contains(&entry.0));
         }
         if self.kind == Eviction::Counter {
-            for token in selected {
+            let first = selected.iter().filter(|token| !corrected.contains(token));
+            for token in first.chain(corrected) {
                 let entry = self.held.iter_mut().find(|entry| entry.0 == *token).expect("what is selected is held");
                 entry.3 += 1;
                 if entry.3 == 255 {
@@ -260,7 +270,7 @@ impl NaivePool {
             self.held.retain(|entry| entry.0 != victim);
             assert!(self.evicted.insert(victim));
         }
-        self.held.push((position as u32, now + 1, now + 1, 0));
+        self.held.push((position as u32, now + 2, now + 2, 0));
     }
 
     fn tokens(&self) -> BTreeSet<u32> {
@@ -316,10 +326,24 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
     let (layers, heads) = (model.config().layers, model.config().kv_heads);
     let tokens = text(120);
     for kind in KINDS {
-        for (limit, cache) in [(24, 100), (24, 24), (24, 13), (7, 7), (8, 100), (40, 16)] {
+        for (limit, cache, correct) in [
+            (24, 100, 0.0),
+            (24, 24, 0.0),
+            (24, 13, 0.0),
+            (7, 7, 0.0),
+            (8, 100, 0.0),
+            (40, 16, 0.0),
+            (24, 24, 0.1),
+            (24, 13, 0.1),
+            (12, 11, 0.5),
+            (40, 16, 0.2),
+        ] {
             for calls in scenarios() {
-                let what = format!("{kind:?}, {limit} rows, {cache} slots, {calls:?}");
-                let policy = evicting(kind, limit, cache);
+                let what = format!("{kind:?}, {limit} rows, {cache} slots, {correct} corrected, {calls:?}");
+                let mut policy = evicting(kind, limit, cache);
+                if correct > 0.0 {
+                    (policy.infinigen.correct, policy.infinigen.predictor) = (correct, Predictor::Own);
+                }
                 let outcome = watch(&model, &policy, &tokens, &calls);
                 let total: usize = calls.iter().sum();
                 let mut evicted = 0;
@@ -327,7 +351,7 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
                     for head in 0..heads {
                         let mut naive = NaivePool { kind, limit, held: Vec::new(), evicted: BTreeSet::new() };
                         for position in 0..total {
-                            let none = Vec::new();
+                            let none = Selected::default();
                             let selected = outcome.selected.get(&(position, layer, head)).unwrap_or(&none);
                             naive.token(position, selected);
                             let Some(attended) = outcome.attended.get(&(position, layer)) else { continue };
@@ -336,7 +360,7 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
                             let recent = (position + 1).saturating_sub(WINDOW)..position + 1;
                             let always = (0..SINKS.min(position)).chain(recent).map(|token| token as u32);
                             assert!(
-                                always.chain(selected.iter().copied()).all(|token| attended.contains(&token)),
+                                always.chain(selected.tokens.iter().copied()).all(|token| attended.contains(&token)),
                                 "{what}"
                             );
                             if cache >= limit {
@@ -349,6 +373,8 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
                         evicted += naive.evicted.len() as u64;
                     }
                 }
+                let corrects = correct > 0.0 && cache < limit;
+                assert_eq!(outcome.counters.corrected > 0, corrects, "{what}");
                 // Of a prompt only what is decoded is counted, and all of that.
                 assert_eq!(outcome.counters.evicted, evicted, "{what}");
                 assert!(kind == Eviction::Fifo || !outcome.selected.is_empty(), "{what}: nothing was ever selected");

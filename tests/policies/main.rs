@@ -2,9 +2,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod correct;
 mod device;
 mod engine;
 mod evict;
 mod example;
 mod failing;
 mod oracle;
+mod reuse;

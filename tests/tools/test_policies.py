@@ -56,6 +56,7 @@ class FlagTest(PolicyTest):
             (("--policy", "h2o", "--alpha", "4"), "--alpha needs --policy infinigen"),
             (("--no-attend-cache",), "--no-attend-cache needs --policy infinigen"),
             (("--no-tail",), "--no-tail needs --policy infinigen"),
+            (("--correct", "0.01"), "--correct needs --policy infinigen"),
             (("--policy", "window", "--eviction", "lru"), "--eviction needs --policy infinigen"),
             (("--policy", "window", "--pool-tokens", "99"), "--pool-tokens needs --policy infinigen"),
             (("--policy", "infinigen", "--select", "0.1", "--cap", "0.1"), "--cap needs --probability or --alpha"),
@@ -73,6 +74,7 @@ class FlagTest(PolicyTest):
             (("--policy", "infinigen", "--eviction", "fifo", "--pool-tokens", "68"), "pool_tokens is 68"),
             (("--policy", "infinigen", "--select", "2"), "select_share is 2"),
             (("--policy", "infinigen", "--ratio", "0"), "ratio is 0"),
+            (("--policy", "infinigen", "--correct", "1.5"), "correct is 1.5"),
             (("--policy", "infinigen", "--resident-layers", "0"), "resident_layers is 0"),
         ):
             self.wrong(*self.basic, *flags, says=says, status=1)
@@ -86,7 +88,7 @@ class FlagTest(PolicyTest):
         for key in ("kv_fraction_selected", "kv_fraction_attended", "hit_rate", "misses_per_step_fraction"):
             self.assertIn(key, result)
         self.assertEqual(result["bytes_fetched"], {"host": 0, "file": 0, "file_read": 0})
-        self.assertEqual(result["evicted"], 0)
+        self.assertEqual((result["evicted"], result["corrected"]), (0, 0))
         self.assertGreater(result["kv_bytes"]["device"], 0)
 
 
@@ -167,7 +169,7 @@ class HeatmapTest(PolicyTest):
             record(4, 1, 0, 4, [0, 1], []),
             record(4, 2, 0, 4, [0, 1, 2, 3], [0, 1, 2, 3]),
             record(5, 1, 0, 4, [0, 1, 2, 3], [0, 1, 2, 3]),
-            record(5, 2, 0, 4, [0, 1, 2, 3], [0, 1]),
+            record(5, 2, 0, 4, [0, 1, 2, 3], [0, 1], [1]),
         ]
 
     def test_steps(self):
@@ -197,7 +199,7 @@ class HeatmapTest(PolicyTest):
             (good[:-1], "ends in the middle"),
             (good[:24], "not one record"),
             (trace(3, 1, [], magic=b"KVATRICE"), "does not begin with KVATRACE"),
-            (trace(3, 1, [], version=2), "version 2"),
+            (trace(3, 1, [], version=1), "version 1"),
             (trace(1 << 31, 1, []), "more layers"),
             (trace(3, 1, [record(4, 3, 0, 4, [], [])]), "layer 3"),
             (trace(3, 1, [record(4, 0, 1, 4, [], [])]), "KV head 1"),

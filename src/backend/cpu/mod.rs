@@ -35,7 +35,7 @@ mod view;
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
-    RowsMut, Segment, Selected, Selection, Shape, Slot, Slots, StoredRuns, Stream, Visible,
+    RowsMut, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -465,9 +465,11 @@ impl Backend for CpuBackend {
             assert!(rehearsal.from <= rehearsal.to && rehearsal.to <= rehearsal.rows, "rows that are not there");
         }
         for (rehearsal, selected) in rehearsals.iter().zip(&*selected).filter(|(_, s)| !s.present.is_empty()) {
-            assert!(!matches!(rehearsal.selection, Selection::Paper { .. }), "the paper's rule knows no probabilities");
             assert_eq!(selected.present.len(), rehearsal.runs.geometry().kv_heads);
             assert!(selected.present.iter().all(|rows| rows.len() <= rehearsal.rows), "a row is present twice");
+        }
+        for selected in selected.iter().filter(|s| !s.most_absent.is_empty()) {
+            assert_eq!(selected.most_absent.len(), selected.present.len(), "a correction without what is present");
         }
         index::rehearse(self, queries, rehearsals, selected)
     }

@@ -124,7 +124,13 @@ impl Checked {
         buffer
     }
 
-    fn append_at(&mut self, random: &mut Random, layer: usize, tokens: usize, place: Place<'_>) -> Result<()> {
+    pub(super) fn append_at(
+        &mut self,
+        random: &mut Random,
+        layer: usize,
+        tokens: usize,
+        place: Place<'_>,
+    ) -> Result<()> {
         let (heads, d) = (self.geometry.kv_heads, self.geometry.head_dim);
         let keys: Vec<f32> = (0..tokens * heads * d).map(|_| random.value()).collect();
         let values: Vec<f32> = (0..tokens * heads * d).map(|_| random.value()).collect();
@@ -157,8 +163,10 @@ impl Checked {
         Ok(())
     }
 
+    /// Overwrites a row of each KV head: any, or one of the first few, so that blocks fill and rows are met again.
     fn overwrite(&mut self, random: &mut Random, layer: usize) -> Result<()> {
-        let rows: Vec<u32> = (0..self.geometry.kv_heads).map(|_| random.below(self.rows[layer]) as u32).collect();
+        let among = if random.below(2) == 0 { self.rows[layer] } else { self.rows[layer].min(5) };
+        let rows: Vec<u32> = (0..self.geometry.kv_heads).map(|_| random.below(among) as u32).collect();
         self.append_at(random, layer, 1, Place::Rows(&rows))
     }
 
@@ -232,14 +240,14 @@ impl Checked {
         self.begin_step();
     }
 
-    fn begin_step(&mut self) {
+    pub(super) fn begin_step(&mut self) {
         let rows = self.rows.iter().copied().min().unwrap_or(0);
         self.store.begin(rows);
         self.begun = (rows, self.entries.clone());
     }
 
     /// Rows that have come since the step began stay; they mean nothing to a caller that undoes it.
-    fn undo(&mut self) -> Result<()> {
+    pub(super) fn undo(&mut self) -> Result<()> {
         self.store.undo(&*self.backend, &Stream(0))?;
         self.open.clear();
         let (rows, before) = &self.begun;

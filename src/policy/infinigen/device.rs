@@ -158,6 +158,8 @@ fn refuse(options: &PolicyOptions) -> Result<()> {
         "the file tier"
     } else if !options.infinigen.attend_cache {
         "a cache that is not attended whole (paper mode)"
+    } else if options.infinigen.correct > 0.0 {
+        "a correction"
     } else if options.trace.is_some() {
         "a trace"
     } else {

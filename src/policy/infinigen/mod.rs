@@ -9,16 +9,18 @@
 //!
 //! A prompt is attended in full; its end fills the cache with what its last queries attended most. A step then goes
 //! through each layer as `policy::Policy` says: rehearse on the index, ask the cache, fetch the misses, admit the new token,
-//! attend. A sequence that fits the cache is attended in full, without speculation.
+//! attend. When the layer's own queries are there, a correction may add to what was selected (`correct`). A sequence that fits the cache is attended in full, without speculation.
 //!
 //! With eviction, store and index hold at most so many tokens, and a new one takes the place of another (`evict`).
 
 mod columns;
+mod correct;
 mod device;
 mod evict;
 mod plan;
 mod prompt;
 mod room;
+mod select;
 mod tail;
 
 use crate::backend::{
@@ -28,13 +30,13 @@ use crate::backend::{
 use crate::kv::{self, Eviction, HotCache, KvTier, Payload, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
-use super::{
-    Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter,
-};
+use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes, TraceWriter};
+use correct::Correction;
 pub(super) use device::OnDevice;
 use evict::Held;
 use plan::Plan;
 use prompt::Prompt;
+use select::Tracing;
 use tail::Tail;
 
 pub(super) struct Infinigen {
@@ -52,6 +54,8 @@ pub(super) struct Infinigen {
     prompt: Prompt,
     /// What stands for the entries that are not attended.
     tail: Option<Tail>,
+    /// What looks once more when the true queries have come.
+    correction: Option<Correction>,
     /// What each layer of the store selects in this step.
     selected: Vec<Selected>,
     /// Slots that each layer of the store attends in this step, where that is not the whole cache.
@@ -64,7 +68,7 @@ pub(super) struct Infinigen {
     counted: KvCounters,
     /// The store's counters when ours were last reset.
     fetched_before: kv::FetchCounters,
-    trace: Option<TraceWriter>,
+    trace: Option<Tracing>,
 }
 
 impl Infinigen {
@@ -82,6 +86,7 @@ impl Infinigen {
             cache: HotCache::new(pool.clone(), stored),
             prompt: Prompt::new(pool, stored),
             tail: if plan.tail { Some(Tail::new(&*backend, &stored)?) } else { None },
+            correction: plan.corrects().then(|| Correction::new(stored.layers)),
             selected: vec![Selected::default(); stored.layers],
             listed: vec![vec![Vec::new(); geometry.kv_heads]; stored.layers],
             partial_key: backend.allocate(geometry.kv_heads * plan.columns * 4, Place::Device, "partial keys")?,
@@ -90,7 +95,7 @@ impl Infinigen {
             counted: KvCounters::default(),
             fetched_before: kv::FetchCounters::default(),
             trace: match &options.trace {
-                Some(path) => Some(TraceWriter::create(path, geometry.layers, geometry.kv_heads)?),
+                Some(path) => Some(Tracing::new(TraceWriter::create(path, geometry.layers, geometry.kv_heads)?)),
                 None => None,
             },
             held: Held::new(options, plan::least_rows(&options.infinigen), &stored),
@@ -112,35 +117,6 @@ impl Infinigen {
     /// Slots of a layer for the token at `position`.
     fn slots(&self, layer: usize, position: usize) -> usize {
         self.plan.slots(self.held.after(layer, position))
-    }
-
-    /// Starts and ends a fetch of `self.moves`, which are of tokens, into the cache.
-    fn fetch_now(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
-        if !self.moves.is_empty() {
-            self.held.locate(layer, &mut self.moves);
-            self.keep_slots(step, layer, None)?;
-            self.store.begin_fetch(layer, &self.moves)?;
-            self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
-        }
-        Ok(())
-    }
-
-    /// Slots of what was selected, of sinks and window, and of the token itself.
-    fn list(&mut self, layer: usize, length: usize) {
-        let guard = self.plan.guard(length);
-        let past = 0..length as u32;
-        for head in 0..self.kv_heads() {
-            let list = &mut self.listed[layer][head];
-            list.clear();
-            let always = past.clone().take(guard.below as usize).chain(guard.from.max(guard.below)..past.end);
-            let selected = self.selected[layer].rows[head].iter().copied();
-            let current = (guard.from > past.end - 1).then_some(past.end - 1);
-            for row in always.chain(selected).chain(current) {
-                list.extend(self.cache.slot(layer, head, row));
-            }
-            list.sort_unstable();
-            list.dedup();
-        }
     }
 
     /// Takes the values of every token from `length` on out of the tail's means.
@@ -186,6 +162,12 @@ impl Policy for Infinigen {
         if let Some(tail) = &mut self.tail {
             tail.begin();
         }
+        if let Some(correction) = &mut self.correction {
+            correction.begin();
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.begin();
+        }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -202,6 +184,9 @@ impl Policy for Infinigen {
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
         let stored = self.stored(layer)?;
+        if self.correction_due(stored) {
+            return self.may_correct(stored, position).then(|| self.plan.correction(layer));
+        }
         let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
         let all_here = self.cache.counts(stored).iter().all(|&count| count as usize == past);
         let fits = self.plan.slots(after) == after;
@@ -211,58 +196,25 @@ impl Policy for Infinigen {
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
-        let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
-        let selected = &mut self.selected[stored];
+        if self.correction_due(stored) {
+            return self.correction(stored, position);
+        }
         if self.tail.is_some() {
             // Rows that will give way to this step's misses are among them: few, and used least.
-            let guard = self.plan.guard(position + 1);
-            let always = (0..guard.below.min(guard.from)).chain(guard.from..position as u32);
-            selected.present.resize_with(self.cache.counts(stored).len(), Vec::new);
-            for (head, present) in selected.present.iter_mut().enumerate() {
-                present.clear();
-                match self.plan.attend_cache {
-                    true => present.extend(self.cache.rows(stored, head)),
-                    false => present.extend(always.clone()),
-                }
-                self.held.rows_of(stored, head, present);
-            }
+            let mut present = std::mem::take(&mut self.selected[stored].present);
+            self.present(stored, position, &mut present);
+            self.selected[stored].present = present;
         }
-        Some(Ahead::Select(rehearsal, selected))
+        let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
+        Some(Ahead::Select(rehearsal, &mut self.selected[stored]))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
-        let Some(layer) = self.stored(step.layer) else { return Ok(()) };
-        let (guard, slots) = (self.plan.guard(step.position + 1), self.slots(layer, step.position));
-        let past = self.held.count(layer, step.position);
-        if let Some(tail) = &mut self.tail {
-            tail.rehearsed(layer);
+        match self.stored(step.layer) {
+            None => Ok(()),
+            Some(layer) if self.correction_due(layer) => self.correct(step, layer),
+            Some(layer) => self.select(step, layer),
         }
-        self.moves.clear();
-        for head in 0..self.kv_heads() {
-            let tokens = &mut self.selected[layer].rows[head];
-            self.held.selected(layer, head, tokens, guard);
-            // In the order of their rows, which is that of a fetch.
-            let missed = self.cache.request(layer, head, tokens, slots, guard, &mut self.moves);
-            tokens.sort_unstable();
-            self.counters.selected += tokens.len() as u64;
-            self.counters.misses += missed as u64;
-            self.counters.hits += (tokens.len() - missed) as u64;
-            if let Some(trace) = &mut self.trace {
-                let mut missed: Vec<u32> = self.moves[self.moves.len() - missed..].iter().map(|m| m.from).collect();
-                missed.sort_unstable();
-                trace.write(&Record {
-                    position: step.position as u32,
-                    layer: step.layer as u16,
-                    head: head as u16,
-                    candidates: past as u32,
-                    selected: tokens.clone(),
-                    missed,
-                })?;
-            }
-        }
-        self.held.locate(layer, &mut self.moves);
-        self.keep_slots(step, layer, None)?;
-        if self.moves.is_empty() { Ok(()) } else { self.store.begin_fetch(layer, &self.moves) }
     }
 
     fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
@@ -307,6 +259,12 @@ impl Policy for Infinigen {
             self.listed[layer].iter_mut().for_each(Vec::clear);
         }
         self.selected[layer].rows.iter_mut().for_each(Vec::clear);
+        if let Some(correction) = &mut self.correction {
+            correction.set_due(layer, false);
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.land(step.layer)?;
+        }
         self.count_attended(attended, self.kv_heads() * length);
         Ok(())
     }
@@ -355,7 +313,7 @@ impl Policy for Infinigen {
         self.held.commit(length);
         if !self.prompt.ended() {
             self.counters.steps += step.rows as u64;
-            return self.trace.as_mut().map_or(Ok(()), TraceWriter::flush);
+            return self.trace.as_mut().map_or(Ok(()), Tracing::flush);
         }
         let recent = self.prompt.recent(step.position, step.rows);
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {

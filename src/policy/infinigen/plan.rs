@@ -102,6 +102,27 @@ impl Plan {
         Lookahead { source, maps: self.query_maps(layer) }
     }
 
+    /// What the correction of a layer of the model needs.
+    pub(super) fn correction(&self, layer: usize) -> Lookahead<'_> {
+        Lookahead { source: QuerySource::Exact, maps: self.query_maps(layer) }
+    }
+
+    /// Whether there are corrections. The true queries have nothing to correct where they have selected.
+    pub(super) fn corrects(&self) -> bool {
+        self.options.correct > 0.0 && self.options.predictor != Predictor::Exact
+    }
+
+    /// Most rows that a correction for the token at `position` adds to the `selected` ones of a KV head: as far as the
+    /// slots go, and in a full pool one row less than there are.
+    pub(super) fn most_corrected(&self, layer: usize, position: usize, held: &Held, selected: usize) -> usize {
+        let after = held.after(layer, position);
+        let mut room = self.slots(after).saturating_sub(always(&self.options));
+        if held.full(layer) {
+            room = room.min((held.count(layer, position) + 1).saturating_sub(always(&self.options)));
+        }
+        Budget::Share(self.options.correct).tokens(after).min(room.saturating_sub(selected))
+    }
+
     /// The rehearsal of a layer with this index for the token at `position`.
     ///
     /// Out of order the window lies anywhere, so it may be selected too: `Held` drops it from what is selected, and as

@@ -24,7 +24,8 @@ TEST(defaults_are_the_librarys) {
   CHECK(options.policy == kva::Policy::full && options.kv_tier == kva::KvTier::device);
   CHECK(options.budget.share > 0 && options.budget.tokens == 0 && options.sinks == 4);
   const kva::InfinigenOptions standard;
-  CHECK(standard.rule == kva::Rule::probability && standard.basis == kva::IndexBasis::balanced && standard.attend_cache && standard.tail);
+  CHECK(standard.rule == kva::Rule::probability && standard.basis == kva::IndexBasis::balanced && standard.attend_cache && standard.tail &&
+        standard.correct == 0);
   const kva::InfinigenOptions paper(kva::InfinigenMode::paper);
   CHECK(paper.rule == kva::Rule::paper && paper.alpha == 4 && paper.predictor == kva::Predictor::own);
   CHECK(paper.window == 0 && !paper.attend_cache && !paper.tail && paper.mode == kva::InfinigenMode::paper);
@@ -71,6 +72,7 @@ TEST(every_field_arrives) {
   options.infinigen.window = 9;
   options.infinigen.cache = kva::Budget::of_share(0.5F);
   options.infinigen.attend_cache = true;
+  options.infinigen.correct = 0.25F;
   kva_infinigen_options infinigen{};
   const kva_session_options c = options.to_c(infinigen).value();
   CHECK(c.policy == KVA_POLICY_INFINIGEN && c.kv_tier == KVA_KV_TIER_FILE && c.kv_payload == KVA_KV_PAYLOAD_INT8);
@@ -81,6 +83,7 @@ TEST(every_field_arrives) {
   CHECK(infinigen.mode == KVA_INFINIGEN_PAPER && infinigen.basis == KVA_INDEX_PLAIN && infinigen.index_bits == 8);
   CHECK(infinigen.predictor == KVA_PREDICTOR_RENORMALISED && infinigen.rule == KVA_RULE_PROBABILITY);
   CHECK(std::fabs(infinigen.select_cap - 0.125F) < 1e-9F && infinigen.window == 9 && infinigen.attend_cache == 1);
+  CHECK(std::fabs(infinigen.correct - 0.25F) < 1e-9F);
   CHECK(check(options));
 }
 

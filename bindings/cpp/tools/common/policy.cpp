@@ -105,6 +105,7 @@ kva::InfinigenOptions infinigen(const Flags& flags) {
   take(flags.cache, options.cache);
   if (flags.no_attend_cache) options.attend_cache = false;
   if (flags.no_tail) options.tail = false;
+  take(flags.correct, options.correct);
   return options;
 }
 
@@ -158,6 +159,8 @@ void Flags::declare(args::Parser& parser) {
   tokens("--cache", "entries to keep on the device, in each layer and KV head (default 0.2; 0.25 in paper mode)", cache);
   parser.flag("--no-attend-cache", "attend what was selected only, not all that is on the device", no_attend_cache);
   parser.flag("--no-tail", "no entry that stands for everything that is not attended", no_tail);
+  parser.option("--correct", "SHARE", "when the true queries have come, add at most this share of the tokens to what was selected (default 0)",
+                correct);
 
   parser.group("KV memory");
   parser.choice("--kv-dtype", "type of keys and values; auto: that of the weights (default auto)", program::dtypes(), kv_dtype);
@@ -201,6 +204,7 @@ void Flags::check() const {
       needs_infinigen("--cache", cache.has_value()),
       needs_infinigen("--no-attend-cache", no_attend_cache),
       needs_infinigen("--no-tail", no_tail),
+      needs_infinigen("--correct", correct.has_value()),
       needs_infinigen("--eviction", eviction != kva::Eviction::off),
       needs_infinigen("--pool-tokens", pool_tokens != 0),
       {"--cap", cap.has_value(), settings.rule == kva::Rule::probability || settings.rule == kva::Rule::paper,
@@ -270,7 +274,8 @@ nlohmann::json Flags::json() const {
                  {"cache", policy::json(infinigen.cache)},
                  {"cache_least", infinigen.cache_least},
                  {"attend_cache", infinigen.attend_cache},
-                 {"tail", infinigen.tail}});
+                 {"tail", infinigen.tail},
+                 {"correct", program::rounded(infinigen.correct)}});
   if (infinigen.rule == kva::Rule::share) {
     result["select"] = program::rounded(infinigen.select_share);
   } else if (infinigen.rule == kva::Rule::random) {

@@ -47,6 +47,7 @@ struct Flags {
   std::optional<kva::Budget> cache;
   bool no_attend_cache = false;
   bool no_tail = false;
+  std::optional<float> correct;
 
   void declare(args::Parser& parser);
   /// Throws UsageError for flags that the policy, the tier or another flag leaves without a use.

@@ -11,7 +11,7 @@ namespace {
 
 constexpr char magic[] = "KVATRACE";
 constexpr std::size_t magic_length = sizeof magic - 1;
-constexpr std::uint32_t version = 1;
+constexpr std::uint32_t version = 2;
 
 class Reader {
  public:
@@ -76,7 +76,7 @@ Header read(const std::string& path, const std::function<void(const Header&, con
   reader.bytes(start.data(), start.size());
   if (std::memcmp(start.data(), magic, magic_length) != 0) reader.fail("this is no trace: it does not begin with KVATRACE");
   if (const std::uint32_t found = reader.u32(); found != version) {
-    reader.fail("version " + std::to_string(found) + " of the trace format is not known: 1 is");
+    reader.fail("version " + std::to_string(found) + " of the trace format is not known: 2 is");
   }
   Header header;
   header.layers = reader.u32();
@@ -98,12 +98,14 @@ Header read(const std::string& path, const std::function<void(const Header&, con
     const std::uint32_t selected = reader.u32();
     record.hits = reader.u32();
     const std::uint32_t missed = reader.u32();
+    const std::uint32_t corrected = reader.u32();
     if (std::uint64_t{record.hits} + missed != selected || selected > record.candidates) {
       reader.fail(std::to_string(selected) + " selected of " + std::to_string(record.candidates) + " are not " +
                   std::to_string(record.hits) + " hits and " + std::to_string(missed) + " misses");
     }
     reader.rows(record.selected, selected, record.step);
     reader.rows(record.missed, missed, record.step);
+    reader.rows(record.corrected, corrected, record.step);
     take(header, record);
   }
   return header;

@@ -23,6 +23,7 @@ struct Record {
   std::uint32_t hits = 0;
   std::vector<std::uint32_t> selected;  ///< rows, ascending
   std::vector<std::uint32_t> missed;    ///< those that were not on the device, ascending
+  std::vector<std::uint32_t> corrected;  ///< those that a correction has added, ascending
 };
 
 /// Reads a file from its beginning to its end, one record at a time. What it says is checked; errors name the file and where

@@ -49,6 +49,7 @@ kva::Statistics sum(const kva::Statistics& a, const kva::Statistics& b) {
   total.kv_read_seconds += b.kv_read_seconds;
   total.kv_wait_seconds += b.kv_wait_seconds;
   total.kv_evicted += b.kv_evicted;
+  total.kv_corrected += b.kv_corrected;
   return total;
 }
 
@@ -98,6 +99,7 @@ nlohmann::json json(const kva::Statistics& s) {
            {{"host", s.kv_host_fetched_bytes}, {"file", s.kv_file_fetched_bytes}, {"file_read", s.kv_file_read_bytes}}},
           {"read_hidden", optional(hidden(s))},
           {"evicted", s.kv_evicted},
+          {"corrected", s.kv_corrected},
           {"kv_bytes", {{"device", s.kv_device_bytes}, {"host", s.kv_pinned_bytes}, {"file", s.kv_file_bytes}}}};
 }
 

@@ -33,7 +33,7 @@ namespace traffic {
 [[nodiscard]] std::string fetched(const kva::Statistics& statistics);
 
 /// All of it. {"kv_fraction_selected", "kv_fraction_attended", "hit_rate", "misses_per_step_fraction", "bytes_fetched",
-/// "read_hidden", "evicted", "kv_bytes"}
+/// "read_hidden", "evicted", "corrected", "kv_bytes"}
 [[nodiscard]] nlohmann::json json(const kva::Statistics& statistics);
 
 }  // namespace traffic

@@ -43,6 +43,7 @@ std::string csv(const std::vector<Result>& results) {
                                              "misses_per_step_fraction",
                                              "read_hidden",
                                              "evicted",
+                                             "corrected",
                                              "seconds"};
   std::set<std::string> settings;
   std::vector<nlohmann::json> rows;

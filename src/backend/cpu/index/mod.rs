@@ -164,7 +164,7 @@ pub(super) fn rehearse(
         floats += (heads * (stride + 2 * chunks)).next_multiple_of(LANES);
         longest = longest.max(stride);
         selected.rows.resize_with(geometry.kv_heads, Vec::new);
-        let wants_tail = !selected.present.is_empty();
+        let wants_tail = !selected.present.is_empty() && !matches!(rehearsal.selection, Selection::Paper { .. });
         selected.tail.resize(if wants_tail { heads } else { 0 }, 0.0);
     }
 
@@ -284,6 +284,7 @@ pub(super) fn rehearse(
                 outcome.rows.clear();
                 outcome.rows.extend((0..count).map(row));
             }
+            outcome.keep_absent(ranks, numbers, first);
             if outcome.tail.is_empty() {
                 continue;
             }
@@ -306,21 +307,43 @@ pub(super) fn rehearse(
 struct Outcome<'a> {
     rows: &'a mut Vec<u32>,
     present: &'a [u32],
+    /// For a correction: most rows that are not present.
+    most_absent: Option<usize>,
     /// Of its query heads; none where it is not wanted.
     tail: &'a mut [f32],
 }
 
 impl<'a> Outcome<'a> {
     fn of_heads(selected: &'a mut Selected) -> impl Iterator<Item = Outcome<'a>> {
-        let Selected { rows, present, tail } = selected;
-        let present = &*present;
+        let Selected { rows, present, most_absent, tail } = selected;
+        let (present, most_absent) = (&*present, &*most_absent);
         let group = tail.len() / rows.len().max(1);
         let mut tails = tail.chunks_exact_mut(group.max(1));
         rows.iter_mut().enumerate().map(move |(head, rows)| Outcome {
             rows,
             present: present.get(head).map_or(&[], Vec::as_slice),
+            most_absent: most_absent.get(head).copied(),
             tail: tails.next().unwrap_or_default(),
         })
+    }
+
+    /// In a correction, leaves out what is present, and of the others all but the best, ties going to the earlier row.
+    /// `ranks` are those of the rows from `first` on, as is `marks`, which is used up.
+    fn keep_absent(&mut self, ranks: &[f32], marks: &mut [u32], first: usize) {
+        let Some(most) = self.most_absent else { return };
+        marks.fill(0);
+        for &row in self.present {
+            if let Some(mark) = (row as usize).checked_sub(first).and_then(|at| marks.get_mut(at)) {
+                *mark = 1;
+            }
+        }
+        self.rows.retain(|&row| marks[row as usize - first] == 0);
+        if self.rows.len() > most {
+            let rank = |row: u32| ranks[row as usize - first];
+            self.rows.select_nth_unstable_by(most, |&a, &b| rank(b).total_cmp(&rank(a)).then(a.cmp(&b)));
+            self.rows.truncate(most);
+            self.rows.sort_unstable();
+        }
     }
 
     /// 1 − what the rows that are present or selected have. `scores`, `stride` apart for each query head, are used up;

@@ -138,16 +138,28 @@ fn run(b: &CpuBackend, query: &[f32], rehearsals: &[Rehearsal<'_>]) -> Vec<Selec
 
 /// As [`run`], with the rows that are present in each rehearsal's heads.
 fn run_beside(b: &CpuBackend, query: &[f32], rehearsals: &[Rehearsal<'_>], present: &[Vec<Vec<u32>>]) -> Vec<Selected> {
+    correct(b, query, rehearsals, present, &vec![Vec::new(); rehearsals.len()])
+}
+
+/// As [`run_beside`], with the most rows that each head is corrected by.
+fn correct(
+    b: &CpuBackend,
+    query: &[f32],
+    rehearsals: &[Rehearsal<'_>],
+    present: &[Vec<Vec<u32>>],
+    most_absent: &[Vec<usize>],
+) -> Vec<Selected> {
     let count = rehearsals.iter().map(|r| r.row).max().unwrap_or(0) + 1;
     let cols = query.len() / count;
     let q = buffer(b, DType::F32, query);
     // What an earlier step left must not matter.
-    let old = |present: &Vec<Vec<u32>>| Selected {
+    let old = |(present, most_absent): (&Vec<Vec<u32>>, &Vec<usize>)| Selected {
         rows: vec![vec![7; 3]; 9],
         present: present.clone(),
+        most_absent: most_absent.clone(),
         tail: vec![f32::NAN; 5],
     };
-    let mut out: Vec<Selected> = present.iter().map(old).collect();
+    let mut out: Vec<Selected> = present.iter().zip(most_absent).map(old).collect();
     let mut places: Vec<&mut Selected> = out.iter_mut().collect();
     b.rehearse(&Stream(0), q.rows(DType::F32, count, cols), rehearsals, &mut places).unwrap();
     out
@@ -241,11 +253,15 @@ fn rehearsals_do_not_depend_on_threads_or_on_others_beside_them() {
                     Selection::Paper { .. } => vec![Vec::new(); 4],
                     _ => lengths.iter().map(|&rows| some_rows(&mut random, rows, 3)).collect(),
                 };
-                let together = run_beside(&one, &query, &rehearsals, &present);
-                let parallel = run_beside(&three, &query, &rehearsals, &present);
+                // The second is corrected.
+                let most_absent = |i| if i == 1 && !present[1].is_empty() { vec![2, 0, 99] } else { Vec::new() };
+                let most_absent: Vec<Vec<usize>> = (0..4).map(most_absent).collect();
+                let together = correct(&one, &query, &rehearsals, &present, &most_absent);
+                let parallel = correct(&three, &query, &rehearsals, &present, &most_absent);
                 for (i, rehearsal) in rehearsals.iter().enumerate() {
-                    let (rehearsal, beside) = ([Rehearsal { row: 0, ..*rehearsal }], &present[i..i + 1]);
-                    let alone = run_beside(&three, &query[i * 288..][..288], &rehearsal, beside);
+                    let rehearsal = [Rehearsal { row: 0, ..*rehearsal }];
+                    let (beside, most_absent) = (&present[i..i + 1], &most_absent[i..i + 1]);
+                    let alone = correct(&three, &query[i * 288..][..288], &rehearsal, beside, most_absent);
                     assert_eq!(together[i].tail, parallel[i].tail, "{level:?} {bits:?} {selection:?} {i}");
                     assert_eq!(together[i].tail, alone[0].tail, "{level:?} {bits:?} {selection:?} {i} alone");
                     assert_eq!(together[i].rows, parallel[i].rows, "{level:?} {bits:?} {selection:?} {i}");
@@ -291,20 +307,95 @@ fn the_tail_is_what_is_neither_present_nor_selected() {
                     let case = format!("{name} {geometry:?} {rows} rows, {selection:?}");
                     assert_eq!(got.rows, plain.rows, "{case}: the tail changes the selection");
                     assert!(plain.tail.is_empty(), "{case}: a tail that nobody has asked for");
-                    assert_eq!(got.tail.len(), heads, "{case}");
-                    for (head, logits) in logits(&index, &query, heads, scale).iter().enumerate() {
-                        let g = head / (heads / kv_heads);
-                        let attended = |row: &usize| {
-                            present[g].contains(&(*row as u32)) || got.rows[g].binary_search(&(*row as u32)).is_ok()
-                        };
-                        let weight = |row: usize| (logits[row] - largest(logits)).exp();
-                        let left: f64 = (0..rows).filter(|row| !attended(row)).map(weight).sum();
-                        let tail = left / (0..rows).map(weight).sum::<f64>();
-                        let error = (f64::from(got.tail[head]) - tail).abs();
-                        assert!(error < 1e-4, "{case}, head {head}: {} for {tail}", got.tail[head]);
+                    assert_tail(&case, &got, &present, &logits(&index, &query, heads, scale));
+                }
+            }
+        }
+    }
+}
+
+/// Asserts that the tail is the probability of what is neither present nor selected, by the heads' `logits`.
+#[track_caller]
+fn assert_tail(case: &str, got: &Selected, present: &[Vec<u32>], logits: &[Vec<f64>]) {
+    assert_eq!(got.tail.len(), logits.len(), "{case}");
+    for (head, logits) in logits.iter().enumerate() {
+        let g = head / (got.tail.len() / present.len());
+        let most = largest(logits);
+        let weights: Vec<f64> = logits.iter().map(|logit| (logit - most).exp()).collect();
+        let mut left = weights.clone();
+        present[g].iter().chain(&got.rows[g]).for_each(|&row| left[row as usize] = 0.0);
+        let tail = left.iter().sum::<f64>() / weights.iter().sum::<f64>();
+        let error = (f64::from(got.tail[head]) - tail).abs();
+        assert!(error < 1e-4, "{case}, head {head}: {} for {tail}", got.tail[head]);
+    }
+}
+
+/// Of what the rule picks, what is present is left out, and of the others each head keeps its best.
+#[test]
+fn a_correction_is_the_best_of_what_is_selected_and_absent() {
+    let mut random = Random(53);
+    for bits in BITS {
+        for (heads, kv_heads, columns, extent_tokens, rows) in SHAPES {
+            let geometry = IndexGeometry { layers: 2, kv_heads, columns, extent_tokens, bits };
+            let keys = random.normals(rows * kv_heads * columns);
+            let query = random.normals(heads * columns);
+            let (from, to) = if rows > 100 { (4, rows - 61) } else { (0, rows) };
+            let present = [some_rows(&mut random, rows, kv_heads)];
+            let most = [(0..kv_heads).map(|g| random.below([3, rows / 20 + 2, rows + 2][g])).collect()];
+            let rules = [selections(rows), vec![Selection::Random { count: rows / 3, seed: 1, step: 5, period: 2 }]];
+            for (name, b) in backends() {
+                let index = Index::new(&b, geometry, keys.clone(), rows / 2);
+                for selection in rules.concat() {
+                    let scale = 2.0 / (columns as f32).sqrt();
+                    let rehearsal = Rehearsal { row: 0, runs: index.runs(), rows, from, to, scale, selection };
+                    let plain = run(&b, &query, &[rehearsal]).remove(0);
+                    let got = correct(&b, &query, &[rehearsal], &present, &most).remove(0);
+                    let case = format!("{name} {geometry:?} {rows} rows, {selection:?}");
+                    // (What is random ranks by its scores here as well.)
+                    let by_scores = match selection {
+                        Selection::Random { .. } => Selection::Count { count: 0 },
+                        other => other,
+                    };
+                    let rehearsal = Rehearsal { selection: by_scores, ..rehearsal };
+                    let (ranks, _) = reference(&index, &query, heads, &rehearsal);
+                    for g in 0..kv_heads {
+                        let mut absent = plain.rows[g].clone();
+                        absent.retain(|row| !present[0][g].contains(row));
+                        let rows = &got.rows[g];
+                        assert_eq!(rows.len(), most[0][g].min(absent.len()), "{case}");
+                        assert!(rows.windows(2).all(|w| w[0] < w[1]), "{case}: not ascending: {rows:?}");
+                        let (kept, left): (Vec<u32>, Vec<u32>) = absent.iter().partition(|row| rows.contains(row));
+                        assert_eq!(&kept, rows, "{case}: rows that are present, or that the rule does not pick");
+                        let worst = kept.iter().map(|&row| ranks[g][row as usize]).fold(f64::MAX, f64::min);
+                        for row in left {
+                            assert!(ranks[g][row as usize] <= worst + 2e-4, "{case}: row {row} left out");
+                        }
+                    }
+                    match selection {
+                        Selection::Paper { .. } => assert!(got.tail.is_empty(), "{case}"),
+                        _ => assert_tail(&case, &got, &present[0], &logits(&index, &query, heads, scale)),
                     }
                 }
             }
+        }
+    }
+}
+
+/// Where what was selected is all there, the same queries find nothing more, at any level and however many rows tie.
+#[test]
+fn there_is_nothing_to_correct_for_the_queries_that_have_selected() {
+    let mut random = Random(59);
+    let geometry = IndexGeometry { layers: 2, kv_heads: 2, columns: 8, extent_tokens: 64, bits: IndexBits::Four };
+    for (_, b) in backends() {
+        let keys = (0..700 * 16).map(|_| random.below(3) as f32 - 1.0).collect();
+        let index = Index::new(&b, geometry, keys, 100);
+        let query = random.normals(4 * 8);
+        for selection in selections(700) {
+            let rehearsal =
+                Rehearsal { row: 0, runs: index.runs(), rows: 700, from: 4, to: 640, scale: 0.3, selection };
+            let selected = run(&b, &query, &[rehearsal]).remove(0);
+            let got = correct(&b, &query, &[rehearsal], &[selected.rows], &[vec![700; 2]]).remove(0);
+            assert_eq!(got.rows, vec![Vec::<u32>::new(); 2], "{selection:?}");
         }
     }
 }
