@@ -6,6 +6,7 @@
 //! - Shapes are the caller's promise and are asserted; sizes that come from a user are checked far above this room.
 //! - What may not enter: sessions, policies, files, anything that knows what a token means.
 
+mod blocks;
 mod buffer;
 pub mod cpu;
 pub mod cuda;
@@ -16,6 +17,8 @@ mod slots;
 mod weights;
 
 use crate::{Error, Result};
+use std::ops::Range;
+pub use blocks::Blocks;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns};
@@ -51,6 +54,11 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// Whether weights may lie in [`Blocks`]; where not, they are widened when they are loaded.
+    fn has_blocks(&self) -> bool {
+        false
+    }
+
     /// Rows of a prompt that it runs at once unless told otherwise: enough to fill it, few enough for scratch memory.
     fn prefill_chunk(&self) -> usize {
         512
@@ -83,6 +91,11 @@ pub trait Backend: Send + Sync {
 
     /// Copies rows (contiguous or strided) into `target`, tightly packed; complete when it returns.
     fn download(&self, stream: &Stream, source: Rows<'_>, target: &mut [u8]) -> Result<()>;
+
+    /// Copies `rows` of a weight in its element type, as [`Backend::download`] does; of blocks the values they stand for.
+    fn download_weight(&self, stream: &Stream, weight: &Linear, rows: Range<usize>, target: &mut [u8]) -> Result<()> {
+        self.download(stream, weight.rows().row_range(rows.start, rows.len()), target)
+    }
 
     /// `out[i] = table[ids[i]]`; `ids` is one column of `u32`, each below the table's rows.
     /// With `accumulate`, adds to `out` instead (learned positions).

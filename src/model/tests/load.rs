@@ -80,7 +80,7 @@ fn every_golden_folder_loads_whole() {
     for entry in std::fs::read_dir(data("golden")).unwrap() {
         let path = entry.unwrap().path();
         let checkpoint = load::open(&path).unwrap();
-        let survey = load::survey(&*checkpoint, None).unwrap();
+        let survey = load::survey(&*checkpoint, None, true).unwrap();
         assert_eq!(survey.unused, Vec::<String>::new(), "{}", path.display());
         let decoder = load::decoder(&*checkpoint, &backend(), LoadOptions::default()).unwrap();
         assert_eq!(bytes(&decoder), survey.bytes);
@@ -147,7 +147,7 @@ fn gguf_files_hold_what_the_folders_do() {
         }
     }
     let checkpoint = load::open(&data("gguf/llama3-rope.gguf")).unwrap();
-    assert!(load::survey(&*checkpoint, None).unwrap().unused.is_empty());
+    assert!(load::survey(&*checkpoint, None, true).unwrap().unused.is_empty());
     assert_eq!(checkpoint.config().stored, Some(DType::F32));
 }
 
@@ -160,7 +160,7 @@ fn the_real_model_loads() {
     let config = checkpoint.config();
     assert_eq!((config.layers, config.hidden, config.vocabulary), (30, 576, 49152));
     assert_eq!((config.heads, config.kv_heads, config.head_dim, config.tied), (9, 3, 64, true));
-    let survey = load::survey(&*checkpoint, None).unwrap();
+    let survey = load::survey(&*checkpoint, None, true).unwrap();
     assert_eq!(survey.unused, Vec::<String>::new());
     let fractions = Arc::new(Mutex::new(Vec::new()));
     let seen = fractions.clone();
@@ -260,7 +260,7 @@ fn threads_change_nothing() {
 #[test]
 fn weights_cannot_be_integers() {
     let checkpoint = load::open(&data("golden/smollm2")).unwrap();
-    assert_eq!(load::survey(&*checkpoint, Some(DType::U32)).unwrap_err().code(), ErrorCode::InvalidArgument);
+    assert_eq!(load::survey(&*checkpoint, Some(DType::U32), true).unwrap_err().code(), ErrorCode::InvalidArgument);
 }
 
 #[test]
