@@ -6,9 +6,9 @@
 
 use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
 use kvahead::backend::{
-    Activation, AttentionShape, Backend, Blocks, Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns, IndexRunsMut,
-    KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Rehearsal, Segment, Selected, Selection, Shape, Stream, Vector,
-    Visible,
+    Activation, AttentionShape, Backend, Blocks, Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns,
+    IndexRunsMut, KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Rehearsal, Segment, Selected, Selection, Shape,
+    Stream, Vector, Visible,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -396,7 +396,8 @@ fn main() {
             prefill_products(&mut bench, &blocks.to_string(), linear);
         }
         // As SmolLM2-135M's file has it.
-        let mixed = |bench: &mut Bench, n, k| bench.in_blocks(if n == VOCAB { Blocks::Q8_0 } else { Blocks::Q4_1 }, n, k);
+        let mixed =
+            |bench: &mut Bench, n, k| bench.in_blocks(if n == VOCAB { Blocks::Q8_0 } else { Blocks::Q4_1 }, n, k);
         decode_products(&mut bench, "q4_1 and q8_0", mixed);
         speculation(&mut bench);
         small(&mut bench);

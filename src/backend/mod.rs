@@ -17,13 +17,13 @@ mod slots;
 mod weights;
 
 use crate::{Error, Result};
-use std::ops::Range;
 pub use blocks::Blocks;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+use std::ops::Range;
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
 /// Runs operations. `Arc<dyn Backend>` is shared by everything that belongs to one model.

@@ -25,13 +25,15 @@ const AHEAD: usize = 12 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Bytes of weights that one piece of parallel work covers, about 4 µs of reading.
+/// Bytes of weights that one piece of parallel work covers, about 4 µs of reading; of blocks, whose bytes are worth more
+/// arithmetic, a quarter.
 const PIECE: usize = 64 << 10;
 
 /// `out = x · weightᵀ (+ out) + bias`, each row by itself.
 pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate: bool, out: RowsMut<'_>) {
     for_stored!(weight, W => {
-        let grain = (PIECE / row_bytes::<W>(weight.inputs)).max(1).next_multiple_of(OUTPUTS);
+        let piece = if W::TILED { PIECE / 4 } else { PIECE };
+        let grain = (piece / row_bytes::<W>(weight.inputs)).max(1).next_multiple_of(OUTPUTS);
         cpu.pool.split(weight.outputs, grain, &|outputs| {
             cpu.level.run(Product::<W> { x, weight, accumulate, out: &out, outputs, format: PhantomData });
         });
@@ -87,6 +89,11 @@ impl<W: Stored> Product<'_, W> {
             self.block::<S, 4, N>(s, m, n, count);
             m += 4;
         }
+        if W::TILED && rows - m >= 2 {
+            // Two rows share what it takes to widen a tile; elements are as quickly loaded again.
+            self.block::<S, 2, N>(s, m, n, count);
+            m += 2;
+        }
         while m < rows {
             self.block::<S, 1, N>(s, m, n, count);
             m += 1;
@@ -100,11 +107,14 @@ impl<W: Stored> Product<'_, W> {
         debug_assert!(m + M <= self.x.rows() && count <= N && n + count <= self.weight.outputs);
         let mut sums = [[s.zero(); N]; M];
         let width = W::VECTORS * LANES;
+        let w = self.weight.data.address().wrapping_add(n * row_bytes::<W>(k));
+        // SAFETY: `x` has rows m..m + M.
+        let x = unsafe { self.x.base().cast::<f32>().add(m * self.x.stride()) };
         for step in 0..k / width {
-            self.step::<S, M, N>(s, m, n, step, LANES, &mut sums);
+            self.step::<S, M, N>(s, w, x, m == 0, step, LANES, &mut sums);
         }
-        if !k.is_multiple_of(width) {
-            self.step::<S, M, N>(s, m, n, k / width, k % width, &mut sums);
+        if !W::TILED && !k.is_multiple_of(width) {
+            self.step::<S, M, N>(s, w, x, m == 0, k / width, k % width, &mut sums);
         }
         for i in 0..M {
             // SAFETY: columns n..n + count of row m + i of `out`: each output belongs to one thread.
@@ -128,21 +138,21 @@ impl<W: Stored> Product<'_, W> {
         }
     }
 
-    /// Adds the products of step `step`, `here` columns a vector, to a block's sums.
+    /// Adds the products of step `step`, `here` columns a vector, to a block's sums. `w` is where its weights begin, `x` its
+    /// activations; whoever is the `first` to read the weights fetches others ahead.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "all but two stay the same in a loop")]
     fn step<S: Simd, const M: usize, const N: usize>(
         &self,
         s: S,
-        m: usize,
-        n: usize,
+        w: *const u8,
+        x: *const f32,
+        first: bool,
         step: usize,
         here: usize,
         sums: &mut [[S::V; N]; M],
     ) {
-        let k = self.weight.inputs;
-        let w = self.weight.data.address().wrapping_add(n * row_bytes::<W>(k));
-        let x = self.x.base().cast::<f32>();
-        if m == 0 {
+        if first {
             // The block's rows are one stretch, of which each step asks for as much as it reads. What lies past the
             // weight's end is asked for in vain.
             let ahead = w.wrapping_add(N * step * W::BYTES + AHEAD);
@@ -150,14 +160,15 @@ impl<W: Stored> Product<'_, W> {
                 s.prefetch(ahead.wrapping_add(line * LINE));
             }
         }
-        // SAFETY: outputs n..n + N are rows of the weight with `k` elements (or fill up its last tile); the step lies in
-        // them, and only an untiled format has one of fewer than `LANES` columns.
-        let weights = unsafe { W::load::<S, N>(s, w, k, step, here) };
+        // SAFETY: at `w` N rows of the weight begin (or fill up its last tile); the step lies in them, and only an untiled
+        // format has one of fewer than `LANES` columns.
+        let weights = unsafe { W::load::<S, N>(s, w, self.weight.inputs, step, here) };
         for v in 0..W::VECTORS {
             for i in 0..M {
-                // SAFETY: row m + i of `x` has `k` elements, of which `here` from the vector's first on are read.
+                // SAFETY: the block's row i has as many elements as a weight's, of which `here` from the vector's first on are
+                // read.
                 let x = unsafe {
-                    let at = x.add((m + i) * self.x.stride() + (step * W::VECTORS + v) * LANES);
+                    let at = x.add(i * self.x.stride() + (step * W::VECTORS + v) * LANES);
                     if here == LANES { s.load(at) } else { s.load_first(at, here) }
                 };
                 for j in 0..N {

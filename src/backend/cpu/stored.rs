@@ -8,6 +8,7 @@
 use super::simd::{Element, Kernel, LANES, Simd};
 use crate::backend::{Blocks, Linear};
 use half::bf16;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// A format of weights.
@@ -83,17 +84,19 @@ const fn from(first: i32) -> [f32; LANES] {
     levels
 }
 
-/// The first sixteen halves of a tile, of which the scales are the first, widened.
+/// The first sixteen halves of a tile, of which the scales are the first, widened into `to`.
 ///
 /// # Safety
 /// `tile` is readable for a tile, all of which are longer.
 #[inline(always)]
-unsafe fn scales<S: Simd>(s: S, tile: *const u8) -> [f32; LANES] {
-    let mut scales = [0.0; LANES];
-    // SAFETY: the caller's promise; what is behind the scales are halves as good as any, that nobody looks at.
-    unsafe { s.store(scales.as_mut_ptr(), s.load_f16(tile.cast())) };
-    // Through memory, which broadcasts an element for nothing, where the compiler would take shuffles from the rest.
-    std::hint::black_box(scales)
+unsafe fn scales<S: Simd>(s: S, tile: *const u8, to: &mut MaybeUninit<[f32; LANES]>) -> &[f32; LANES] {
+    // SAFETY: the caller's promise; what is behind the scales are halves as good as any, that nobody looks at. All of `to`
+    // is written.
+    unsafe {
+        s.store(to.as_mut_ptr().cast(), s.load_f16(tile.cast()));
+        // Through memory, which broadcasts an element for nothing, where the compiler would shuffle registers.
+        std::hint::black_box(to).assume_init_ref()
+    }
 }
 
 /// The elements of a tile's rows, four bits each, by tables of what they stand for.
@@ -137,7 +140,7 @@ macro_rules! tiled {
                 _n: usize,
             ) -> [[S::V; 2]; N] {
                 // SAFETY: the step is one of the rows' tiles, by the caller's promise.
-                let $tile = unsafe { rows.add(step * Blocks::$format.tile_bytes()) };
+                let $tile = unsafe { rows.add(step * Blocks::ROWS * Self::BYTES) };
                 all($rows)
             }
         }
@@ -147,7 +150,8 @@ macro_rules! tiled {
 tiled!(Q4_0, |s, tile| {
     // SAFETY: a tile is four scales of two bytes and sixteen words; the levels are sixteen.
     unsafe {
-        let (d, levels) = (scales(s, tile), s.load(const { &from(-8) }.as_ptr()));
+        let mut place = MaybeUninit::uninit();
+        let (d, levels) = (scales(s, tile, &mut place), s.load(const { &from(-8) }.as_ptr()));
         let mut tables = [s.zero(); Blocks::ROWS];
         for r in 0..Blocks::ROWS {
             tables[r] = s.mul(levels, s.splat(d[r]));
@@ -159,7 +163,8 @@ tiled!(Q4_0, |s, tile| {
 tiled!(Q4_1, |s, tile| {
     // SAFETY: a tile is four scales and minima of two bytes each and sixteen words; the levels are sixteen.
     unsafe {
-        let (scales, levels) = (scales(s, tile), s.load(const { &from(0) }.as_ptr()));
+        let mut place = MaybeUninit::uninit();
+        let (scales, levels) = (scales(s, tile, &mut place), s.load(const { &from(0) }.as_ptr()));
         let mut tables = [s.zero(); Blocks::ROWS];
         for r in 0..Blocks::ROWS {
             tables[r] = s.fma(levels, s.splat(scales[2 * r]), s.splat(scales[2 * r + 1]));
@@ -171,7 +176,8 @@ tiled!(Q4_1, |s, tile| {
 tiled!(Q8_0, |s, tile| {
     // SAFETY: a tile is four scales of two bytes and four times 32 signed bytes.
     unsafe {
-        let d = scales(s, tile);
+        let mut place = MaybeUninit::uninit();
+        let d = scales(s, tile, &mut place);
         let mut out = [[s.zero(); 2]; Blocks::ROWS];
         for r in 0..Blocks::ROWS {
             for half in 0..2 {
