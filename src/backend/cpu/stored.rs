@@ -84,16 +84,16 @@ const fn from(first: i32) -> [f32; LANES] {
     levels
 }
 
-/// The first sixteen halves of a tile, of which the scales are the first, widened into `to`.
+/// The first eight halves of a tile, of which the scales are the first, widened into `to`.
 ///
 /// # Safety
 /// `tile` is readable for a tile, all of which are longer.
 #[inline(always)]
-unsafe fn scales<S: Simd>(s: S, tile: *const u8, to: &mut MaybeUninit<[f32; LANES]>) -> &[f32; LANES] {
+unsafe fn scales<S: Simd>(s: S, tile: *const u8, to: &mut MaybeUninit<[f32; 8]>) -> &[f32; 8] {
     // SAFETY: the caller's promise; what is behind the scales are halves as good as any, that nobody looks at. All of `to`
     // is written.
     unsafe {
-        s.store(to.as_mut_ptr().cast(), s.load_f16(tile.cast()));
+        s.widen_eight(tile.cast(), to.as_mut_ptr().cast());
         // Through memory, which broadcasts an element for nothing, where the compiler would shuffle registers.
         std::hint::black_box(to).assume_init_ref()
     }

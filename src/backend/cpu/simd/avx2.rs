@@ -98,6 +98,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn widen_eight(self, from: *const f16, to: *mut f32) {
+        // SAFETY: 8 elements on either side, by the caller's promise; features by `self`.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> V {
         // SAFETY: as above.
         unsafe {

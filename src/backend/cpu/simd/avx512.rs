@@ -79,6 +79,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn widen_eight(self, from: *const f16, to: *mut f32) {
+        // SAFETY: 8 elements on either side, by the caller's promise; features by `self`.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> __m512 {
         // SAFETY: 16 readable elements, by the caller's promise; features by `self`.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }

@@ -141,6 +141,11 @@ pub(super) trait Simd: Copy + Send + Sync {
     /// As [`Simd::load_first`].
     unsafe fn load_first_bf16(self, from: *const half::bf16, n: usize) -> Self::V;
 
+    /// Eight halves from memory to memory, widened.
+    /// # Safety
+    /// `from` is readable and `to` writable for 8 elements.
+    unsafe fn widen_eight(self, from: *const half::f16, to: *mut f32);
+
     /// Sixteen signed bytes as floats.
     /// # Safety
     /// As [`Simd::load`].

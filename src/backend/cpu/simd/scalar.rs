@@ -67,6 +67,14 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn widen_eight(self, from: *const f16, to: *mut f32) {
+        for i in 0..8 {
+            // SAFETY: 8 elements on either side, by the caller's promise.
+            unsafe { to.add(i).write(from.add(i).read_unaligned().to_f32()) }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_i8(self, from: *const i8) -> V {
         // SAFETY: the caller's promise: 16 readable elements.
         lanes!(i => f32::from(unsafe { from.add(i).read() }))
