@@ -56,8 +56,12 @@ impl Blocks {
         Blocks::ROWS * self.block_bytes()
     }
 
-    /// Bytes of a row of `columns` elements, a multiple of [`Blocks::COLUMNS`]: a quarter of its tiles.
+    /// Bytes of a row of `columns` elements, a quarter of its tiles.
+    ///
+    /// # Panics
+    /// When `columns` is no multiple of [`Blocks::COLUMNS`].
     pub const fn row_bytes(self, columns: usize) -> usize {
+        assert!(columns.is_multiple_of(Blocks::COLUMNS), "no whole blocks");
         columns / Blocks::COLUMNS * self.block_bytes()
     }
 
@@ -86,7 +90,7 @@ impl Blocks {
     /// When `rows` are no whole rows, or `tiles` has not the size of as many rows, filled up to whole tiles.
     pub fn tile(self, rows: &[u8], columns: usize, tiles: &mut [u8]) {
         let row_bytes = self.row_bytes(columns);
-        assert!(columns.is_multiple_of(Blocks::COLUMNS) && rows.len().is_multiple_of(row_bytes));
+        assert!(rows.len().is_multiple_of(row_bytes));
         assert_eq!(tiles.len(), self.bytes(rows.len() / row_bytes, columns));
         tiles.fill(0);
         let groups = rows.chunks(Blocks::ROWS * row_bytes).zip(tiles.chunks_exact_mut(Blocks::ROWS * row_bytes));

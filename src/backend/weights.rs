@@ -21,6 +21,14 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Bytes that the matrix takes.
+    pub fn bytes(&self) -> usize {
+        match self.blocks {
+            None => self.outputs * self.inputs * self.dtype.bytes(),
+            Some(blocks) => blocks.bytes(self.outputs, self.inputs),
+        }
+    }
+
     /// The matrix as rows of elements.
     ///
     /// # Panics

@@ -31,6 +31,7 @@ const PIECE: usize = 64 << 10;
 
 /// `out = x · weightᵀ (+ out) + bias`, each row by itself.
 pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate: bool, out: RowsMut<'_>) {
+    assert!(weight.bytes() <= weight.data.bytes(), "a weight past its buffer's end");
     for_stored!(weight, W => {
         let piece = if W::TILED { PIECE / 4 } else { PIECE };
         let grain = (piece / row_bytes::<W>(weight.inputs)).max(1).next_multiple_of(OUTPUTS);
@@ -160,8 +161,8 @@ impl<W: Stored> Product<'_, W> {
                 s.prefetch(ahead.wrapping_add(line * LINE));
             }
         }
-        // SAFETY: at `w` N rows of the weight begin (or fill up its last tile); the step lies in them, and only an untiled
-        // format has one of fewer than `LANES` columns.
+        // SAFETY: at `w` N rows of the weight begin (or fill up its last tile), which its buffer was seen to hold; the step
+        // lies in them, and only an untiled format has one of fewer than `LANES` columns.
         let weights = unsafe { W::load::<S, N>(s, w, self.weight.inputs, step, here) };
         for v in 0..W::VECTORS {
             for i in 0..M {

@@ -259,6 +259,7 @@ impl<T: Widened> Kernel for Widen<'_, T> {
     fn run<S: Simd>(mut self, s: S) {
         let Range { start, end } = self.columns;
         assert!(self.rows.end <= self.weight.outputs && end <= self.weight.inputs);
+        assert!(self.weight.bytes() <= self.weight.data.bytes(), "a weight past its buffer's end");
         assert!(start.is_multiple_of(Blocks::COLUMNS) && end.is_multiple_of(Blocks::COLUMNS));
         assert_eq!(self.to.len(), self.rows.len() * (end - start));
         for_blocks!(self.blocks, W => self.groups::<S, W>(s));
@@ -274,7 +275,7 @@ impl<T: Widened> Widen<'_, T> {
             let first = group * Blocks::ROWS;
             for column in (0..width).step_by(Blocks::COLUMNS) {
                 let tile = (self.columns.start + column) / Blocks::COLUMNS;
-                // SAFETY: the weight's tiles fill its buffer; group `group` of them holds rows of it, and tile `tile`
+                // SAFETY: the weight's tiles lie in its buffer, as `run` has seen; group `group` of them holds rows of it, and tile `tile`
                 // columns.
                 let rows = unsafe {
                     let at = self.weight.data.address().add(first * row_bytes);
