@@ -6,9 +6,9 @@
 
 use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
 use kvahead::backend::{
-    Activation, AttentionShape, Backend, Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns, IndexRunsMut,
-    KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Rehearsal, Segment, Selected, Selection, Shape, Stream, Vector,
-    Visible,
+    Activation, AttentionShape, Backend, Blocks, Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns,
+    IndexRunsMut, KvGeometry, KvRuns, Linear, Norm, NormKind, Place, Rehearsal, Segment, Selected, Selection, Shape,
+    Stream, Vector, Visible,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -60,7 +60,13 @@ impl Bench {
     }
 
     fn linear(&mut self, dtype: DType, outputs: usize, inputs: usize) -> Linear {
-        Linear { outputs, inputs, dtype, data: self.random(dtype, outputs * inputs), bias: None }
+        Linear { outputs, inputs, dtype, blocks: None, data: self.random(dtype, outputs * inputs), bias: None }
+    }
+
+    /// A matrix of blocks; any small halves are good scales, and any bits good elements.
+    fn in_blocks(&mut self, blocks: Blocks, outputs: usize, inputs: usize) -> Linear {
+        let data = self.random(DType::F16, blocks.bytes(outputs, inputs) / DType::F16.bytes());
+        Linear { outputs, inputs, dtype: DType::BF16, blocks: Some(blocks), data, bias: None }
     }
 
     /// Bytes per second that all threads together read from memory.
@@ -135,19 +141,19 @@ fn best(threads: usize, mut run: impl FnMut()) -> f64 {
     best
 }
 
-fn decode_products(bench: &mut Bench, dtype: DType) {
-    for rows in [1, 4] {
-        let name = format!("decode products, {rows} row(s), {dtype}");
+fn decode_products(bench: &mut Bench, weights: &str, linear: impl Fn(&mut Bench, usize, usize) -> Linear) {
+    for rows in [1, 2, 4] {
+        let name = format!("decode products, {rows} row(s), {weights}");
         if !bench.wanted(&name) {
             continue;
         }
         let mut weights = Vec::new();
         for _ in 0..LAYERS {
             for (n, k) in MATRICES {
-                weights.push(bench.linear(dtype, n, k));
+                weights.push(linear(bench, n, k));
             }
         }
-        weights.push(bench.linear(dtype, VOCAB, HIDDEN));
+        weights.push(linear(bench, VOCAB, HIDDEN));
         let x = bench.random(DType::F32, rows * FFN);
         let mut out = bench.random(DType::F32, rows * VOCAB);
         let bytes = weights.iter().map(|w| w.data.bytes()).sum();
@@ -161,14 +167,14 @@ fn decode_products(bench: &mut Bench, dtype: DType) {
     }
 }
 
-fn prefill_products(bench: &mut Bench, dtype: DType) {
+fn prefill_products(bench: &mut Bench, weights: &str, linear: impl Fn(&mut Bench, usize, usize) -> Linear) {
     for rows in [32, 128, 512] {
         for (n, k) in MATRICES {
-            let name = format!("prefill product {rows} x {n} x {k}, {dtype}");
+            let name = format!("prefill product {rows} x {n} x {k}, {weights}");
             if !bench.wanted(&name) {
                 continue;
             }
-            let w = bench.linear(dtype, n, k);
+            let w = linear(bench, n, k);
             let x = bench.random(DType::F32, rows * k);
             let mut out = bench.random(DType::F32, rows * n);
             bench.arithmetic(&name, 2.0 * (rows * n * k) as f64, || {
@@ -374,13 +380,25 @@ fn main() {
         let stream = cpu.stream().unwrap();
         let mut bench = Bench { cpu, stream, threads, filter: filter.clone(), noise: 1 };
         for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let linear = |bench: &mut Bench, n, k| bench.linear(dtype, n, k);
             if level != Level::Amx {
-                decode_products(&mut bench, dtype);
+                decode_products(&mut bench, &dtype.to_string(), linear);
             }
-            prefill_products(&mut bench, dtype);
+            prefill_products(&mut bench, &dtype.to_string(), linear);
             attention(&mut bench, dtype);
             named_rows(&mut bench, dtype);
         }
+        for blocks in [Blocks::Q4_0, Blocks::Q4_1, Blocks::Q8_0] {
+            let linear = |bench: &mut Bench, n, k| bench.in_blocks(blocks, n, k);
+            if level != Level::Amx {
+                decode_products(&mut bench, &blocks.to_string(), linear);
+            }
+            prefill_products(&mut bench, &blocks.to_string(), linear);
+        }
+        // As SmolLM2-135M's file has it.
+        let mixed =
+            |bench: &mut Bench, n, k| bench.in_blocks(if n == VOCAB { Blocks::Q8_0 } else { Blocks::Q4_1 }, n, k);
+        decode_products(&mut bench, "q4_1 and q8_0", mixed);
         speculation(&mut bench);
         small(&mut bench);
     }

@@ -149,7 +149,9 @@
 #define KVA_ERROR_INTERNAL 11
 
 /**
- * The library's choice: weights as they are stored (quantized ones become bf16), keys and values as the weights.
+ * The library's choice: weights as they are stored, keys and values as the weights. Of quantized weights, Q4_0, Q4_1 and
+ * Q8_0 stay as they are on the CPU, with the results that the same weights in bf16 have; others become bf16, as all do that
+ * share a matrix with other kinds.
  */
 #define KVA_DTYPE_AUTO 0
 
@@ -544,7 +546,8 @@ typedef struct {
    */
   uint32_t struct_size;
   /**
-   * Type of the weights in memory, one of `KVA_DTYPE_...`, never `KVA_DTYPE_AUTO`.
+   * Type of the weights in memory, one of `KVA_DTYPE_...`, never `KVA_DTYPE_AUTO`; of quantized ones `KVA_DTYPE_BF16`,
+   * which they stand for.
    */
   int32_t dtype;
   /**
@@ -612,6 +615,11 @@ typedef struct {
    * What computes: device, instruction set, threads; one line for people. Owned by the model handle.
    */
   const char *backend;
+  /**
+   * How the weights lie in memory, for people: their type, or the kinds of their blocks and what these stand for, such as
+   * "q4_1+q8_0 as bf16". Owned by the model handle.
+   */
+  const char *weight_storage;
 } kva_model_info;
 
 /**

@@ -218,7 +218,7 @@ using Logits = View<float>;
 // -------------------------------------------------------------------------------------------------- constants
 
 enum class DType : std::int32_t {
-  automatic = KVA_DTYPE_AUTO,  ///< as stored; quantized weights in bf16
+  automatic = KVA_DTYPE_AUTO,  ///< as stored; quantized weights as they are where that can be, else in bf16
   f32 = KVA_DTYPE_F32,
   f16 = KVA_DTYPE_F16,
   bf16 = KVA_DTYPE_BF16,
@@ -623,7 +623,8 @@ struct SessionOptions {
 struct ModelInfo {
   std::string architecture;
   std::string backend;  ///< what computes, for people
-  DType dtype = DType::automatic;
+  DType dtype = DType::automatic;  ///< of the weights, or of what their blocks stand for
+  std::string weight_storage;  ///< how the weights lie in memory, for people: "q4_1+q8_0 as bf16"
   std::uint64_t parameters = 0;
   std::uint64_t weight_bytes = 0;
   std::uint32_t layers = 0;
@@ -682,6 +683,7 @@ class Model {
     ModelInfo info;
     if (c.architecture != nullptr) info.architecture = c.architecture;
     if (c.backend != nullptr) info.backend = c.backend;
+    if (c.weight_storage != nullptr) info.weight_storage = c.weight_storage;
     info.dtype = static_cast<DType>(c.dtype);
     info.parameters = c.parameters;
     info.weight_bytes = c.weight_bytes;

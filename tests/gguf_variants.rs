@@ -85,7 +85,7 @@ fn qwen3() {
     let checkpoint = open(&file).unwrap();
     let expected = Config { stored: Some(DType::F32), ..expected };
     assert_eq!(*checkpoint.config(), expected);
-    assert!(load::survey(&*checkpoint, None).unwrap().unused.is_empty());
+    assert!(load::survey(&*checkpoint, None, true).unwrap().unused.is_empty());
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn phi3_is_fused() {
     let (file, expected) = convert("phi3", "phi3");
     let checkpoint = open(&file).unwrap();
     assert_eq!(*checkpoint.config(), Config { stored: Some(DType::F32), ..expected });
-    assert!(load::survey(&*checkpoint, None).unwrap().unused.is_empty());
+    assert!(load::survey(&*checkpoint, None, true).unwrap().unused.is_empty());
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn phi3_with_longrope() {
     file.set("phi3.rope.scaling.original_context_length", *original as u32);
     let checkpoint = open(&file).unwrap();
     assert_eq!(checkpoint.config().rope, Some(rope.clone()));
-    assert!(load::survey(&*checkpoint, None).unwrap().unused.is_empty());
+    assert!(load::survey(&*checkpoint, None, true).unwrap().unused.is_empty());
 
     file.set("phi3.rope.scaling.attn_factor", 1.25);
     let Scaling::LongRope { attention, .. } = config(&file).rope.unwrap().scaling else { panic!() };
@@ -167,7 +167,7 @@ fn larger_alignment() {
     let mut file = small_llama();
     file.alignment = 256;
     file.set("general.alignment", 256);
-    load::survey(&*open(&file).unwrap(), None).unwrap();
+    load::survey(&*open(&file).unwrap(), None, true).unwrap();
 }
 
 #[test]
@@ -175,5 +175,5 @@ fn unused_tensors_are_listed() {
     let mut file = small_llama();
     file.tensor("blk.0.extra.weight", &[2], &[1.0, 2.0]);
     let checkpoint = open(&file).unwrap();
-    assert_eq!(load::survey(&*checkpoint, None).unwrap().unused, ["blk.0.extra.weight"]);
+    assert_eq!(load::survey(&*checkpoint, None, true).unwrap().unused, ["blk.0.extra.weight"]);
 }

@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{data, load, real_model};
-use kvahead::engine::{Session, SessionOptions};
+use common::{data, device, load, real_model};
+use kvahead::backend::DType;
+use kvahead::engine::{Device, Session, SessionOptions, decode_batch};
 use serde_json::Value;
 
 struct Reference {
@@ -80,4 +81,36 @@ fn decode_agrees_with_transformers() {
     }
     let mean = mean(differences.into_iter());
     assert!(mean < 0.02, "mean difference of NLL per token {mean}");
+}
+
+/// Weights that stay in blocks give the bits that the same weights in bf16 give: a prompt's logits, decoding alone and in a
+/// batch.
+#[test]
+fn blocks_change_no_bit() {
+    let tokens = reference("emma-2k.json").tokens;
+    let run = |dtype| {
+        let model = load(&real_model(), dtype);
+        let session = |from: usize| {
+            let mut session = Session::new(&model, &SessionOptions::default()).unwrap();
+            session.prefill(&tokens[from..from + 96]).unwrap();
+            session
+        };
+        let mut logits = Vec::new();
+        let mut add = |session: &Session| logits.extend(session.logits().unwrap().iter().map(|x| x.to_bits()));
+        let mut sessions: Vec<Session> = [0, 100, 300].map(session).into();
+        sessions.iter().for_each(&mut add);
+        for token in &tokens[400..404] {
+            sessions[0].decode(*token).unwrap();
+            add(&sessions[0]);
+        }
+        decode_batch(&mut sessions.iter_mut().collect::<Vec<_>>(), &tokens[500..503]).unwrap();
+        sessions.iter().for_each(&mut add);
+        (logits, model.weight_bytes())
+    };
+    let (kept, blocks) = run(None);
+    let (widened, bytes) = run(Some(DType::BF16));
+    assert!(kept == widened, "logits differ");
+    if device() == Device::Cpu {
+        assert!(blocks * 5 < bytes * 2, "{blocks} bytes of weights, {bytes} in bf16");
+    }
 }

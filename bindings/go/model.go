@@ -110,7 +110,8 @@ func (m *Model) use(call func(*C.kva_model) error) error {
 type ModelInfo struct {
 	Architecture    string
 	Backend         string // what computes, for people
-	DType           DType
+	DType           DType  // of the weights, or of what their blocks stand for
+	WeightStorage   string // how the weights lie in memory, for people: "q4_1+q8_0 as bf16"
 	Parameters      uint64
 	WeightBytes     uint64
 	Layers          uint32
@@ -137,6 +138,7 @@ func (m *Model) Info() (info ModelInfo, err error) {
 		info = ModelInfo{
 			Architecture:    C.GoString(c.architecture),
 			Backend:         C.GoString(c.backend),
+			WeightStorage:   C.GoString(c.weight_storage),
 			DType:           DType(c.dtype),
 			Parameters:      uint64(c.parameters),
 			WeightBytes:     uint64(c.weight_bytes),

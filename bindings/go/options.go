@@ -8,7 +8,7 @@ type DType int32
 
 // The types.
 const (
-	DTypeAuto DType = C.KVA_DTYPE_AUTO // as stored; quantized weights in bf16
+	DTypeAuto DType = C.KVA_DTYPE_AUTO // as stored; quantized weights as they are where that can be, else in bf16
 	F32       DType = C.KVA_DTYPE_F32
 	F16       DType = C.KVA_DTYPE_F16
 	BF16      DType = C.KVA_DTYPE_BF16

@@ -177,26 +177,31 @@ macro_rules! window_accessors {
     ($window:ident, $pointer:ty) => {
         impl<'a> $window<'a> {
             /// Number of rows.
+            #[inline]
             pub fn rows(&self) -> usize {
                 self.rows
             }
 
             /// Elements in a row.
+            #[inline]
             pub fn cols(&self) -> usize {
                 self.cols
             }
 
             /// Elements from the start of one row to the start of the next.
+            #[inline]
             pub fn stride(&self) -> usize {
                 self.stride
             }
 
             /// Element type.
+            #[inline]
             pub fn dtype(&self) -> DType {
                 self.dtype
             }
 
             /// Address of the first element, meaningful to the owning backend.
+            #[inline]
             pub fn base(&self) -> $pointer {
                 self.base
             }

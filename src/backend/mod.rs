@@ -6,6 +6,7 @@
 //! - Shapes are the caller's promise and are asserted; sizes that come from a user are checked far above this room.
 //! - What may not enter: sessions, policies, files, anything that knows what a token means.
 
+mod blocks;
 mod buffer;
 pub mod cpu;
 pub mod cuda;
@@ -16,11 +17,13 @@ mod slots;
 mod weights;
 
 use crate::{Error, Result};
+pub use blocks::Blocks;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+use std::ops::Range;
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
 /// Runs operations. `Arc<dyn Backend>` is shared by everything that belongs to one model.
@@ -48,6 +51,11 @@ pub trait Backend: Send + Sync {
     /// Whether a hot cache is better kept by [`Backend::prefetch`] and [`Backend::admit`], where asking the host costs
     /// more than the work itself.
     fn selects_on_device(&self) -> bool {
+        false
+    }
+
+    /// Whether weights may lie in [`Blocks`]; where not, they are widened when they are loaded.
+    fn has_blocks(&self) -> bool {
         false
     }
 
@@ -83,6 +91,11 @@ pub trait Backend: Send + Sync {
 
     /// Copies rows (contiguous or strided) into `target`, tightly packed; complete when it returns.
     fn download(&self, stream: &Stream, source: Rows<'_>, target: &mut [u8]) -> Result<()>;
+
+    /// Copies `rows` of a weight in its element type, as [`Backend::download`] does; of blocks the values they stand for.
+    fn download_weight(&self, stream: &Stream, weight: &Linear, rows: Range<usize>, target: &mut [u8]) -> Result<()> {
+        self.download(stream, weight.rows().row_range(rows.start, rows.len()), target)
+    }
 
     /// `out[i] = table[ids[i]]`; `ids` is one column of `u32`, each below the table's rows.
     /// With `accumulate`, adds to `out` instead (learned positions).

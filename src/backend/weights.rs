@@ -1,8 +1,8 @@
 //! The constant inputs of operations: matrices, vectors, norms and rotations of a model, in backend memory.
 
-use super::{Buffer, DType, Rows};
+use super::{Blocks, Buffer, DType, Rows};
 
-/// A dense matrix, `outputs` × `inputs`, row-major as checkpoints store it, with an optional bias.
+/// A dense matrix, `outputs` × `inputs`, with an optional bias. Row-major as checkpoints store it, or in tiles of blocks.
 #[derive(Debug)]
 pub struct Linear {
     /// Rows of the matrix.
@@ -11,16 +11,31 @@ pub struct Linear {
     pub inputs: usize,
     /// f32, f16 or bf16.
     pub dtype: DType,
-    /// The elements.
+    /// Whether `data` holds blocks, each element of which stands for its value rounded to `dtype`, which is bf16 then.
+    /// Operations give the same bits as for the elements themselves.
+    pub blocks: Option<Blocks>,
+    /// The elements, or tiles.
     pub data: Buffer,
     /// `outputs` values, f32.
     pub bias: Option<Vector>,
 }
 
 impl Linear {
-    /// The matrix as rows.
+    /// Bytes that the matrix takes.
+    pub fn bytes(&self) -> usize {
+        match self.blocks {
+            None => self.outputs * self.inputs * self.dtype.bytes(),
+            Some(blocks) => blocks.bytes(self.outputs, self.inputs),
+        }
+    }
+
+    /// The matrix as rows of elements.
+    ///
+    /// # Panics
+    /// For a matrix of blocks, which has none.
     #[inline]
     pub fn rows(&self) -> Rows<'_> {
+        assert!(self.blocks.is_none(), "blocks are not elements");
         self.data.rows(self.dtype, self.outputs, self.inputs)
     }
 }

@@ -52,7 +52,8 @@ pub struct Logger {
 pub struct ModelOptions {
     /// Device.
     pub device: Device,
-    /// Type of the weights in memory; `None`: as stored, quantized ones in bf16.
+    /// Type of the weights in memory; `None`: as stored, quantized ones as they are where the backend has them
+    /// ([`Backend::has_blocks`]), else in bf16.
     pub dtype: Option<DType>,
     /// Threads, 0 for all processors that this process may use.
     pub threads: usize,
@@ -158,11 +159,12 @@ impl Model {
         let model = Model { inner: Arc::new(inner) };
         model.log(LogLevel::Info, || {
             format!(
-                "loaded {}: {} layers, {} parameters, {} bytes of weights, {} in {:.2} s",
+                "loaded {}: {} layers, {} parameters, {} bytes of weights ({}), {} in {:.2} s",
                 model.config().architecture.name(),
                 model.config().layers,
                 parameters,
                 weight_bytes,
+                model.storage(),
                 model.backend().description(),
                 model.load_seconds()
             )
@@ -195,9 +197,14 @@ impl Model {
         self.inner.chat.as_ref().map_err(Error::clone)
     }
 
-    /// Type of the weights in memory.
+    /// Type of the weights in memory, or of what their blocks stand for.
     pub fn dtype(&self) -> DType {
         self.inner.dtype
+    }
+
+    /// How the weights lie in memory; see [`Decoder::storage`].
+    pub fn storage(&self) -> String {
+        self.inner.decoder.storage()
     }
 
     /// Number of weights, a tied head counted once.

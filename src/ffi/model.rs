@@ -11,7 +11,9 @@ use crate::backend::DType;
 use crate::engine::{Device, Estimate, LogLevel, Logger, Model, ModelOptions};
 use crate::{Error, Result};
 
-/// The library's choice: weights as they are stored (quantized ones become bf16), keys and values as the weights.
+/// The library's choice: weights as they are stored, keys and values as the weights. Of quantized weights, Q4_0, Q4_1 and
+/// Q8_0 stay as they are on the CPU, with the results that the same weights in bf16 have; others become bf16, as all do that
+/// share a matrix with other kinds.
 pub const KVA_DTYPE_AUTO: i32 = 0;
 /// IEEE 754 single precision.
 pub const KVA_DTYPE_F32: i32 = 1;
@@ -61,6 +63,7 @@ pub struct kva_model {
     pub(super) model: Model,
     architecture: CString,
     backend: CString,
+    storage: CString,
 }
 
 /// How to load a model. Fill it with `kva_model_options_init`, then change fields.
@@ -135,7 +138,8 @@ impl Options for kva_model_options {
 pub struct kva_model_info {
     /// `sizeof(kva_model_info)`, set by the caller.
     pub struct_size: u32,
-    /// Type of the weights in memory, one of `KVA_DTYPE_...`, never `KVA_DTYPE_AUTO`.
+    /// Type of the weights in memory, one of `KVA_DTYPE_...`, never `KVA_DTYPE_AUTO`; of quantized ones `KVA_DTYPE_BF16`,
+    /// which they stand for.
     pub dtype: i32,
     /// Layers.
     pub layers: u32,
@@ -170,9 +174,12 @@ pub struct kva_model_info {
     pub architecture: *const c_char,
     /// What computes: device, instruction set, threads; one line for people. Owned by the model handle.
     pub backend: *const c_char,
+    /// How the weights lie in memory, for people: their type, or the kinds of their blocks and what these stand for, such as
+    /// "q4_1+q8_0 as bf16". Owned by the model handle.
+    pub weight_storage: *const c_char,
 }
 
-sized32!(kva_model_info, last: backend: *const c_char);
+sized32!(kva_model_info, versions: [backend: *const c_char, weight_storage: *const c_char]);
 
 /// What sessions will cost. Set `struct_size` to `sizeof(kva_estimate)` before the call that fills it.
 #[repr(C)]
@@ -202,6 +209,7 @@ impl kva_model {
         kva_model {
             architecture: line(model.config().architecture.name().into()),
             backend: line(model.backend().description()),
+            storage: line(model.storage()),
             model,
         }
     }
@@ -387,7 +395,7 @@ pub unsafe extern "C" fn kva_model_get_info(
     info: *mut kva_model_info,
 ) -> Option<Box<kva_error>> {
     guard(|| {
-        let kva_model { model, architecture, backend } = handle(model, "model")?;
+        let kva_model { model, architecture, backend, storage } = handle(model, "model")?;
         // SAFETY: the caller's promise: NULL, or a struct as long as it says.
         let out = unsafe { OutStruct::new(info, "info") }?;
         let config = model.config();
@@ -413,6 +421,7 @@ pub unsafe extern "C" fn kva_model_get_info(
             load_seconds: model.load_seconds(),
             architecture: architecture.as_ptr(),
             backend: backend.as_ptr(),
+            weight_storage: storage.as_ptr(),
         });
         Ok(())
     })

@@ -3,6 +3,8 @@
 //! Architecture files (`architecture/`) build this from a checkpoint; the engine walks it. What a layer is made of is
 //! data here, so that the step loop is written once.
 
+use std::collections::BTreeSet;
+
 use crate::backend::{Activation, Linear, Norm, Rotation};
 
 /// A decoder-only transformer.
@@ -108,23 +110,41 @@ pub struct Mlp {
 }
 
 impl Decoder {
+    /// Every matrix; a tied head is none.
+    fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        let table = match &self.positions {
+            Positions::Learned { table, .. } => Some(table),
+            Positions::Rotary(_) => None,
+        };
+        let ends = [Some(&self.embedding), table, self.project_in.as_ref()].into_iter().flatten();
+        let blocks = self
+            .blocks
+            .iter()
+            .flat_map(|block| [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down]);
+        ends.chain(blocks).chain([&self.project_out, &self.head].into_iter().flatten())
+    }
+
+    /// How matrices lie in memory: an element type, or blocks and what they stand for, such as "q4_1+q8_0 as bf16".
+    pub fn storage(&self) -> String {
+        let names = |blocks: bool| {
+            let matrices = self.matrices().filter(|matrix| matrix.blocks.is_some() == blocks);
+            let name = |matrix: &Linear| matrix.blocks.map_or(matrix.dtype.to_string(), |blocks| blocks.to_string());
+            matrices.map(name).collect::<BTreeSet<String>>().into_iter().collect::<Vec<_>>().join("+")
+        };
+        match (names(true), names(false)) {
+            (blocks, elements) if blocks.is_empty() => elements,
+            (blocks, elements) if elements.is_empty() => format!("{blocks} as bf16"),
+            (blocks, elements) => format!("{blocks} as bf16, {elements}"),
+        }
+    }
+
     /// Number of weights and their bytes in memory; a tied head counts once.
     pub fn size(&self) -> (u64, u64) {
         let mut size = (0, 0);
-        let mut linear = |linear: &Linear| {
+        for linear in self.matrices() {
             let bias = linear.bias.as_ref().map_or(0, |bias| bias.len as u64);
             size.0 += linear.outputs as u64 * linear.inputs as u64 + bias;
             size.1 += linear.data.bytes() as u64 + 4 * bias;
-        };
-        linear(&self.embedding);
-        if let Positions::Learned { table, .. } = &self.positions {
-            linear(table);
-        }
-        [&self.project_in, &self.project_out, &self.head].into_iter().flatten().for_each(&mut linear);
-        for block in &self.blocks {
-            [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down]
-                .into_iter()
-                .for_each(&mut linear);
         }
         let norms = self.blocks.iter().flat_map(|block| {
             let own = [Some(&block.attention_norm), Some(&block.mlp_norm)];

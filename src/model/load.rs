@@ -21,7 +21,8 @@ const MAX_THREADS: usize = 16;
 /// How to load weights.
 #[derive(Default)]
 pub struct LoadOptions {
-    /// Type of matrices in memory; `None`: as stored, quantized ones in bf16.
+    /// Type of matrices in memory; `None`: as stored, quantized ones in blocks where the backend has them
+    /// ([`Backend::has_blocks`]) and the file's are of its kinds, else in bf16.
     pub dtype: Option<DType>,
     /// Threads that read and convert, 0 for all processors that this process may use.
     pub threads: usize,
@@ -51,17 +52,18 @@ pub fn open(path: &Path) -> Result<Box<dyn Checkpoint>> {
     }
 }
 
-/// Checks that a checkpoint has everything its architecture needs, and adds up what it will take.
-pub fn survey(checkpoint: &dyn Checkpoint, dtype: Option<DType>) -> Result<Survey> {
+/// Checks that a checkpoint has everything its architecture needs, and adds up what it will take on a backend that has
+/// blocks ([`Backend::has_blocks`]), or not.
+pub fn survey(checkpoint: &dyn Checkpoint, dtype: Option<DType>, blocks: bool) -> Result<Survey> {
     check_type(dtype)?;
-    let mut weights = Weights::survey(checkpoint, dtype);
+    let mut weights = Weights::survey(checkpoint, dtype, blocks);
     architecture::build(checkpoint.config(), &mut weights)?;
     Ok(weights.into_survey())
 }
 
 /// Builds the model in memory of `backend`.
 pub fn decoder(checkpoint: &dyn Checkpoint, backend: &dyn Backend, options: LoadOptions) -> Result<Decoder> {
-    let survey = survey(checkpoint, options.dtype)?;
+    let survey = survey(checkpoint, options.dtype, backend.has_blocks())?;
     let threads = threads(options.threads);
     let mut weights = Weights::load(checkpoint, options.dtype, backend, threads, &survey, options.progress)?;
     let decoder = architecture::build(checkpoint.config(), &mut weights)?;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::backend::{Backend, Buffer, DType, Linear, Norm, NormKind, Place, Stream, Vector};
+use crate::backend::{Backend, Blocks, Buffer, DType, Linear, Norm, NormKind, Place, Stream, Vector};
 use crate::model::checkpoint::quant::{self, Encoding};
 use crate::model::checkpoint::{Checkpoint, RowOrder, TensorRef};
 use crate::model::load::Progress;
@@ -29,8 +29,10 @@ const TILE: usize = 262_147;
 /// The weights of one model, as an architecture sees them.
 pub struct Weights<'a> {
     source: Source<'a>,
-    /// Type of matrices in memory; `None`: as stored, quantized ones in bf16.
+    /// Type of matrices in memory; `None`: as stored, quantized ones in blocks where the backend has them, else in bf16.
     dtype: Option<DType>,
+    /// Whether the backend has blocks.
+    blocks: bool,
     /// Where weights go; `None` during a survey.
     sink: Option<Sink<'a>>,
     used: BTreeSet<String>,
@@ -64,9 +66,9 @@ pub struct Survey {
 }
 
 impl<'a> Weights<'a> {
-    /// Looks at a checkpoint without reading tensors.
-    pub fn survey(checkpoint: &'a dyn Checkpoint, dtype: Option<DType>) -> Weights<'a> {
-        Weights::new(Source::Checkpoint(checkpoint), dtype, None)
+    /// Looks at a checkpoint without reading tensors, for a backend that has blocks, or not.
+    pub fn survey(checkpoint: &'a dyn Checkpoint, dtype: Option<DType>, blocks: bool) -> Weights<'a> {
+        Weights { blocks, ..Weights::new(Source::Checkpoint(checkpoint), dtype, None) }
     }
 
     /// Adds up what random weights will take.
@@ -102,7 +104,8 @@ impl<'a> Weights<'a> {
     }
 
     fn new(source: Source<'a>, dtype: Option<DType>, sink: Option<Sink<'a>>) -> Weights<'a> {
-        Weights { source, dtype, sink, used: BTreeSet::new(), bytes: 0 }
+        let blocks = sink.as_ref().is_some_and(|sink| sink.backend.has_blocks());
+        Weights { source, dtype, blocks, sink, used: BTreeSet::new(), bytes: 0 }
     }
 
     /// What has been asked for.
@@ -146,12 +149,12 @@ impl<'a> Weights<'a> {
             let shape = |rows: usize| [rows].into_iter().chain(columns).collect();
             pieces.iter().map(|(name, rows)| (format!("{name}.{suffix}"), shape(*rows))).collect()
         };
-        let (dtype, data) = self.tensor(&named("weight", Some(inputs)), self.dtype, inputs)?;
+        let (dtype, blocks, data) = self.tensor(&named("weight", Some(inputs)), self.dtype, inputs)?;
         let bias = match bias {
             true => Some(self.stacked_vector(&named("bias", None), outputs)?),
             false => None,
         };
-        Ok(Linear { outputs, inputs, dtype, data, bias })
+        Ok(Linear { outputs, inputs, dtype, blocks, data, bias })
     }
 
     /// The vector `name`, in f32.
@@ -160,7 +163,7 @@ impl<'a> Weights<'a> {
     }
 
     fn stacked_vector(&mut self, pieces: &[(String, Vec<usize>)], len: usize) -> Result<Vector> {
-        let (_, data) = self.tensor(pieces, Some(DType::F32), 1)?;
+        let (_, _, data) = self.tensor(pieces, Some(DType::F32), 1)?;
         Ok(Vector { len, data })
     }
 
@@ -194,24 +197,25 @@ impl<'a> Weights<'a> {
         pieces: &[(String, Vec<usize>)],
         dtype: Option<DType>,
         columns: usize,
-    ) -> Result<(DType, Buffer)> {
+    ) -> Result<(DType, Option<Blocks>, Buffer)> {
         let rows: usize = pieces.iter().map(|(_, shape)| shape[0]).sum();
-        let (found, dtype, head_dim) = match &self.source {
+        let (found, dtype, blocks, head_dim) = match &self.source {
             Source::Checkpoint(checkpoint) => {
                 let found = find(*checkpoint, pieces, columns)?;
+                let blocks = if dtype.is_none() && self.blocks { common_blocks(&found) } else { None };
                 let dtype = dtype.unwrap_or_else(|| common_type(&found));
-                (found, dtype, checkpoint.config().head_dim)
+                (found, dtype, blocks, checkpoint.config().head_dim)
             }
-            Source::Random { .. } => (Vec::new(), dtype.unwrap_or(DType::BF16), 1),
+            Source::Random { .. } => (Vec::new(), dtype.unwrap_or(DType::BF16), None, 1),
         };
         self.used.extend(found.iter().map(|piece| piece.tensor.name.to_string()));
         // No overflow: the configuration's limits hold for both factors.
-        let bytes = rows * columns * dtype.bytes();
+        let bytes = blocks.map_or(rows * columns * dtype.bytes(), |blocks| blocks.bytes(rows, columns));
         self.bytes += bytes as u64;
-        let Some(sink) = &mut self.sink else { return Ok((dtype, nothing())) };
+        let Some(sink) = &mut self.sink else { return Ok((dtype, blocks, nothing())) };
         let mut data = sink.backend.allocate(bytes, Place::Device, &pieces[0].0)?;
         match &mut self.source {
-            Source::Checkpoint(_) => Transfer::new(&found, dtype, columns, head_dim).run(sink, &mut data)?,
+            Source::Checkpoint(_) => Transfer::new(&found, dtype, blocks, columns, head_dim).run(sink, &mut data)?,
             Source::Random { seed, tile } => {
                 if tile.is_empty() {
                     *tile = random_tile(*seed);
@@ -219,7 +223,7 @@ impl<'a> Weights<'a> {
                 make_up(&pieces[0].0, pieces[0].1.len() == 1, columns, dtype, tile, sink, &mut data)?;
             }
         }
-        Ok((dtype, data))
+        Ok((dtype, blocks, data))
     }
 }
 
@@ -262,6 +266,13 @@ fn common_type(pieces: &[Piece<'_>]) -> DType {
     types.reduce(|one, other| if one == other { one } else { DType::F32 }).unwrap_or(DType::F32)
 }
 
+/// The blocks that all pieces are encoded in, unless two of them would share a tile.
+fn common_blocks(pieces: &[Piece<'_>]) -> Option<Blocks> {
+    let (last, others) = pieces.split_last()?;
+    let whole = |piece: &Piece<'_>| piece.encoding == last.encoding && piece.rows.is_multiple_of(Blocks::ROWS);
+    last.encoding.blocks().filter(|_| others.iter().all(whole))
+}
+
 /// Consecutive rows of one piece.
 struct Job {
     piece: usize,
@@ -275,6 +286,7 @@ struct Job {
 struct Transfer<'a> {
     pieces: &'a [Piece<'a>],
     dtype: DType,
+    blocks: Option<Blocks>,
     columns: usize,
     head_dim: usize,
     jobs: Vec<Job>,
@@ -286,25 +298,31 @@ struct Scratch {
     encoded: Vec<u8>,
     values: Vec<f32>,
     rounded: Vec<u8>,
+    tiles: Vec<u8>,
 }
 
 impl<'a> Transfer<'a> {
-    fn new(pieces: &'a [Piece<'a>], dtype: DType, columns: usize, head_dim: usize) -> Transfer<'a> {
+    fn new(
+        pieces: &'a [Piece<'a>],
+        dtype: DType,
+        blocks: Option<Blocks>,
+        columns: usize,
+        head_dim: usize,
+    ) -> Transfer<'a> {
         let mut jobs = Vec::new();
         let mut offset = 0;
         for (index, piece) in pieces.iter().enumerate() {
-            let mut step = (CHUNK_BYTES / (4 * columns)).max(1);
-            if piece.tensor.order == RowOrder::Pairs {
-                // Whole heads, so that rows change places within a chunk.
-                step = step.next_multiple_of(head_dim);
-            }
+            // Whole heads, so that rows change places within a chunk, and whole tiles.
+            let heads = if piece.tensor.order == RowOrder::Pairs { head_dim } else { 1 };
+            let whole = if blocks.is_some() { heads * Blocks::ROWS } else { heads };
+            let step = (CHUNK_BYTES / (4 * columns)).max(1).next_multiple_of(whole);
             for row in (0..piece.rows).step_by(step) {
                 let rows = step.min(piece.rows - row);
                 jobs.push(Job { piece: index, row, rows, offset });
-                offset += rows * columns * dtype.bytes();
+                offset += blocks.map_or(rows * columns * dtype.bytes(), |blocks| blocks.bytes(rows, columns));
             }
         }
-        Transfer { pieces, dtype, columns, head_dim, jobs }
+        Transfer { pieces, dtype, blocks, columns, head_dim, jobs }
     }
 
     fn run(&self, sink: &mut Sink<'_>, target: &mut Buffer) -> Result<()> {
@@ -348,26 +366,34 @@ impl<'a> Transfer<'a> {
     fn decode<'s>(&self, job: &Job, scratch: &'s mut Scratch) -> Result<&'s [u8]> {
         let Piece { tensor, encoding, .. } = &self.pieces[job.piece];
         let row_bytes = self.columns / encoding.block_elements() * encoding.block_bytes();
-        let Scratch { encoded, values, rounded } = scratch;
+        let Scratch { encoded, values, rounded, tiles } = scratch;
         encoded.resize(job.rows * row_bytes, 0);
         tensor.read(job.row as u64 * row_bytes as u64, encoded)?;
 
-        let plain = encoding.plain() == Some(self.dtype);
-        let (finite, bytes) = if plain && tensor.order == RowOrder::Halves {
-            (quant::all_finite(encoded, self.dtype), &*encoded)
+        let all_finite = |bytes: &[u8]| match self.blocks {
+            Some(blocks) => blocks.all_finite(bytes),
+            None => quant::all_finite(bytes, self.dtype),
+        };
+        let kept = self.blocks.is_some() || encoding.plain() == Some(self.dtype);
+        let (finite, bytes) = if kept && tensor.order == RowOrder::Halves {
+            (all_finite(encoded), &*encoded)
         } else {
-            let stride = self.columns * self.dtype.bytes();
+            let stride = if kept { row_bytes } else { self.columns * self.dtype.bytes() };
             rounded.resize(job.rows * stride, 0);
             values.resize(self.columns, 0.0);
             let mut finite = true;
             for (row, encoded) in encoded.chunks_exact(row_bytes).enumerate() {
                 let place = self.place(tensor.order, row);
                 let target = &mut rounded[place * stride..][..stride];
-                if plain {
+                if kept {
                     target.copy_from_slice(encoded);
-                    finite &= quant::all_finite(target, self.dtype);
+                    finite &= all_finite(target);
                 } else {
                     encoding.decode(encoded, values);
+                    if encoding.blocks().is_some() {
+                        // −0 becomes 0, as where blocks are kept.
+                        values.iter_mut().for_each(|value| *value += 0.0);
+                    }
                     finite &= quant::round(values, self.dtype, target);
                 }
             }
@@ -381,7 +407,10 @@ impl<'a> Transfer<'a> {
                 self.dtype
             )));
         }
-        Ok(bytes)
+        let Some(blocks) = self.blocks else { return Ok(bytes) };
+        tiles.resize(blocks.bytes(job.rows, self.columns), 0);
+        blocks.tile(bytes, self.columns, tiles);
+        Ok(tiles)
     }
 
     /// Where row `row` of a chunk of whole heads goes.

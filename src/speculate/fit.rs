@@ -60,7 +60,7 @@ impl Fitter<'_> {
     fn fitted(&self, stream: &Stream, attention: &Attention, captured: &Captured<'_>) -> Result<Linear> {
         let Layout { hidden, heads, head_dim, .. } = self.layout;
         let (width, dtype) = (heads * head_dim, attention.qkv.dtype);
-        let weight = download(self.backend, stream, attention.qkv.rows().row_range(0, width))?;
+        let weight = download_weight(self.backend, stream, &attention.qkv, width)?;
         let bias = match &attention.qkv.bias {
             Some(bias) => Some(download(self.backend, stream, bias.row().col_range(0, width))?),
             None => None,
@@ -81,7 +81,7 @@ impl Fitter<'_> {
             }),
             None => None,
         };
-        Ok(Linear { outputs: width, inputs: hidden, dtype, data, bias })
+        Ok(Linear { outputs: width, inputs: hidden, dtype, blocks: None, data, bias })
     }
 
     fn bases(&self, stream: &Stream, captured: &Captured<'_>) -> Result<(HeadMaps, IndexMaps)> {
@@ -119,18 +119,33 @@ impl Fitter<'_> {
 
 /// The elements of a matrix as f32.
 pub(super) fn download(backend: &dyn Backend, stream: &Stream, rows: crate::backend::Rows<'_>) -> Result<Vec<f32>> {
-    let count = rows.rows() * rows.cols();
-    let encoding = match rows.dtype() {
+    let mut bytes = vec![0; rows.rows() * rows.cols() * rows.dtype().bytes()];
+    backend.download(stream, rows, &mut bytes)?;
+    Ok(widen(&bytes, rows.dtype()))
+}
+
+/// The first `rows` rows of a weight, widened to f32.
+pub(super) fn download_weight(
+    backend: &dyn Backend,
+    stream: &Stream,
+    weight: &Linear,
+    rows: usize,
+) -> Result<Vec<f32>> {
+    let mut bytes = vec![0; rows * weight.inputs * weight.dtype.bytes()];
+    backend.download_weight(stream, weight, 0..rows, &mut bytes)?;
+    Ok(widen(&bytes, weight.dtype))
+}
+
+fn widen(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    let encoding = match dtype {
         DType::F32 => quant::Encoding::F32,
         DType::F16 => quant::Encoding::F16,
         DType::BF16 => quant::Encoding::BF16,
         DType::U32 => unreachable!("weights are floats"),
     };
-    let mut bytes = vec![0; count * rows.dtype().bytes()];
-    backend.download(stream, rows, &mut bytes)?;
-    let mut values = vec![0.0; count];
-    encoding.decode(&bytes, &mut values);
-    Ok(values)
+    let mut values = vec![0.0; bytes.len() / dtype.bytes()];
+    encoding.decode(bytes, &mut values);
+    values
 }
 
 /// Values in memory of a backend, rounded to `dtype`.

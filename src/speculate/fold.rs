@@ -4,7 +4,7 @@ use crate::backend::{Backend, HeadMaps, Linear, Stream, Vector};
 use crate::model::decoder::{Decoder, Positions};
 use crate::{Error, Result};
 
-use super::fit::{download, upload};
+use super::fit::{download, download_weight, upload};
 use super::{Layout, Speculation};
 
 /// Puts each layer's skew into its weights and biases: Wq ← AᵀWq, bq ← Aᵀbq, and likewise for keys. Scores stay as they
@@ -31,7 +31,7 @@ pub fn fold(backend: &dyn Backend, decoder: &mut Decoder, layout: Layout, specul
 }
 
 fn skewed(backend: &dyn Backend, stream: &Stream, qkv: &Linear, layout: Layout, skew: &HeadMaps) -> Result<Linear> {
-    let mut weight = download(backend, stream, qkv.rows())?;
+    let mut weight = download_weight(backend, stream, qkv, qkv.outputs)?;
     turn(backend, stream, &mut weight, qkv.inputs, layout, skew)?;
     let data = upload(backend, stream, &weight, qkv.dtype, "skewed query, key and value weights")?;
     let bias = match &qkv.bias {
@@ -43,7 +43,7 @@ fn skewed(backend: &dyn Backend, stream: &Stream, qkv: &Linear, layout: Layout, 
         }
         None => None,
     };
-    Ok(Linear { outputs: qkv.outputs, inputs: qkv.inputs, dtype: qkv.dtype, data, bias })
+    Ok(Linear { outputs: qkv.outputs, inputs: qkv.inputs, dtype: qkv.dtype, blocks: None, data, bias })
 }
 
 /// Multiplies the d rows (of `columns` values) of every query and key head by its KV head's map.

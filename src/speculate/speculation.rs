@@ -198,19 +198,24 @@ fn leading_rows(backend: &dyn Backend, stream: &Stream, maps: &HeadMaps, columns
 /// The first `width` outputs of a layer's qkv.
 fn query_part(backend: &dyn Backend, attention: &Attention, width: usize) -> Result<Linear> {
     let stream = backend.stream()?;
-    let copy = |rows: crate::backend::Rows<'_>| -> Result<Buffer> {
-        let mut bytes = vec![0; rows.rows() * rows.cols() * rows.dtype().bytes()];
-        backend.download(&stream, rows, &mut bytes)?;
+    let store = |bytes: &[u8]| -> Result<Buffer> {
         let mut data = backend.allocate(bytes.len(), Place::Device, "query weight")?;
-        backend.upload(&stream, &bytes, &mut data, 0)?;
+        backend.upload(&stream, bytes, &mut data, 0)?;
         Ok(data)
     };
     let qkv = &attention.qkv;
     let bias = match &qkv.bias {
-        Some(bias) => Some(Vector { len: width, data: copy(bias.row().col_range(0, width))? }),
+        Some(bias) => {
+            let mut bytes = vec![0; width * DType::F32.bytes()];
+            backend.download(&stream, bias.row().col_range(0, width), &mut bytes)?;
+            Some(Vector { len: width, data: store(&bytes)? })
+        }
         None => None,
     };
-    let data = copy(qkv.rows().row_range(0, width))?;
+    // Of a weight in blocks a copy of what they stand for.
+    let mut bytes = vec![0; width * qkv.inputs * qkv.dtype.bytes()];
+    backend.download_weight(&stream, qkv, 0..width, &mut bytes)?;
+    let data = store(&bytes)?;
     backend.synchronize(&stream)?;
-    Ok(Linear { outputs: width, inputs: qkv.inputs, dtype: qkv.dtype, data, bias })
+    Ok(Linear { outputs: width, inputs: qkv.inputs, dtype: qkv.dtype, blocks: None, data, bias })
 }

@@ -134,7 +134,7 @@ static void information(const kva_model *model) {
   CHECK(info.vocabulary_size == TEST_VOCABULARY && info.context_length == TEST_CONTEXT);
   CHECK(info.bos_token == 1 && info.eos_token == 2 && info.has_tokenizer == 1 && info.has_chat_template == 1);
   CHECK(info.parameters > 0 && info.weight_bytes == info.parameters * 4 && info.load_seconds > 0);
-  CHECK(strlen(info.architecture) > 0 && strlen(info.backend) > 0);
+  CHECK(strlen(info.architecture) > 0 && strlen(info.backend) > 0 && strlen(info.weight_storage) > 0);
 }
 
 /* The pool's limit is a budget of all sessions together. */

@@ -63,6 +63,8 @@ pub struct File {
 
 pub const F32: u32 = 0;
 pub const F16: u32 = 1;
+pub const Q4_0: u32 = 2;
+pub const Q4_1: u32 = 3;
 pub const Q8_0: u32 = 8;
 
 impl File {

@@ -84,7 +84,7 @@ impl<'a> Rig<'a> {
 
     pub fn linear(&self, dtype: DType, outputs: usize, w: &[f32], bias: Option<&[f32]>) -> Linear {
         let data = self.buffer(dtype, w);
-        Linear { outputs, inputs: w.len() / outputs, dtype, data, bias: bias.map(|x| self.vector(x)) }
+        Linear { outputs, inputs: w.len() / outputs, dtype, blocks: None, data, bias: bias.map(|x| self.vector(x)) }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use super::CpuBackend;
 use super::simd::{Element, for_dtype};
+use super::stored::Widen;
 use super::view::{id, row_mut};
-use crate::backend::{Linear, Rows, RowsMut};
+use crate::backend::{Blocks, Linear, Rows, RowsMut};
 
 /// Elements worth a piece of parallel work.
 const PIECE: usize = 32 << 10;
@@ -11,6 +12,9 @@ const PIECE: usize = 32 << 10;
 /// `out[i] (+)= table[ids[i]]`.
 pub(super) fn embed(cpu: &CpuBackend, table: &Linear, ids: Rows<'_>, accumulate: bool, out: RowsMut<'_>) {
     let cols = table.inputs;
+    if let Some(blocks) = table.blocks {
+        return embed_blocks(cpu, table, blocks, ids, accumulate, out);
+    }
     for_dtype!(table.dtype, E => cpu.pool.split(ids.rows(), PIECE / cols.max(1), &|rows| {
         for i in rows {
             let id = id(&ids, i);
@@ -32,4 +36,23 @@ pub(super) fn embed(cpu: &CpuBackend, table: &Linear, ids: Rows<'_>, accumulate:
             }
         }
     }));
+}
+
+/// As [`embed`], of a table of blocks.
+fn embed_blocks(cpu: &CpuBackend, table: &Linear, blocks: Blocks, ids: Rows<'_>, accumulate: bool, out: RowsMut<'_>) {
+    cpu.pool.split(ids.rows(), PIECE / table.inputs.max(1), &|rows| {
+        let mut wide = [0.0; 8 * Blocks::COLUMNS];
+        for i in rows {
+            let id = id(&ids, i);
+            assert!(id < table.outputs, "id {id} of a table of {} rows", table.outputs);
+            // SAFETY: row i belongs to this thread alone.
+            let out = unsafe { row_mut(&out, i) };
+            for (chunk, out) in out.chunks_mut(wide.len()).enumerate() {
+                let from = chunk * wide.len();
+                let (columns, wide) = (from..from + out.len(), &mut wide[..out.len()]);
+                cpu.level.run(Widen { weight: table, blocks, rows: id..id + 1, columns, to: wide });
+                out.iter_mut().zip(wide).for_each(|(y, x)| *y = if accumulate { *y + *x } else { *x });
+            }
+        }
+    });
 }

@@ -3,15 +3,17 @@
 //! Both operands are cut into blocks of depth [`DEPTH`] and rows [`BLOCK`], so that scratch memory stays bounded. A block
 //! of activations is packed once and then used by all threads; each thread packs one panel of [`PANEL`] outputs of the
 //! weight at a time into its cache and multiplies it with all the block's rows. What the packed form is, and how it is
-//! multiplied, is the [`Unit`]'s affair.
+//! multiplied, is the [`Unit`]'s affair. Blocks are widened to bf16 a panel at a time, just before it is packed.
 
 use super::CpuBackend;
 use super::memory::ALIGN;
-use super::simd::Element;
+use super::simd::{Element, Proven};
+use super::stored::Widen;
 use super::unit::{PANEL, Runner, Task, Unit, for_unit};
 use super::view::{Shared, row};
 use crate::Result;
 use crate::backend::{Linear, Rows, RowsMut};
+use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -39,7 +41,13 @@ fn product<E: Element, R: Runner<E>>(
     let panels = weight.outputs.div_ceil(PANEL);
     let a_bytes = (x.rows().min(BLOCK).next_multiple_of(sizes.rows) * sizes.a_row_bytes).next_multiple_of(ALIGN);
     let panel_bytes = sizes.panel_bytes.next_multiple_of(ALIGN);
-    let mut scratch = cpu.scratch.take(a_bytes + threads * panel_bytes, "packed operands of a matrix product")?;
+    // Behind a thread's packed panel, where it is widened before.
+    let wide_bytes = match weight.blocks {
+        Some(_) => (PANEL * weight.inputs.min(DEPTH) * size_of::<bf16>()).next_multiple_of(ALIGN),
+        None => 0,
+    };
+    let own_bytes = panel_bytes + wide_bytes;
+    let mut scratch = cpu.scratch.take(a_bytes + threads * own_bytes, "packed operands of a matrix product")?;
     let scratch = Shared(scratch.address_mut());
 
     for rows in blocks(x.rows(), BLOCK) {
@@ -56,8 +64,8 @@ fn product<E: Element, R: Runner<E>>(
                 }
             });
             cpu.pool.split_indexed(panels, 1, &|thread, range| {
-                // SAFETY: the scratch holds `a_bytes` and then `threads` panels; this one is the thread's own.
-                let panel = unsafe { scratch.get().add(a_bytes + thread * panel_bytes) };
+                // SAFETY: the scratch holds `a_bytes` and then `own_bytes` for each thread; these are the thread's own.
+                let panel = unsafe { scratch.get().add(a_bytes + thread * own_bytes) };
                 unit.run(MultiplyPanels {
                     weight,
                     out: &out,
@@ -66,6 +74,8 @@ fn product<E: Element, R: Runner<E>>(
                     depth: depth.clone(),
                     a: scratch,
                     panel: Shared(panel),
+                    wide: Shared(panel.wrapping_add(panel_bytes)),
+                    level: cpu.level,
                     add,
                     bias: last,
                     e: PhantomData,
@@ -116,6 +126,9 @@ struct MultiplyPanels<'a, E> {
     a: Shared,
     /// Place for one packed panel, this thread's own.
     panel: Shared,
+    /// Place for one panel of widened blocks, this thread's own.
+    wide: Shared,
+    level: Proven,
     add: bool,
     /// Whether this depth is the last, after which the bias is due.
     bias: bool,
@@ -129,14 +142,14 @@ impl<E: Element> Task<E> for MultiplyPanels<'_, E> {
     fn run<U: Unit<E>>(self, unit: U) {
         let _session = unit.session();
         let bias = self.weight.bias.as_ref().filter(|_| self.bias).map(|b| row(&b.row(), 0));
-        let elements = self.weight.rows().base().cast::<E>();
-        for index in self.panels {
+        for index in self.panels.clone() {
             let from = index * PANEL;
             let cols = (self.weight.outputs - from).min(PANEL);
+            let (elements, stride) = self.elements(from, cols);
             let mut columns = [elements; PANEL];
             for (i, column) in columns.iter_mut().enumerate().take(cols) {
-                // SAFETY: output `from + i` is a row of the weight, and `depth` lies inside its `inputs` elements.
-                *column = unsafe { elements.add((from + i) * self.weight.inputs + self.depth.start) };
+                // SAFETY: there are `cols` rows of elements, `stride` apart.
+                *column = unsafe { elements.add(i * stride) };
             }
             // SAFETY: `cols` columns of depth.len() elements each; the panel's place is this thread's own and was sized
             // for the largest depth. `a` holds the block's rows packed at this depth. Columns `from..from + cols` of
@@ -163,5 +176,24 @@ impl<E: Element> Task<E> for MultiplyPanels<'_, E> {
                 }
             }
         }
+    }
+}
+
+impl<E: Element> MultiplyPanels<'_, E> {
+    /// Where the elements of outputs `from..from + cols` at this depth begin, and how far apart the rows are. Blocks are
+    /// widened, to `E`, which is their weight's type.
+    #[inline(always)]
+    fn elements(&self, from: usize, cols: usize) -> (*const E, usize) {
+        let (weight, columns) = (self.weight, self.depth.clone());
+        let Some(blocks) = weight.blocks else {
+            let first = from * weight.inputs + columns.start;
+            // SAFETY: output `from` is a row of the weight, and `depth` lies inside its `inputs` elements.
+            return (unsafe { weight.rows().base().cast::<E>().add(first) }, weight.inputs);
+        };
+        let width = columns.len();
+        // SAFETY: the place is this thread's own, zeroed or written before, and was sized for a panel of the largest depth.
+        let to = unsafe { std::slice::from_raw_parts_mut(self.wide.get().cast::<bf16>(), cols * width) };
+        self.level.run(Widen { weight, blocks, rows: from..from + cols, columns, to });
+        (self.wide.get().cast::<E>(), width)
     }
 }

@@ -8,14 +8,15 @@
 //! hardware prefetchers do not recognise; without this a thread reads at a third of the memory's speed.
 
 use super::CpuBackend;
-use super::simd::{Element, Kernel, LANES, Simd, for_dtype};
+use super::simd::{Kernel, LANES, Simd};
+use super::stored::{Stored, for_stored};
 use super::view::row;
-use crate::backend::{Linear, Rows, RowsMut};
+use crate::backend::{Blocks, Linear, Rows, RowsMut};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Weight rows of a block.
-const OUTPUTS: usize = 4;
+/// Weight rows of a block of the product; of a tile of [`Blocks`] too.
+const OUTPUTS: usize = Blocks::ROWS;
 
 /// Bytes from the weights that are multiplied to those that are prefetched: about 0.4 µs of reading, a few times what
 /// memory takes to answer, and well inside the first-level cache.
@@ -24,31 +25,39 @@ const AHEAD: usize = 12 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Bytes of weights that one piece of parallel work covers, about 4 µs of reading.
+/// Bytes of weights that one piece of parallel work covers, about 4 µs of reading; of blocks, whose bytes are worth more
+/// arithmetic, a quarter.
 const PIECE: usize = 64 << 10;
 
 /// `out = x · weightᵀ (+ out) + bias`, each row by itself.
 pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate: bool, out: RowsMut<'_>) {
-    let row_bytes = (weight.inputs * weight.dtype.bytes()).max(1);
-    let grain = (PIECE / row_bytes).max(1).next_multiple_of(OUTPUTS);
-    for_dtype!(weight.dtype, E => {
+    assert!(weight.bytes() <= weight.data.bytes(), "a weight past its buffer's end");
+    for_stored!(weight, W => {
+        let piece = if W::TILED { PIECE / 4 } else { PIECE };
+        let grain = (piece / row_bytes::<W>(weight.inputs)).max(1).next_multiple_of(OUTPUTS);
         cpu.pool.split(weight.outputs, grain, &|outputs| {
-            cpu.level.run(Product::<E> { x, weight, accumulate, out: &out, outputs, e: PhantomData });
+            cpu.level.run(Product::<W> { x, weight, accumulate, out: &out, outputs, format: PhantomData });
         });
     });
 }
 
+/// Bytes of a row of `columns` weights, at least one column.
+#[inline(always)]
+fn row_bytes<W: Stored>(columns: usize) -> usize {
+    columns * W::BYTES / (W::VECTORS * LANES)
+}
+
 /// Some outputs of all rows.
-struct Product<'a, E> {
+struct Product<'a, W> {
     x: Rows<'a>,
     weight: &'a Linear,
     accumulate: bool,
     out: &'a RowsMut<'a>,
     outputs: Range<usize>,
-    e: PhantomData<E>,
+    format: PhantomData<W>,
 }
 
-impl<E: Element> Kernel for Product<'_, E> {
+impl<W: Stored> Kernel for Product<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -56,53 +65,69 @@ impl<E: Element> Kernel for Product<'_, E> {
         let end = self.outputs.end;
         let mut n = self.outputs.start;
         while end - n >= OUTPUTS {
-            self.rows::<S, OUTPUTS>(s, n);
+            self.rows::<S, OUTPUTS>(s, n, OUTPUTS);
             n += OUTPUTS;
         }
+        if W::TILED && n < end {
+            // The last tile is whole, though not all of its rows are the weight's.
+            self.rows::<S, OUTPUTS>(s, n, end - n);
+            n = end;
+        }
         while n < end {
-            self.rows::<S, 1>(s, n);
+            self.rows::<S, 1>(s, n, 1);
             n += 1;
         }
     }
 }
 
-impl<E: Element> Product<'_, E> {
-    /// `N` outputs from `n` on, of all rows.
+impl<W: Stored> Product<'_, W> {
+    /// `N` outputs from `n` on, of which `count` are there, of all rows.
     #[inline(always)]
-    fn rows<S: Simd, const N: usize>(&self, s: S, n: usize) {
+    fn rows<S: Simd, const N: usize>(&self, s: S, n: usize, count: usize) {
         let rows = self.x.rows();
         let mut m = 0;
         while rows - m >= 4 {
-            self.block::<S, 4, N>(s, m, n);
+            self.block::<S, 4, N>(s, m, n, count);
             m += 4;
         }
+        if W::TILED && rows - m >= 2 {
+            // Two rows share what it takes to widen a tile; elements are as quickly loaded again.
+            self.block::<S, 2, N>(s, m, n, count);
+            m += 2;
+        }
         while m < rows {
-            self.block::<S, 1, N>(s, m, n);
+            self.block::<S, 1, N>(s, m, n, count);
             m += 1;
         }
     }
 
-    /// `M` rows from `m` on by `N` outputs from `n` on.
+    /// `M` rows from `m` on by `N` outputs from `n` on, of which `count` are there.
     #[inline(always)]
-    fn block<S: Simd, const M: usize, const N: usize>(&self, s: S, m: usize, n: usize) {
+    fn block<S: Simd, const M: usize, const N: usize>(&self, s: S, m: usize, n: usize, count: usize) {
         let k = self.weight.inputs;
-        debug_assert!(m + M <= self.x.rows() && n + N <= self.weight.outputs);
+        debug_assert!(m + M <= self.x.rows() && count <= N && n + count <= self.weight.outputs);
         let mut sums = [[s.zero(); N]; M];
-        let whole = k / LANES * LANES;
-        for depth in (0..whole).step_by(LANES) {
-            self.step::<S, M, N>(s, m, n, depth, LANES, &mut sums);
+        let width = W::VECTORS * LANES;
+        let w = self.weight.data.address().wrapping_add(n * row_bytes::<W>(k));
+        // SAFETY: `x` has rows m..m + M.
+        let x = unsafe { self.x.base().cast::<f32>().add(m * self.x.stride()) };
+        for step in 0..k / width {
+            self.step::<S, M, N>(s, w, x, m == 0, step, LANES, &mut sums);
         }
-        if whole < k {
-            self.step::<S, M, N>(s, m, n, whole, k - whole, &mut sums);
+        if !W::TILED && !k.is_multiple_of(width) {
+            self.step::<S, M, N>(s, w, x, m == 0, k / width, k % width, &mut sums);
         }
         for i in 0..M {
-            // SAFETY: columns n..n + N of row m + i of `out`: each output belongs to one thread.
+            // SAFETY: columns n..n + count of row m + i of `out`: each output belongs to one thread.
             let out = unsafe {
                 let at = self.out.base().cast::<f32>().add((m + i) * self.out.stride() + n);
-                std::slice::from_raw_parts_mut(at, N)
+                std::slice::from_raw_parts_mut(at, count)
             };
             for j in 0..N {
                 let mut y = s.sum(sums[i][j]);
+                if j >= count {
+                    break;
+                }
                 if self.accumulate {
                     y += out[j];
                 }
@@ -114,45 +139,42 @@ impl<E: Element> Product<'_, E> {
         }
     }
 
-    /// Adds the products of `here` elements from `depth` on to a block's sums.
+    /// Adds the products of step `step`, `here` columns a vector, to a block's sums. `w` is where its weights begin, `x` its
+    /// activations; whoever is the `first` to read the weights fetches others ahead.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "all but two stay the same in a loop")]
     fn step<S: Simd, const M: usize, const N: usize>(
         &self,
         s: S,
-        m: usize,
-        n: usize,
-        depth: usize,
+        w: *const u8,
+        x: *const f32,
+        first: bool,
+        step: usize,
         here: usize,
         sums: &mut [[S::V; N]; M],
     ) {
-        let k = self.weight.inputs;
-        let w = self.weight.rows().base().cast::<E>();
-        let x = self.x.base().cast::<f32>();
-        if m == 0 {
-            // The block's N·k elements are one stretch, of which each step asks for as much as it reads. What lies
-            // past the weight's end is asked for in vain.
-            let ahead = w.wrapping_add(n * k + N * depth).cast::<u8>().wrapping_add(AHEAD);
-            for line in 0..(N * LANES * size_of::<E>()).div_ceil(LINE) {
+        if first {
+            // The block's rows are one stretch, of which each step asks for as much as it reads. What lies past the
+            // weight's end is asked for in vain.
+            let ahead = w.wrapping_add(N * step * W::BYTES + AHEAD);
+            for line in 0..(N * W::BYTES).div_ceil(LINE) {
                 s.prefetch(ahead.wrapping_add(line * LINE));
             }
         }
-        let mut weights = [s.zero(); N];
-        for j in 0..N {
-            // SAFETY: output n + j is a row of the weight with `k` elements; `here` of them from `depth` on are
-            // read.
-            unsafe {
-                let at = w.add((n + j) * k + depth);
-                weights[j] = if here == LANES { E::load(s, at) } else { E::load_first(s, at, here) };
-            }
-        }
-        for i in 0..M {
-            // SAFETY: row m + i of `x` has `k` elements, of which `here` from `depth` on are read.
-            let v = unsafe {
-                let at = x.add((m + i) * self.x.stride() + depth);
-                if here == LANES { s.load(at) } else { s.load_first(at, here) }
-            };
-            for j in 0..N {
-                sums[i][j] = s.fma(v, weights[j], sums[i][j]);
+        // SAFETY: at `w` N rows of the weight begin (or fill up its last tile), which its buffer was seen to hold; the step
+        // lies in them, and only an untiled format has one of fewer than `LANES` columns.
+        let weights = unsafe { W::load::<S, N>(s, w, self.weight.inputs, step, here) };
+        for v in 0..W::VECTORS {
+            for i in 0..M {
+                // SAFETY: the block's row i has as many elements as a weight's, of which `here` from the vector's first on are
+                // read.
+                let x = unsafe {
+                    let at = x.add(i * self.x.stride() + (step * W::VECTORS + v) * LANES);
+                    if here == LANES { s.load(at) } else { s.load_first(at, here) }
+                };
+                for j in 0..N {
+                    sums[i][j] = s.fma(x, weights[j][v], sums[i][j]);
+                }
             }
         }
     }

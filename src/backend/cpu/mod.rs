@@ -26,6 +26,7 @@ mod rotary;
 mod simd;
 mod slots;
 mod store_kv;
+mod stored;
 mod tail;
 #[cfg(test)]
 mod tests;
@@ -38,9 +39,12 @@ use crate::backend::{
     RowsMut, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, Result};
+use half::bf16;
 use memory::ScratchPool;
 use pool::Pool;
 use simd::Proven;
+use std::ops::Range;
+use stored::Widen;
 
 pub use simd::Level;
 
@@ -145,6 +149,10 @@ impl Backend for CpuBackend {
         true
     }
 
+    fn has_blocks(&self) -> bool {
+        true
+    }
+
     fn activation(&self) -> DType {
         DType::F32
     }
@@ -192,6 +200,17 @@ impl Backend for CpuBackend {
                 std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), row);
             }
         }
+        Ok(())
+    }
+
+    fn download_weight(&self, stream: &Stream, weight: &Linear, rows: Range<usize>, target: &mut [u8]) -> Result<()> {
+        let Some(blocks) = weight.blocks else {
+            return self.download(stream, weight.rows().row_range(rows.start, rows.len()), target);
+        };
+        let mut values = vec![bf16::ZERO; rows.len() * weight.inputs];
+        self.level.run(Widen { weight, blocks, rows, columns: 0..weight.inputs, to: &mut values });
+        assert_eq!(target.len(), values.len() * size_of::<bf16>(), "a download's target must hold the rows exactly");
+        values.iter().zip(target.as_chunks_mut().0).for_each(|(value, to)| *to = value.to_ne_bytes());
         Ok(())
     }
 

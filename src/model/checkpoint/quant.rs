@@ -8,7 +8,7 @@ use std::fmt;
 
 use half::{bf16, f16};
 
-use crate::backend::DType;
+use crate::backend::{Blocks, DType};
 
 /// The encoding of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +116,16 @@ impl Encoding {
             Encoding::F32 => Some(DType::F32),
             Encoding::F16 => Some(DType::F16),
             Encoding::BF16 => Some(DType::BF16),
+            _ => None,
+        }
+    }
+
+    /// The blocks that a backend may keep in memory, for the encodings that are such.
+    pub fn blocks(self) -> Option<Blocks> {
+        match self {
+            Encoding::Q4_0 => Some(Blocks::Q4_0),
+            Encoding::Q4_1 => Some(Blocks::Q4_1),
+            Encoding::Q8_0 => Some(Blocks::Q8_0),
             _ => None,
         }
     }

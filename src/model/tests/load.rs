@@ -8,7 +8,7 @@ use super::gguf::{self, small_llama};
 use super::{data, real_model, tensor};
 use crate::ErrorCode;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
-use crate::backend::{Backend, DType, Linear, Rows, Vector};
+use crate::backend::{Backend, Blocks, DType, Linear, Rows, Vector};
 use crate::model::config::{Config, SHAPES};
 use crate::model::decoder::{Decoder, NormPlacement, Positions};
 use crate::model::load::{self, LoadOptions};
@@ -24,7 +24,10 @@ fn backend() -> CpuBackend {
 
 /// The elements of a matrix, widened to f32.
 fn matrix(linear: &Linear) -> Vec<f32> {
-    values(linear.rows())
+    let mut bytes = vec![0; linear.outputs * linear.inputs * linear.dtype.bytes()];
+    let backend = backend();
+    backend.download_weight(&backend.stream().unwrap(), linear, 0..linear.outputs, &mut bytes).unwrap();
+    widen(linear.dtype, &bytes)
 }
 
 /// The elements of a vector.
@@ -36,7 +39,11 @@ fn values(rows: Rows<'_>) -> Vec<f32> {
     let mut bytes = vec![0; rows.rows() * rows.cols() * rows.dtype().bytes()];
     let backend = backend();
     backend.download(&backend.stream().unwrap(), rows, &mut bytes).unwrap();
-    match rows.dtype() {
+    widen(rows.dtype(), &bytes)
+}
+
+fn widen(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
         DType::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
         DType::F16 => bytes.as_chunks().0.iter().map(|bytes| half::f16::from_le_bytes(*bytes).to_f32()).collect(),
         DType::BF16 => bytes.as_chunks().0.iter().map(|bytes| half::bf16::from_le_bytes(*bytes).to_f32()).collect(),
@@ -80,7 +87,7 @@ fn every_golden_folder_loads_whole() {
     for entry in std::fs::read_dir(data("golden")).unwrap() {
         let path = entry.unwrap().path();
         let checkpoint = load::open(&path).unwrap();
-        let survey = load::survey(&*checkpoint, None).unwrap();
+        let survey = load::survey(&*checkpoint, None, true).unwrap();
         assert_eq!(survey.unused, Vec::<String>::new(), "{}", path.display());
         let decoder = load::decoder(&*checkpoint, &backend(), LoadOptions::default()).unwrap();
         assert_eq!(bytes(&decoder), survey.bytes);
@@ -147,7 +154,7 @@ fn gguf_files_hold_what_the_folders_do() {
         }
     }
     let checkpoint = load::open(&data("gguf/llama3-rope.gguf")).unwrap();
-    assert!(load::survey(&*checkpoint, None).unwrap().unused.is_empty());
+    assert!(load::survey(&*checkpoint, None, true).unwrap().unused.is_empty());
     assert_eq!(checkpoint.config().stored, Some(DType::F32));
 }
 
@@ -160,7 +167,7 @@ fn the_real_model_loads() {
     let config = checkpoint.config();
     assert_eq!((config.layers, config.hidden, config.vocabulary), (30, 576, 49152));
     assert_eq!((config.heads, config.kv_heads, config.head_dim, config.tied), (9, 3, 64, true));
-    let survey = load::survey(&*checkpoint, None).unwrap();
+    let survey = load::survey(&*checkpoint, None, true).unwrap();
     assert_eq!(survey.unused, Vec::<String>::new());
     let fractions = Arc::new(Mutex::new(Vec::new()));
     let seen = fractions.clone();
@@ -171,7 +178,9 @@ fn the_real_model_loads() {
     let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
     let decoder = load::decoder(&*checkpoint, &backend(), options).unwrap();
     eprintln!("opened in {opened:?}, loaded after {:?}, {} bytes", start.elapsed(), survey.bytes);
-    assert_eq!(decoder.embedding.dtype, DType::BF16);
+    assert_eq!((decoder.embedding.dtype, decoder.embedding.blocks), (DType::BF16, Some(Blocks::Q8_0)));
+    assert!(decoder.blocks.iter().all(|block| block.attention.qkv.blocks == Some(Blocks::Q4_1)));
+    assert_eq!(bytes(&decoder), survey.bytes);
     let fractions = fractions.lock().unwrap();
     assert!(fractions.len() > 50 && fractions.is_sorted(), "{fractions:?}");
     assert_eq!((fractions[0], *fractions.last().unwrap()), (0.0, 1.0));
@@ -235,6 +244,70 @@ fn weights_must_be_finite() {
     }
 }
 
+/// Encodes a tensor anew, with elements at random and scales (and minima) between 2⁻⁷ and 2⁻⁵, some of them negative.
+fn quantize(file: &mut gguf::File, name: &str, kind: u32, blocks: Blocks) {
+    let tensor = file.find(&format!("{name}.weight"));
+    let count = tensor.data.len() / 4 / Blocks::COLUMNS;
+    let mut state = kind;
+    let bytes = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    });
+    let mut data: Vec<u8> = bytes.take(count * blocks.block_bytes()).collect();
+    for block in data.chunks_exact_mut(blocks.block_bytes()) {
+        // The upper bytes of both halves; where there is one, the second is an element.
+        block[1] = block[1] & 0x87 | 0x20;
+        block[3] = block[3] & 0x87 | 0x20;
+    }
+    (tensor.kind, tensor.data) = (kind, data);
+}
+
+/// What a file has in blocks stays in blocks where it can, and stands for the same values as in bf16.
+#[test]
+fn blocks_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let mut file = small_llama();
+    quantize(&mut file, "token_embd", gguf::Q8_0, Blocks::Q8_0);
+    for name in ["blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v"] {
+        quantize(&mut file, name, gguf::Q4_0, Blocks::Q4_0);
+    }
+    quantize(&mut file, "blk.0.ffn_gate", gguf::Q4_1, Blocks::Q4_1);
+    // Not in the encoding of the rows above it.
+    quantize(&mut file, "blk.0.ffn_up", gguf::Q4_0, Blocks::Q4_0);
+    quantize(&mut file, "blk.0.ffn_down", gguf::Q4_1, Blocks::Q4_1);
+    std::fs::write(&path, file.bytes()).unwrap();
+
+    let kept = load(&path, None);
+    let of = |linear: &Linear| (linear.dtype, linear.blocks);
+    assert_eq!(of(&kept.embedding), (DType::BF16, Some(Blocks::Q8_0)));
+    let block = &kept.blocks[0];
+    assert_eq!(of(&block.attention.qkv), (DType::BF16, Some(Blocks::Q4_0)));
+    assert_eq!(of(&block.attention.output), (DType::F32, None));
+    assert_eq!(of(&block.mlp.up), (DType::BF16, None));
+    assert_eq!(of(&block.mlp.down), (DType::BF16, Some(Blocks::Q4_1)));
+
+    // Without blocks, the type of a matrix is the same, and so are its values: compared bit by bit.
+    let bits = |decoder: &Decoder, matrices: [fn(&Decoder) -> &Linear; 4]| {
+        matrices.map(|of| matrix(of(decoder)).iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+    };
+    let quantized: [fn(&Decoder) -> &Linear; 4] = [
+        |decoder| &decoder.embedding,
+        |decoder| &decoder.blocks[0].attention.qkv,
+        |decoder| &decoder.blocks[0].mlp.up,
+        |decoder| &decoder.blocks[0].mlp.down,
+    ];
+    let widened = load(&path, Some(DType::BF16));
+    assert!(parts(&widened).0.iter().all(|matrix| of(matrix) == (DType::BF16, None)));
+    assert_eq!(bits(&kept, quantized), bits(&widened, quantized));
+
+    let checkpoint = load::open(&path).unwrap();
+    let survey = |dtype, blocks| load::survey(&*checkpoint, dtype, blocks).unwrap().bytes;
+    assert_eq!(bytes(&kept), survey(None, true));
+    assert_eq!(bytes(&widened), survey(Some(DType::BF16), true));
+    assert!(survey(None, true) < survey(None, false));
+}
+
 /// The file gets shorter after it was opened: an error, where a mapping would have killed the process.
 #[test]
 fn a_file_may_shrink_while_it_is_open() {
@@ -260,7 +333,7 @@ fn threads_change_nothing() {
 #[test]
 fn weights_cannot_be_integers() {
     let checkpoint = load::open(&data("golden/smollm2")).unwrap();
-    assert_eq!(load::survey(&*checkpoint, Some(DType::U32)).unwrap_err().code(), ErrorCode::InvalidArgument);
+    assert_eq!(load::survey(&*checkpoint, Some(DType::U32), true).unwrap_err().code(), ErrorCode::InvalidArgument);
 }
 
 #[test]

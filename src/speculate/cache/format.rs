@@ -170,6 +170,7 @@ impl Format {
             outputs: self.query_width(),
             inputs: hidden,
             dtype: self.dtype,
+            blocks: None,
             data,
             bias: self.biased.then(|| Vector { len: self.query_width(), data: bias }),
         };

@@ -42,7 +42,7 @@ TEST(options_begin_with_the_librarys_defaults) {
 
 TEST(info_describes_the_model) {
   const kva::ModelInfo info = test::model().info().value();
-  CHECK(info.architecture == "llama" && !info.backend.empty());
+  CHECK(info.architecture == "llama" && !info.backend.empty() && !info.weight_storage.empty());
   CHECK(info.dtype == kva::DType::f32);
   CHECK(info.layers == 3 && info.heads == 9 && info.kv_heads == 3 && info.head_dim == 8 && info.hidden_size == 72);
   CHECK(info.vocabulary_size == test::vocabulary && info.context_length == test::context);

@@ -74,7 +74,7 @@ void print_heading(const kva::Model& model, const Options& options) {
   std::printf("%s: %s, %.1f M parameters, %s of weights in %s, loaded in %.2f s\n",
               options.model.path.empty() ? options.model.shape.c_str() : options.model.path.c_str(),
               info.architecture.c_str(), static_cast<double>(info.parameters) / 1e6,
-              program::bytes(info.weight_bytes).c_str(), program::name(info.dtype).c_str(), info.load_seconds);
+              program::bytes(info.weight_bytes).c_str(), info.weight_storage.c_str(), info.load_seconds);
   std::printf("%s; %llu decode steps, %llu repetitions; median (min - max)\n\n", info.backend.c_str(),
               static_cast<unsigned long long>(options.steps), static_cast<unsigned long long>(options.repetitions));
 }
@@ -119,6 +119,7 @@ nlohmann::json describe(const kva::Model& model, const Options& options) {
                  {"parameters", info.parameters},
                  {"weight_bytes", info.weight_bytes},
                  {"dtype", program::name(info.dtype)},
+                 {"weight_storage", info.weight_storage},
                  {"layers", info.layers},
                  {"heads", info.heads},
                  {"kv_heads", info.kv_heads},

@@ -74,7 +74,7 @@ void ModelFlags::declare(args::Parser& parser, bool shapes) {
                   shape);
     parser.option("--random-weights", "SEED", "the weights of --shape", random_weights);
   }
-  parser.choice("--dtype", "type of the weights in memory; auto: as stored, quantized ones as bf16 (default auto)", dtypes(), dtype);
+  parser.choice("--dtype", "type of the weights in memory; auto: as stored, quantized ones kept in blocks on the CPU where that can be, else as bf16 (default auto)", dtypes(), dtype);
   parser.choice("--device", "where to compute; auto: cuda where it works, cpu otherwise (default auto)", devices(), device);
   parser.option("--threads", "N", "threads to compute with; 0: all processors (default 0)", threads);
   parser.option("--speculation-cache", "FOLDER",

@@ -43,7 +43,7 @@ void report(const kva::Model& model, const kva::Session& session, const policy::
   std::fprintf(stderr, "ended    %s, %zu of %zu tokens held\n", ended.c_str(), session.length(), session.capacity());
   std::fprintf(stderr, "model    %s, %.1f M parameters, %s of weights in %s, loaded in %.3f s\n", info.architecture.c_str(),
                static_cast<double>(info.parameters) / 1e6, program::bytes(info.weight_bytes).c_str(),
-               program::name(info.dtype).c_str(), info.load_seconds);
+               info.weight_storage.c_str(), info.load_seconds);
   std::fprintf(stderr, "backend  %s\n", info.backend.c_str());
   std::fprintf(stderr, "KV       %s, %s\n", policy::name(flags.policy).c_str(), traffic::where(statistics).c_str());
   if (const auto attended = traffic::attended(statistics)) {

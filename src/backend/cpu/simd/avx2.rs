@@ -98,6 +98,31 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn widen_eight(self, from: *const f16, to: *mut f32) {
+        // SAFETY: 8 elements on either side, by the caller's promise; features by `self`.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> V {
+        // SAFETY: as above.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            let (low, high) = (_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes)));
+            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pick(self, table: V, words: *const u32, shift: u32) -> V {
+        // SAFETY: 16 readable words, by the caller's promise; features by `self`.
+        unsafe {
+            let (low, high) = (_mm256_loadu_si256(words.cast()), _mm256_loadu_si256(words.add(8).cast()));
+            (pick_half(table, low, shift), pick_half(table, high, shift))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: V) {
         // SAFETY: 16 writable elements, by the caller's promise.
         unsafe {
@@ -163,6 +188,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn power(self, a: V) -> V {
+        both!(power_half, a)
+    }
+
+    #[inline(always)]
     fn if_less(self, a: V, b: V, yes: V, no: V) -> V {
         both!(if_less_half, a, b, yes, no)
     }
@@ -225,6 +255,21 @@ impl Simd for Avx2 {
 #[target_feature(enable = "avx2")]
 fn widen_bf16(x: __m128i) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
+}
+
+/// Eight lanes of [`Simd::pick`]: three bits of an index choose in each half of the table, the fourth between them.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pick_half(table: V, words: __m256i, shift: u32) -> __m256 {
+    let index = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+    let (low, high) = (_mm256_permutevar8x32_ps(table.0, index), _mm256_permutevar8x32_ps(table.1, index));
+    _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn power_half(a: __m256) -> __m256 {
+    _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0xff80_0000_u32 as i32)))
 }
 
 #[inline]

@@ -79,6 +79,28 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn widen_eight(self, from: *const f16, to: *mut f32) {
+        // SAFETY: 8 elements on either side, by the caller's promise; features by `self`.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> __m512 {
+        // SAFETY: 16 readable elements, by the caller's promise; features by `self`.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn pick(self, table: __m512, words: *const u32, shift: u32) -> __m512 {
+        // The permutation looks at four bits of each index.
+        // SAFETY: 16 readable words, by the caller's promise; features by `self`.
+        unsafe {
+            let words = _mm512_loadu_si512(words.cast());
+            _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32)), table)
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: __m512) {
         // SAFETY: 16 writable elements, by the caller's promise.
         unsafe { _mm512_storeu_ps(to, v) }
@@ -133,6 +155,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn scale2(self, a: __m512, n: __m512) -> __m512 {
         with_proof!(_mm512_scalef_ps(a, n))
+    }
+
+    #[inline(always)]
+    fn power(self, a: __m512) -> __m512 {
+        with_proof!(_mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32(0xff80_0000_u32 as i32))))
     }
 
     #[inline(always)]

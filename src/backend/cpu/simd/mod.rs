@@ -141,6 +141,21 @@ pub(super) trait Simd: Copy + Send + Sync {
     /// As [`Simd::load_first`].
     unsafe fn load_first_bf16(self, from: *const half::bf16, n: usize) -> Self::V;
 
+    /// Eight halves from memory to memory, widened.
+    /// # Safety
+    /// `from` is readable and `to` writable for 8 elements.
+    unsafe fn widen_eight(self, from: *const half::f16, to: *mut f32);
+
+    /// Sixteen signed bytes as floats.
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load_i8(self, from: *const i8) -> Self::V;
+
+    /// Lane i is the lane of `table` that bits `shift..shift + 4` of word i name; `shift` ≤ 28.
+    /// # Safety
+    /// `words` is readable for 16 words.
+    unsafe fn pick(self, table: Self::V, words: *const u32, shift: u32) -> Self::V;
+
     /// # Safety
     /// `to` is writable for 16 elements.
     unsafe fn store(self, to: *mut f32, v: Self::V);
@@ -166,6 +181,8 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn round(self, a: Self::V) -> Self::V;
     /// a · 2ⁿ for an integral n in −126..=127 and a normal result.
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
+    /// Sign and exponent of a normal number: a power of two, 1 to 2 times as near to zero. Of a zero a zero.
+    fn power(self, a: Self::V) -> Self::V;
     /// Where a < b, `yes`, elsewhere `no`.
     fn if_less(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
 
@@ -185,6 +202,17 @@ pub(super) trait Simd: Copy + Send + Sync {
     #[inline(always)]
     fn zero(self) -> Self::V {
         self.splat(0.0)
+    }
+
+    /// To the nearest bf16, ties to even, as floats: for zeros, of which each becomes +0, and for normal numbers small
+    /// enough that 2¹⁷ times them are finite.
+    #[inline(always)]
+    fn round_bf16(self, a: Self::V) -> Self::V {
+        // Next to 2¹⁶ times its own power of two, of the same sign, a number keeps the eight bits that bf16 has. The
+        // products are exact, so nothing depends on whether the hardware fuses.
+        let power = self.power(a);
+        let beside = self.fma(power, self.splat(65536.0), a);
+        self.fma(power, self.splat(-65536.0), beside)
     }
 
     /// The vector at the start of `from`, with zeros where the slice ends before.

@@ -67,6 +67,26 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn widen_eight(self, from: *const f16, to: *mut f32) {
+        for i in 0..8 {
+            // SAFETY: 8 elements on either side, by the caller's promise.
+            unsafe { to.add(i).write(from.add(i).read_unaligned().to_f32()) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> V {
+        // SAFETY: the caller's promise: 16 readable elements.
+        lanes!(i => f32::from(unsafe { from.add(i).read() }))
+    }
+
+    #[inline(always)]
+    unsafe fn pick(self, table: V, words: *const u32, shift: u32) -> V {
+        // SAFETY: the caller's promise: 16 readable words.
+        lanes!(i => table[(unsafe { words.add(i).read_unaligned() } >> shift & 15) as usize])
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: V) {
         // SAFETY: the caller's promise: 16 writable elements.
         unsafe { to.cast::<V>().write_unaligned(v) }
@@ -124,6 +144,11 @@ impl Simd for Scalar {
     #[inline(always)]
     fn scale2(self, a: V, n: V) -> V {
         lanes!(i => a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
+    }
+
+    #[inline(always)]
+    fn power(self, a: V) -> V {
+        lanes!(i => f32::from_bits(a[i].to_bits() & 0xff80_0000))
     }
 
     #[inline(always)]

@@ -4,6 +4,7 @@
 //! follow from the seed in it.
 
 mod attention;
+mod blocks;
 mod index;
 mod matrix;
 mod payload;
@@ -100,7 +101,14 @@ pub(super) fn vector(b: &CpuBackend, x: &[f32]) -> Vector {
 }
 
 pub(super) fn linear(b: &CpuBackend, dtype: DType, outputs: usize, w: &[f32], bias: Option<&[f32]>) -> Linear {
-    Linear { outputs, inputs: w.len() / outputs, dtype, data: buffer(b, dtype, w), bias: bias.map(|x| vector(b, x)) }
+    Linear {
+        outputs,
+        inputs: w.len() / outputs,
+        dtype,
+        blocks: None,
+        data: buffer(b, dtype, w),
+        bias: bias.map(|x| vector(b, x)),
+    }
 }
 
 /// Asserts |got − want| ≤ tolerance · (|want| + scale) everywhere.
