@@ -29,7 +29,7 @@ const NORM: f32 = 46_300.0;
 /// Largest integer.
 const LARGEST: f32 = 32_767.0;
 
-/// Magnitudes of a block are seen relative to its largest, or to this where all are smaller: its inverse is finite.
+/// Elements of a block are taken relative to its largest magnitude, or to this where all are smaller: its inverse is finite.
 const SMALLEST: f32 = 1.0 / (1u128 << 100) as f32;
 
 /// Bytes of a block of one row of A.
@@ -67,17 +67,6 @@ const fn row_bytes(k: usize) -> usize {
     ((blocks * (A_BLOCK + 4)).div_ceil(64) | 1) * 64
 }
 
-/// For blocks whose largest magnitudes (at least [`SMALLEST`]) and sums of squares relative to those are given, one a lane:
-/// what elements are multiplied by to be integers, and the scale. Both are NaN where an element was.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn scales(most: __m512, squares: __m512) -> (__m512, __m512) {
-    // In this order: `min` gives its second operand when either is NaN.
-    let by_norm = _mm512_div_ps(_mm512_set1_ps(NORM), _mm512_sqrt_ps(squares));
-    let range = _mm512_min_ps(_mm512_set1_ps(LARGEST), by_norm);
-    (_mm512_div_ps(range, most), _mm512_div_ps(most, range))
-}
-
 /// Packs rows of A.
 ///
 /// # Safety
@@ -98,21 +87,24 @@ unsafe fn pack_a(s: Avx512, from: *const f32, stride: usize, rows: usize, k: usi
                 *x = unsafe { s.load_first(from.add(r * stride + at.min(k)), k.saturating_sub(at).min(LANES)) };
                 largest = _mm512_max_ps(largest, _mm512_abs_ps(*x));
             }
-            let most = s.splat(s.largest(largest));
-            let inverse = _mm512_div_ps(s.splat(1.0), most);
+            let most = s.largest(largest);
+            let inverse = s.splat(1.0 / most);
             let mut squares = s.zero();
             for x in x {
                 let x = _mm512_mul_ps(x, inverse);
                 squares = _mm512_fmadd_ps(x, x, squares);
             }
-            let (factor, scale) = scales(most, s.splat(s.sum(squares)));
+            // NaN, if there is one, stays: it is not at least `LARGEST`.
+            let range = NORM / s.sum(squares).sqrt();
+            let range = if range >= LARGEST { LARGEST } else { range };
+            let factor = s.splat(range / most);
             // SAFETY: block `block` of this row's integers, and its scale behind all of them.
             unsafe {
                 for (i, x) in x.into_iter().enumerate() {
                     let words = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, factor)));
                     _mm256_storeu_si256(to.add(block * A_BLOCK + i * 2 * LANES).cast(), words);
                 }
-                to.add(blocks * A_BLOCK + block * 4).cast::<f32>().write(_mm512_cvtss_f32(scale));
+                to.add(blocks * A_BLOCK + block * 4).cast::<f32>().write(most / range);
             }
         }
     }
@@ -135,7 +127,10 @@ unsafe fn pack_block(rows: &[__m512; BLOCK], n: usize, group: usize, to: *mut u8
         let x = _mm512_mul_ps(*row, inverse);
         squares = _mm512_fmadd_ps(x, x, squares);
     }
-    let (factor, scale) = scales(most, squares);
+    // In this order: `min` gives its second operand when either is NaN.
+    let range = _mm512_div_ps(_mm512_set1_ps(NORM), _mm512_sqrt_ps(squares));
+    let range = _mm512_min_ps(_mm512_set1_ps(LARGEST), range);
+    let factor = _mm512_div_ps(range, most);
     for (line, pair) in rows.chunks_exact(2).enumerate().take(n.div_ceil(2)) {
         let even = _mm512_cvtps_epi32(_mm512_mul_ps(pair[0], factor));
         let odd = _mm512_cvtps_epi32(_mm512_mul_ps(pair[1], factor));
@@ -144,7 +139,7 @@ unsafe fn pack_block(rows: &[__m512; BLOCK], n: usize, group: usize, to: *mut u8
         unsafe { _mm512_storeu_si512(to.add((line * PANEL + group * LANES) * 4).cast(), both) };
     }
     // SAFETY: the scales of this group's columns, behind the lines.
-    unsafe { _mm512_storeu_ps(to.add(B_LINES + group * LANES * 4).cast(), scale) };
+    unsafe { _mm512_storeu_ps(to.add(B_LINES + group * LANES * 4).cast(), _mm512_div_ps(most, range)) };
 }
 
 /// Packs a panel of columns.
@@ -243,7 +238,8 @@ impl Tile {
                 }
                 let by_column = [_mm512_loadu_ps(b.add(B_LINES).cast()), _mm512_loadu_ps(b.add(B_LINES + 64).cast())];
                 for r in 0..R {
-                    let by_row = _mm512_set1_ps(self.a.add(r * lda + blocks * A_BLOCK + block * 4).cast::<f32>().read());
+                    let by_row =
+                        _mm512_set1_ps(self.a.add(r * lda + blocks * A_BLOCK + block * 4).cast::<f32>().read());
                     for i in 0..2 {
                         let sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][i]), by_column[i]);
                         total[r][i] = _mm512_fmadd_ps(sum, by_row, total[r][i]);
