@@ -150,16 +150,16 @@ fn errors_of_prefill_are_those_of_blocks() {
             for (name, b) in backends() {
                 let got = case.run(&b, &inputs, Shape::Prefill);
                 for (at, (&got, &want)) in got.iter().zip(&want).enumerate() {
-                    // `unit::vnni`: 9e-6 of the blocks' norms, six times that; other units err by less.
+                    // Integers (`unit::vnni`) are off by 1/2 each, so 64 of them by a norm of 4: of 46,300, or of 32,767
+                    // where few elements make up the norm; twice that for both operands. Other units err by less.
                     let norms = |x: &[f32], row: usize| -> Vec<f64> {
                         let square = |x: &f32| f64::from(*x) * f64::from(*x);
-                        x[row * k..][..k].chunks(64).map(|block| block.iter().map(square).sum()).collect()
+                        x[row * k..][..k].chunks(64).map(|block| block.iter().map(square).sum::<f64>().sqrt()).collect()
                     };
                     let (a, w) = (norms(&inputs.x, at / n), norms(&inputs.w, at % n));
-                    let spread = a.iter().zip(&w).map(|(a, w)| a * w).sum::<f64>().sqrt();
+                    let most = a.iter().zip(&w).map(|(a, w)| a * w).sum::<f64>();
                     let error = (f64::from(got) - want).abs();
-                    let least = 1e-6 * want.abs();
-                    assert!(error <= 5.4e-5 * spread + least, "{}: {at}: {got}, not {want}", case.name(&name));
+                    assert!(error <= 2.5e-4 * most, "{}: {at}: {got}, not {want}", case.name(&name));
                 }
             }
         }

@@ -8,9 +8,10 @@
 //! products, however its signs fall, leaves 32 bits: Σ q·q ≤ 46,340² < 2³¹. (What passes 2³¹ on the way wraps around and
 //! comes back.) They are at most [`LARGEST`], too, which counts where few elements make up the norm.
 //!
-//! *Error.* An element is off by at most half a scale, ‖x‖ / 92,000, at random 0.29 scales; so a block's product is off by
-//! 9·10⁻⁶ ‖a‖·‖b‖, and a sum of even terms by 7·10⁻⁵ of its spread. Rounding the activations to bf16, as is common, is
-//! off by 8·10⁻⁴ of it. A block is short so that an outlier takes bits from its 63 neighbours only.
+//! *Error.* An element is off by at most half a scale, ‖x‖ / 92,600, and by 0.29 scales at random; so a block's product is
+//! off by 9·10⁻⁶ ‖a‖·‖b‖ (2.5·10⁻⁴ at the very worst), and a sum of even terms by 7·10⁻⁵ of its spread. Rounding the
+//! activations to bf16, as is common, is off by 8·10⁻⁴ of it. A block is short so that an outlier takes bits from its 63
+//! neighbours only.
 //!
 //! Weights in f32 are left to the vector unit: who stores them so wants all their bits.
 
@@ -23,8 +24,9 @@ use std::arch::x86_64::*;
 /// Depth of a block, even.
 const BLOCK: usize = 64;
 
-/// Largest norm of a block's integers, less what rounding them may add: √64 / 2, and a few units for the f32 arithmetic.
-const NORM: f32 = 46_300.0;
+/// Largest norm of a block's integers, less what rounding them may add: √64 / 2, and a few units for the f32 arithmetic. A
+/// multiple of √64: a block of equal elements is exact.
+const NORM: f32 = 46_296.0;
 
 /// Largest integer.
 const LARGEST: f32 = 32_767.0;
