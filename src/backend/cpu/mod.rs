@@ -140,6 +140,7 @@ impl Backend for CpuBackend {
             Level::Scalar => "scalar",
             Level::Avx2 => "AVX2",
             Level::Avx512 => "AVX-512",
+            Level::Vnni => "AVX-512 with VNNI",
             Level::Amx => "AVX-512 and AMX-BF16",
         };
         format!("CPU, {level}, {} threads", self.pool.threads())

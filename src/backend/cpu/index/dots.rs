@@ -1,7 +1,7 @@
 //! Dot products of quantized queries with blocks of an index, in whole numbers: the same on every instruction set.
 //!
-//! Written once over [`Integers`], sixteen lanes of i32, of which a token is one. A door a set, as in [`simd`]; the
-//! integers have their own because the VNNI instructions divide machines of one [`Level`].
+//! Written once over [`Integers`], sixteen lanes of i32, of which a token is one. A door a set, as in [`simd`], which has
+//! floats only.
 //!
 //! [`simd`]: super::super::simd
 
@@ -61,12 +61,10 @@ impl Dots {
             Level::Scalar => {}
             // SAFETY: `Proven` is made for detected levels only; the rest is the caller's promise.
             Level::Avx2 => return unsafe { x86::avx2(self) },
-            Level::Avx512 | Level::Amx if x86::has_vnni() => {
-                // SAFETY: as above, and VNNI was detected.
-                return unsafe { x86::vnni(self) };
-            }
             // SAFETY: as above.
-            Level::Avx512 | Level::Amx => return unsafe { x86::avx512(self) },
+            Level::Avx512 => return unsafe { x86::avx512(self) },
+            // SAFETY: as above.
+            Level::Vnni | Level::Amx => return unsafe { x86::vnni(self) },
         }
         let _ = level;
         // SAFETY: the caller's promise.
@@ -200,10 +198,6 @@ impl Integers for Plain {
 mod x86 {
     use super::{Dots, Integers};
     use std::arch::x86_64::*;
-
-    pub(super) fn has_vnni() -> bool {
-        is_x86_feature_detected!("avx512vnni")
-    }
 
     /// # Safety
     /// As [`Dots::run`], on a machine with AVX2.
@@ -399,11 +393,6 @@ mod tests {
                 for level in Level::available().filter_map(Proven::new) {
                     // SAFETY: the sizes are those of the vectors above.
                     assert_eq!(run(&|d| unsafe { d.run(level) }), want, "{level:?}, four: {four}");
-                }
-                #[cfg(target_arch = "x86_64")]
-                if Level::detect() >= Level::Avx512 {
-                    // SAFETY: as above, and the level has AVX-512 F and BW.
-                    assert_eq!(run(&|d| unsafe { x86::avx512(d) }), want, "without VNNI, four: {four}");
                 }
             }
         }

@@ -6,7 +6,15 @@ use std::arch::x86_64::*;
 
 /// Proof of AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(in crate::backend::cpu) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The machine has the features of [`door`], and what is called with the proof is compiled for them.
+    pub(in crate::backend::cpu) unsafe fn new() -> Avx512 {
+        Avx512(())
+    }
+}
 
 /// Runs `kernel` with AVX-512.
 ///
@@ -27,8 +35,8 @@ fn first(n: usize) -> __mmask16 {
 /// Calls intrinsics that need nothing but the instruction set.
 macro_rules! with_proof {
     ($e:expr) => {
-        // SAFETY: a value of `Avx512` exists only inside `door`, whose caller has seen the features; the intrinsic
-        // touches registers only.
+        // SAFETY: a value of `Avx512` is made only where the features were seen, in `door` and by the callers of `new`;
+        // the intrinsic touches registers only.
         unsafe { $e }
     };
 }

@@ -19,7 +19,7 @@ mod math;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use avx512::transpose as transpose_512;
+pub(super) use avx512::{Avx512, transpose as transpose_512};
 pub(super) use element::{Element, for_dtype};
 pub(super) use math::{erfc_positive, exp, sigmoid};
 
@@ -35,7 +35,9 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// As `Avx512`, with AVX512-BF16 and the AMX-BF16 matrix unit.
+    /// As `Avx512`, with AVX512-VNNI.
+    Vnni,
+    /// As `Vnni`, with AVX512-BF16 and the AMX-BF16 matrix unit.
     Amx,
 }
 
@@ -51,8 +53,12 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if avx512 && is_x86_feature_detected!("avx512bf16") && super::unit::amx_available() {
+            let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+            if vnni && is_x86_feature_detected!("avx512bf16") && super::unit::amx_available() {
                 return Level::Amx;
+            }
+            if vnni {
+                return Level::Vnni;
             }
             if avx512 {
                 return Level::Avx512;
@@ -67,7 +73,7 @@ impl Level {
     /// Every level of this machine, lowest first.
     pub fn available() -> impl Iterator<Item = Level> {
         let highest = Level::detect();
-        [Level::Scalar, Level::Avx2, Level::Avx512, Level::Amx].into_iter().filter(move |&l| l <= highest)
+        [Level::Scalar, Level::Avx2, Level::Avx512, Level::Vnni, Level::Amx].into_iter().filter(move |&l| l <= highest)
     }
 }
 
@@ -94,7 +100,7 @@ impl Proven {
             // SAFETY: `Proven` is made for detected levels only.
             Level::Avx2 => return unsafe { avx2::door(kernel) },
             // SAFETY: as above.
-            Level::Avx512 | Level::Amx => return unsafe { avx512::door(kernel) },
+            Level::Avx512 | Level::Vnni | Level::Amx => return unsafe { avx512::door(kernel) },
         }
         kernel.run(scalar::Scalar)
     }

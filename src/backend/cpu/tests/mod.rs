@@ -133,7 +133,7 @@ fn options_are_checked() {
     let code = |threads, level| CpuBackend::new(CpuOptions { threads, level }).err().map(|e| e.code());
     assert_eq!(code(usize::MAX, None), Some(ErrorCode::InvalidArgument));
     assert_eq!(code(0, None), None);
-    for level in [Level::Scalar, Level::Avx2, Level::Avx512, Level::Amx] {
+    for level in [Level::Scalar, Level::Avx2, Level::Avx512, Level::Vnni, Level::Amx] {
         let expected = (level > Level::detect()).then_some(ErrorCode::Unsupported);
         assert_eq!(code(1, Some(level)), expected);
     }

@@ -5,6 +5,7 @@
 //! [`PANEL`] columns of a stored type; then [`Unit::multiply`] does the arithmetic on one panel.
 //!
 //! - [`Fma`]: vector multiply-add in f32, on every instruction set.
+//! - [`Vnni`]: vector multiply-add of 16-bit integers, to which blocks of both operands are scaled.
 //! - [`Amx`]: the tile unit, which takes bf16; f32 and f16 operands are split into two bf16 each.
 //!
 //! Packing pads with zeros: the depth to the unit's step, B to whole panels, A to whole blocks of rows.
@@ -12,12 +13,19 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod fma;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
-use super::simd::{Element, Kernel, Level, Proven, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::simd::Level;
+use super::simd::{Element, Kernel, Proven, Simd};
+use crate::backend::DType;
 #[cfg(target_arch = "x86_64")]
 pub(super) use amx::{Amx, available as amx_available};
 pub(super) use fma::Fma;
 use std::marker::PhantomData;
+#[cfg(target_arch = "x86_64")]
+pub(super) use vnni::Vnni;
 
 /// Columns of a panel of B.
 pub(super) const PANEL: usize = 32;
@@ -157,40 +165,71 @@ impl<E: amx::Split> Runner<E> for Amx {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+impl<E: vnni::Short> Runner<E> for Vnni {
+    fn run<T: Task<E>>(self, task: T) -> T::Output {
+        task.run(self)
+    }
+}
+
+/// The unit for a stored type at a level.
+pub(super) enum Choice {
+    Vectors(Vectors),
+    #[cfg(target_arch = "x86_64")]
+    Vnni(Vnni),
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
+}
+
+impl Choice {
+    /// The fastest unit whose error is that of few units in the last place of `dtype`, or less.
+    pub(super) fn new(level: Proven, dtype: DType) -> Choice {
+        #[cfg(target_arch = "x86_64")]
+        match level.level() {
+            _ if dtype == DType::F32 => {}
+            // SAFETY: a proven level was detected on this machine; `Level::Vnni` includes AVX-512 and its VNNI.
+            Level::Vnni => return Choice::Vnni(unsafe { Vnni::new() }),
+            // SAFETY: likewise; `Level::Amx` includes AVX-512, its BF16, and `available`.
+            Level::Amx => return Choice::Amx(unsafe { Amx::new() }),
+            Level::Scalar | Level::Avx2 | Level::Avx512 => {}
+        }
+        let _ = dtype;
+        Choice::Vectors(Vectors(level))
+    }
+}
+
 /// Evaluates `$body` with `$element` as the type that `$dtype` names and `$runner` as the best unit for it at `$level`.
 macro_rules! for_unit {
     ($level:expr, $dtype:expr, ($runner:ident, $element:ident) => $body:expr) => {{
-        let level: $crate::backend::cpu::simd::Proven = $level;
         let dtype: $crate::backend::DType = $dtype;
-        match $crate::backend::cpu::unit::amx_of(level) {
-            #[cfg(target_arch = "x86_64")]
-            Some($runner) if dtype == $crate::backend::DType::BF16 => {
-                type $element = half::bf16;
-                $body
-            }
-            #[cfg(target_arch = "x86_64")]
-            Some($runner) if dtype == $crate::backend::DType::F16 => {
-                type $element = half::f16;
-                $body
-            }
-            _ => {
-                let $runner = $crate::backend::cpu::unit::Vectors(level);
+        match $crate::backend::cpu::unit::Choice::new($level, dtype) {
+            $crate::backend::cpu::unit::Choice::Vectors($runner) => {
                 $crate::backend::cpu::simd::for_dtype!(dtype, $element => $body)
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::backend::cpu::unit::Choice::Vnni($runner) => {
+                $crate::backend::cpu::unit::for_half!(dtype, $element => $body)
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::backend::cpu::unit::Choice::Amx($runner) => {
+                $crate::backend::cpu::unit::for_half!(dtype, $element => $body)
             }
         }
     }};
 }
 pub(super) use for_unit;
 
-/// The tile unit, where the level includes it.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn amx_of(level: Proven) -> Option<Amx> {
-    // SAFETY: a proven level was detected on this machine; `Level::Amx` includes AVX-512, its BF16, and `available`.
-    (level.level() == Level::Amx).then(|| unsafe { Amx::new() })
+/// Evaluates `$body` with `$element` as the type of two bytes that `$dtype` names: units other than the vectors' take no
+/// other.
+macro_rules! for_half {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        if $dtype == $crate::backend::DType::F16 {
+            type $element = half::f16;
+            $body
+        } else {
+            type $element = half::bf16;
+            $body
+        }
+    };
 }
-
-/// The tile unit, where the level includes it: nowhere but on x86-64.
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) fn amx_of(_level: Proven) -> Option<()> {
-    None
-}
+pub(super) use for_half;
