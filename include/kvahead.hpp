@@ -224,6 +224,12 @@ enum class DType : std::int32_t {
   bf16 = KVA_DTYPE_BF16,
 };
 
+enum class Timing : std::int32_t {
+  off = KVA_TIMING_OFF,
+  fetches = KVA_TIMING_FETCHES,        ///< `kv_link_seconds` of the statistics
+  operations = KVA_TIMING_OPERATIONS,  ///< everything, for `Model::write_timeline`
+};
+
 enum class Device : std::int32_t {
   automatic = KVA_DEVICE_AUTO,  ///< CUDA where it works, and the processor otherwise
   cpu = KVA_DEVICE_CPU,
@@ -719,6 +725,16 @@ class Model {
     return done;
   }
 
+  /// What decode steps measure of themselves from now on.
+  Result<void> set_timing(Timing timing) const {
+    return detail::check(kva_model_set_timing(get(), static_cast<std::int32_t>(timing)));
+  }
+  /// Writes when each operation of the last decode step began and ended, as Chrome's trace events.
+  Result<void> write_timeline(const std::string& path) const {
+    if (auto done = detail::check_no_nul(path, "path"); !done) return std::move(done).error();
+    return detail::check(kva_model_write_timeline(get(), path.c_str()));
+  }
+
   [[nodiscard]] Result<std::vector<std::uint32_t>> tokenize(std::string_view text,
                                                             Tokenize flags = Tokenize::add_special) const {
     return detail::read_counted<std::vector<std::uint32_t>>(
@@ -942,6 +958,9 @@ struct Statistics {
   double kv_read_seconds = 0;               ///< reads from files were in flight
   double kv_wait_seconds = 0;               ///< steps stood still for them
   std::uint64_t kv_evicted = 0;             ///< entries overwritten because there was no more room
+  double kv_link_seconds = 0;               ///< entries were on their way from host memory, where that is measured
+  std::uint64_t kv_index_bytes = 0;         ///< of `kv_device_bytes`: the speculation index
+  std::uint64_t kv_cache_bytes = 0;         ///< of `kv_device_bytes`: the hot cache and its tables
 };
 
 /// One sequence and its KV. Move-only; one thread at a time, except for `cancel`, `length` and `capacity`.
@@ -1090,6 +1109,9 @@ class Session {
     statistics.kv_read_seconds = c.kv_read_seconds;
     statistics.kv_wait_seconds = c.kv_wait_seconds;
     statistics.kv_evicted = c.kv_evicted;
+    statistics.kv_link_seconds = c.kv_link_seconds;
+    statistics.kv_index_bytes = c.kv_index_bytes;
+    statistics.kv_cache_bytes = c.kv_cache_bytes;
     return statistics;
   }
   Result<void> reset_statistics() { return detail::check(kva_session_reset_statistics(get())); }

@@ -217,6 +217,23 @@ func (m *Model) Calibrate(progress func(fraction float32) error) error {
 	return callback.finish(err)
 }
 
+// SetTiming says what decode steps measure of themselves from now on. ErrUnsupported for anything but [TimingOff] where
+// the device is the processor.
+func (m *Model) SetTiming(timing Timing) error {
+	return m.use(func(handle *C.kva_model) error { return take(C.kva_model_set_timing(handle, C.int32_t(timing))) })
+}
+
+// WriteTimeline writes when each operation of the last decode step began and ended to a file, as Chrome's trace events.
+func (m *Model) WriteTimeline(path string) error {
+	var a arena
+	defer a.free()
+	c, err := a.optionalText("path", path)
+	if err != nil {
+		return err
+	}
+	return m.use(func(handle *C.kva_model) error { return take(C.kva_model_write_timeline(handle, c)) })
+}
+
 // Tokenize turns text into tokens.
 func (m *Model) Tokenize(text string, flags TokenizeFlags) (tokens []uint32, err error) {
 	bytes := []byte(text)

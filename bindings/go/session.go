@@ -295,6 +295,9 @@ type Statistics struct {
 	KVReadSeconds      float64 // reads from files were in flight
 	KVWaitSeconds      float64 // steps stood still for them
 	KVEvicted          uint64  // entries overwritten because there was no more room
+	KVLinkSeconds      float64 // entries were on their way from host memory, where that is measured ([Model.SetTiming])
+	KVIndexBytes       uint64  // of KVDeviceBytes: the speculation index
+	KVCacheBytes       uint64  // of KVDeviceBytes: the hot cache and its tables
 }
 
 // Statistics says what the session has done.
@@ -327,6 +330,9 @@ func (s *Session) Statistics() (Statistics, error) {
 		KVReadSeconds:      float64(c.kv_read_seconds),
 		KVWaitSeconds:      float64(c.kv_wait_seconds),
 		KVEvicted:          uint64(c.kv_evicted),
+		KVLinkSeconds:      float64(c.kv_link_seconds),
+		KVIndexBytes:       uint64(c.kv_index_bytes),
+		KVCacheBytes:       uint64(c.kv_cache_bytes),
 	}, nil
 }
 

@@ -13,6 +13,7 @@ mod index;
 mod payload;
 mod runs;
 mod slots;
+mod timing;
 mod weights;
 
 use crate::{Error, Result};
@@ -21,6 +22,7 @@ pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Se
 pub use payload::{Landing, Payload, Slot, StoredRuns};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
 /// Runs operations. `Arc<dyn Backend>` is shared by everything that belongs to one model.
@@ -77,6 +79,21 @@ pub trait Backend: Send + Sync {
 
     /// Blocks until `stream` has finished.
     fn synchronize(&self, stream: &Stream) -> Result<()>;
+
+    /// Measures from now on when what runs on `stream` and on those beside it begins and ends; what was measured before is
+    /// forgotten. `Unsupported` for anything but `Off` where the backend cannot.
+    fn set_timing(&self, _stream: &Stream, timing: Timing) -> Result<()> {
+        match timing {
+            Timing::Off => Ok(()),
+            _ => Err(Error::unsupported(format!("{} does not measure its operations", self.description()))),
+        }
+    }
+
+    /// What was measured on `stream` and on those beside it since the last call, as far as a [`Backend::synchronize`] or a
+    /// [`Backend::download`] has waited for it.
+    fn take_timed(&self, _stream: &Stream) -> Result<Vec<Timed>> {
+        Ok(Vec::new())
+    }
 
     /// Copies `source` into `target` from its byte `offset` on.
     fn upload(&self, stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()>;

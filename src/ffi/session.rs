@@ -163,9 +163,16 @@ pub struct kva_statistics {
     pub kv_wait_seconds: f64,
     /// Entries overwritten because there was no more room.
     pub kv_evicted: u64,
+    /// Seconds of decode steps in which entries were on their way from host memory, where that is measured
+    /// (`kva_model_set_timing`); a batch counts whole for each of its sessions.
+    pub kv_link_seconds: f64,
+    /// Of `kv_device_bytes`, those of the speculation index.
+    pub kv_index_bytes: u64,
+    /// Of `kv_device_bytes`, those of the hot cache and its tables.
+    pub kv_cache_bytes: u64,
 }
 
-sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64]);
+sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64, kv_cache_bytes: u64]);
 
 /// Options as the engine takes them.
 ///
@@ -498,7 +505,7 @@ pub unsafe extern "C" fn kva_session_get_statistics(
         // SAFETY: the caller's promise: NULL, or a struct as long as it says.
         let out = unsafe { OutStruct::new(statistics, "statistics") }?;
         let counters = session.kv_counters()?;
-        let (statistics, kv) = (session.statistics(), session.kv_bytes());
+        let (statistics, kv, parts) = (session.statistics(), session.kv_bytes(), session.device_parts());
         out.write(kva_statistics {
             struct_size: 0,
             reserved: 0,
@@ -524,6 +531,9 @@ pub unsafe extern "C" fn kva_session_get_statistics(
             kv_read_seconds: counters.read_seconds,
             kv_wait_seconds: counters.wait_seconds,
             kv_evicted: counters.evicted,
+            kv_link_seconds: statistics.link_seconds,
+            kv_index_bytes: parts.index as u64,
+            kv_cache_bytes: parts.cache as u64,
         });
         Ok(())
     })

@@ -172,6 +172,11 @@ pub trait Policy: Send {
     /// Bytes of KV held, by tier.
     fn bytes(&self) -> TierBytes;
 
+    /// Of the device bytes of [`Policy::bytes`], those that are no entries held for good.
+    fn device_parts(&self) -> DeviceParts {
+        DeviceParts::default()
+    }
+
     /// Brings what the device has counted to where [`Policy::counters`] tells it. Between steps.
     fn count(&mut self, _step: &Step<'_>) -> Result<()> {
         Ok(())
@@ -195,6 +200,15 @@ pub struct TierBytes {
     pub pinned: usize,
     /// File.
     pub file: usize,
+}
+
+/// What some of the bytes in device memory are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceParts {
+    /// The speculation index.
+    pub index: usize,
+    /// The hot cache, its tables included.
+    pub cache: usize,
 }
 
 /// The policies that a session can be created with.

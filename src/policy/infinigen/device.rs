@@ -17,7 +17,7 @@ use crate::policy::InfinigenOptions;
 use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
-use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
+use super::{Ahead, DeviceParts, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
 
 /// Rows of the smallest tables.
 const LEAST_ROWS: usize = 1024;
@@ -336,6 +336,10 @@ impl Policy for OnDevice {
             Place::Pinned => TierBytes { device, pinned: stored, file },
             Place::Device => TierBytes { device: device + stored, pinned: 0, file },
         }
+    }
+
+    fn device_parts(&self) -> DeviceParts {
+        DeviceParts { index: self.index.bytes(), cache: self.cache.bytes() }
     }
 
     fn count(&mut self, step: &Step<'_>) -> Result<()> {

@@ -29,7 +29,8 @@ use crate::kv::{self, Eviction, HotCache, KvTier, Payload, SequenceIndex, Sequen
 use crate::{Error, Result};
 
 use super::{
-    Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes, TraceWriter,
+    Ahead, DeviceParts, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes,
+    TraceWriter,
 };
 pub(super) use device::OnDevice;
 use evict::Held;
@@ -432,6 +433,10 @@ impl Policy for Infinigen {
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
         let device = device + self.tail.as_ref().map_or(0, Tail::bytes);
         TierBytes { device, pinned: host, file }
+    }
+
+    fn device_parts(&self) -> DeviceParts {
+        DeviceParts { index: self.index.bytes(), cache: self.cache.bytes() }
     }
 
     fn counters(&self) -> KvCounters {
