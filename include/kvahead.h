@@ -383,6 +383,12 @@
 #define KVA_RULE_RANDOM 3
 
 /**
+ * What the trace of another session selected (`replay_path`), stretched to this one, at most `select_cap`; scores are
+ * computed all the same. For measuring random weights with the hits and misses of real text: docs/policies.md says how.
+ */
+#define KVA_RULE_REPLAY 4
+
+/**
  * Decode steps measure nothing but their whole length.
  */
 #define KVA_TIMING_OFF 0
@@ -678,7 +684,7 @@ typedef struct {
    */
   float alpha;
   /**
-   * `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
+   * `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`, `KVA_RULE_REPLAY`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
    * 0.2.
    */
   float select_cap;
@@ -725,6 +731,10 @@ typedef struct {
    * a GPU yet. Default: 1; paper: 0.
    */
   uint32_t tail;
+  /**
+   * `KVA_RULE_REPLAY`: the trace, a file that `trace_path` of a session has made; NULL (the default) for none.
+   */
+  const char *replay_path;
 } kva_infinigen_options;
 
 /**

@@ -304,6 +304,7 @@ enum class Rule : std::int32_t {
   share = KVA_RULE_SHARE,              ///< a fixed share of the tokens
   probability = KVA_RULE_PROBABILITY,  ///< every token whose log-probability is above a threshold
   paper = KVA_RULE_PAPER,              ///< within alpha of the greatest score, equally many in each head
+  replay = KVA_RULE_REPLAY,            ///< what a trace selected, stretched, for measuring
   random = KVA_RULE_RANDOM,  ///< random tokens, for measuring
 };
 
@@ -487,7 +488,7 @@ struct InfinigenOptions {
   float select_share = 0;                 ///< `Rule::share`: share of the tokens to select
   float select_below = 0;                 ///< `Rule::probability`: how far below 1, as a natural logarithm
   float alpha = 0;                        ///< `Rule::paper`: how far below the greatest score
-  float select_cap = 0;                   ///< the latter two: most to select, as a share
+  float select_cap = 0;                   ///< `Rule::probability`, `paper`, `replay`: most to select, as a share
   Budget random;                          ///< `Rule::random`: tokens to select
   float random_renewed = 1;               ///< `Rule::random`: share of them that are others in the next step
   std::uint32_t sinks = 0;                ///< first tokens, always attended
@@ -497,6 +498,7 @@ struct InfinigenOptions {
   std::uint64_t cache_least = 0;          ///< fewest of them: a shorter sequence is attended in full
   bool attend_cache = false;              ///< attend everything that is on the device, selected or not
   bool tail = false;                      ///< attend also one entry that stands for everything else
+  std::string replay_path;                ///< `Rule::replay`: the trace
 
   /// The library's defaults for a mode.
   explicit InfinigenOptions(InfinigenMode of = InfinigenMode::standard) : mode(of) {
@@ -522,7 +524,9 @@ struct InfinigenOptions {
     }
   }
 
+  /// The options as C has them, which point into this object.
   [[nodiscard]] Result<kva_infinigen_options> to_c() const {
+    if (auto done = detail::check_no_nul(replay_path, "replay_path"); !done) return std::move(done).error();
     auto c = init(mode);
     if (c) {
       c->basis = static_cast<std::int32_t>(basis);
@@ -547,6 +551,7 @@ struct InfinigenOptions {
       c->cache_least = cache_least;
       c->attend_cache = attend_cache ? 1 : 0;
       c->tail = tail ? 1 : 0;
+      c->replay_path = replay_path.empty() ? nullptr : replay_path.c_str();
     }
     return c;
   }

@@ -86,6 +86,12 @@ pub enum Rule {
         /// How many of them are others in the next step, as a share of them.
         renewed: f32,
     },
+    /// What a trace selected ([`InfinigenOptions::replay`]), stretched to the sequence; scores are computed all the same.
+    /// For measuring random weights with the hits and misses of real text.
+    Replay {
+        /// Most, as a share of the tokens.
+        most: f32,
+    },
 }
 
 /// Settings of `infinigen`.
@@ -118,6 +124,8 @@ pub struct InfinigenOptions {
     /// Attend also one entry that stands for everything else, with the mean value and the weight that speculation gives
     /// to it. Not with the paper's rule.
     pub tail: bool,
+    /// The trace of [`Rule::Replay`].
+    pub replay: Option<PathBuf>,
 }
 
 impl InfinigenOptions {
@@ -138,6 +146,7 @@ impl InfinigenOptions {
                 cache_least: 320,
                 attend_cache: true,
                 tail: true,
+                replay: None,
             },
             InfinigenMode::Paper => InfinigenOptions {
                 mode,
@@ -153,6 +162,7 @@ impl InfinigenOptions {
                 cache_least: 64,
                 attend_cache: false,
                 tail: false,
+                replay: None,
             },
         }
     }

@@ -8,3 +8,4 @@ mod evict;
 mod example;
 mod failing;
 mod oracle;
+mod replay;

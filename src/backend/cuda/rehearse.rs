@@ -9,7 +9,7 @@ use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
 use super::{Shared, address};
 use crate::Result;
-use crate::backend::{Buffer, DType, Place, Rehearsal, Rows, Selected, Selection};
+use crate::backend::{Buffer, DType, Place, Rehearsal, Replay, Rows, Selected, Selection};
 
 plain! {
     struct Sequence {
@@ -20,6 +20,7 @@ plain! {
         counted: u64,
         out_rows: u64,
         out_counts: u64,
+        replay: u64,
         row: u32,
         rows: u32,
         from: u32,
@@ -34,6 +35,17 @@ plain! {
         seed: u32,
         step: u32,
         period: u32,
+    }
+
+    struct Replayed {
+        table: u64,
+        lists: u64,
+        heads: u32,
+        first: u32,
+        narrow: u32,
+        wide: u32,
+        shift: u32,
+        unused: u32,
     }
 
     struct Rehearse {
@@ -146,8 +158,9 @@ fn launch(
     let mut scratch = queue.scratch(Use::Rehearsals, layouts.iter().map(|l| l.bytes).sum())?;
     let tables: Vec<Vec<u64>> =
         rehearsals.iter().map(|r| extent_table((0..r.runs.extents()).map(|i| r.runs.extent(i)))).collect();
-    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>() + rehearsals.len() * size_of::<Sequence>();
-    queue.reserve(bytes, rehearsals.len() + 1)?;
+    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
+        + rehearsals.len() * (size_of::<Sequence>() + size_of::<Replayed>());
+    queue.reserve(bytes, 2 * rehearsals.len() + 1)?;
     let sequences: Vec<Sequence> = rehearsals
         .iter()
         .zip(&tables)
@@ -156,7 +169,11 @@ fn launch(
             let at = scratch;
             scratch += layout.bytes as u64;
             let extents = queue.block.push_table(bytes_of(table));
-            describe(rehearsal, extents, layout, at, out)
+            let replay = match &rehearsal.selection {
+                Selection::Replay { replay, .. } => queue.block.push(bytes_of(&[replayed(replay)])),
+                _ => 0,
+            };
+            Sequence { replay, ..describe(rehearsal, extents, layout, at, out) }
         })
         .collect();
 
@@ -209,6 +226,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         extents,
         scores: scratch,
         stats: scratch + layout.stats as u64,
+        Selection::Replay { most, .. } => (4, 0.0, 0, number(most)),
         histograms: scratch + layout.histograms as u64,
         counted: scratch + layout.counted as u64,
         out_rows: out.rows,
@@ -222,6 +240,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         rule,
         least,
         most,
+        replay: 0,
         limit,
         scale: rehearsal.scale,
         seed,
@@ -239,6 +258,13 @@ fn score_kernel(bits: usize, words: usize, tile: usize) -> &'static str {
         (8, true) => ["rehearse_score_8_4_1", "rehearse_score_8_4_4", "rehearse_score_8_4_8"],
         // Rows of f32 are whole groups of eight words.
         _ => ["rehearse_score_32_4_1", "rehearse_score_32_4_4", "rehearse_score_32_4_8"],
+/// A replay as the kernels know it.
+fn replayed(replay: &Replay<'_>) -> Replayed {
+    let &Replay { table, lists, heads, first, narrow, wide, shift } = replay;
+    let table = address(table.address());
+    Replayed { table, lists: table + 4 * lists as u64, heads, first, narrow, wide, shift, unused: 0 }
+}
+
     };
     match tile {
         1 => names[0],
@@ -263,7 +289,8 @@ pub(super) fn rehearse(
             Selection::Count { count: most }
             | Selection::Probability { most, .. }
             | Selection::Paper { most, .. }
-            | Selection::Random { count: most, .. } => most,
+            | Selection::Random { count: most, .. }
+            | Selection::Replay { most, .. } => most,
         };
         most.min(r.to - r.from)
     };

@@ -184,7 +184,11 @@ impl Policy for OnDevice {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        if step.layer == 0 { self.cache.grow(step.backend, step.stream) } else { Ok(()) }
+        if step.layer > 0 {
+            return Ok(());
+        }
+        self.plan.begin(step)?;
+        self.cache.grow(step.backend, step.stream)
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {

@@ -18,6 +18,7 @@ mod device;
 mod evict;
 mod plan;
 mod prompt;
+mod replay;
 mod room;
 mod tail;
 
@@ -197,6 +198,7 @@ impl Policy for Infinigen {
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
         if step.layer == 0 && step.phase == Phase::Decode {
             self.cache.next_token();
+            self.plan.begin(step)?;
         }
         Ok(())
     }

@@ -220,7 +220,10 @@ pub(super) fn fill(
             rows.dedup();
             cache.request(layer, head, &rows, slots, guard, moves);
         }
-        None => cache.load(layer, head, &first_load(&ranked, length, slots, guard), moves),
+        None => {
+            let ranked = plan.first(layer, head, ranked, length);
+            cache.load(layer, head, &first_load(&ranked, length, slots, guard), moves);
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use super::simd::{LANES, Proven};
 use super::view::{Shared, row};
 use crate::Result;
 use crate::backend::index::random_row;
-use crate::backend::{IndexBits, IndexRunsMut, Rehearsal, Rows, Selected, Selection};
+use crate::backend::{IndexBits, IndexRunsMut, Rehearsal, Replay, Rows, Selected, Selection};
 use dots::Dots;
 use layout::{BLOCK, GROUP_BYTES};
 use parking_lot::Mutex;
@@ -245,6 +245,7 @@ pub(super) fn rehearse(
                 outcome.rows.clear();
                 outcome.tail.fill(0.0);
                 continue;
+        let mut given = Vec::new(); // where a trace is replayed
             }
             let shifts = &shifts[plan.first_head + head * plan.group..][..plan.group];
             let first = from / BLOCK * BLOCK;
@@ -282,6 +283,11 @@ pub(super) fn rehearse(
                 let count = outcome.rows.len() as u32;
                 let row = |j| random_row(seed, head as u32, j, count, step, period, from as u32, to as u32);
                 outcome.rows.clear();
+                Selection::Replay { most, replay } => {
+                    given.clear();
+                    replay.stretched(list_of(&replay, head, plan.kv_heads), from, to, most, &mut given);
+                    given.len()
+                }
                 outcome.rows.extend((0..count).map(row));
             }
             if outcome.tail.is_empty() {
@@ -291,6 +297,9 @@ pub(super) fn rehearse(
             // candidates and their rows, whose references above are not used any more.
             let (scores, values) = unsafe {
                 let scores = float_at(plan.scores + head * plan.group * plan.stride);
+            if let Selection::Replay { .. } = selection {
+                outcome.rows.clone_from(&given);
+            }
                 (
                     std::slice::from_raw_parts_mut(scores, plan.group * plan.stride),
                     std::slice::from_raw_parts_mut(float_at(floats + thread * own + longest), 2 * longest),
@@ -309,6 +318,15 @@ struct Outcome<'a> {
     /// Of its query heads; none where it is not wanted.
     tail: &'a mut [f32],
 }
+/// What the trace selected for the KV head that `head` of `kv_heads` replays.
+fn list_of<'a>(replay: &Replay<'a>, head: usize, kv_heads: usize) -> &'a [u32] {
+    let table = replay.table;
+    // SAFETY: as many initialised bytes, aligned to 64; any bytes are a u32; nobody writes while the buffer is borrowed.
+    let words = unsafe { std::slice::from_raw_parts(table.address().cast::<u32>(), table.bytes() / 4) };
+    let ends = replay.lists + 2 * replay.head(head, kv_heads);
+    &words[words[ends] as usize..words[ends + 1] as usize]
+}
+
 
 impl<'a> Outcome<'a> {
     fn of_heads(selected: &'a mut Selected) -> impl Iterator<Item = Outcome<'a>> {
