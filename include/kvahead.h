@@ -855,9 +855,15 @@ typedef struct {
    */
   uint64_t kv_file_bytes;
   /**
-   * Bytes of scratch memory of the largest step, held once for the whole model.
+   * Bytes of scratch memory in device memory (main memory, where the device is the processor), held once for the whole
+   * model: what is held once the largest prompt and the largest step have run. What a library takes for itself
+   * (cuBLAS) is not counted, nor what a prompt gives back at its end.
    */
   uint64_t scratch_bytes;
+  /**
+   * Bytes of scratch memory in pinned host memory, held once for the whole model.
+   */
+  uint64_t scratch_pinned_bytes;
 } kva_estimate;
 
 /**
@@ -989,6 +995,15 @@ typedef struct {
    * Of `kv_device_bytes`, those of the hot cache and its tables.
    */
   uint64_t kv_cache_bytes;
+  /**
+   * Bytes of scratch memory that the session's model holds in device memory (main memory, where the device is the
+   * processor), once for all its sessions.
+   */
+  uint64_t scratch_bytes;
+  /**
+   * Bytes of scratch memory that it holds in pinned host memory.
+   */
+  uint64_t scratch_pinned_bytes;
 } kva_statistics;
 
 /**

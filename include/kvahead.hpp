@@ -654,7 +654,8 @@ struct Estimate {
   std::uint64_t kv_device_bytes = 0;
   std::uint64_t kv_pinned_bytes = 0;
   std::uint64_t kv_file_bytes = 0;
-  std::uint64_t scratch_bytes = 0;
+  std::uint64_t scratch_bytes = 0;         ///< once for the whole model
+  std::uint64_t scratch_pinned_bytes = 0;  ///< of it, in pinned host memory
 };
 
 struct ChatMessage {
@@ -718,7 +719,8 @@ class Model {
     if (auto done = detail::check(kva_model_estimate(get(), &*c_options, sessions, &c)); !done) {
       return std::move(done).error();
     }
-    return Estimate{c.weight_bytes, c.kv_device_bytes, c.kv_pinned_bytes, c.kv_file_bytes, c.scratch_bytes};
+    return Estimate{c.weight_bytes,  c.kv_device_bytes, c.kv_pinned_bytes,
+                    c.kv_file_bytes, c.scratch_bytes,   c.scratch_pinned_bytes};
   }
 
   /// Learns from the calibration text what `Policy::infinigen` speculates with, or reads it from the cache; otherwise the
@@ -966,6 +968,8 @@ struct Statistics {
   double kv_link_seconds = 0;               ///< entries were on their way from host memory, where that is measured
   std::uint64_t kv_index_bytes = 0;         ///< of `kv_device_bytes`: the speculation index
   std::uint64_t kv_cache_bytes = 0;         ///< of `kv_device_bytes`: the hot cache and its tables
+  std::uint64_t scratch_bytes = 0;          ///< of the model, in device memory
+  std::uint64_t scratch_pinned_bytes = 0;   ///< of the model, in pinned host memory
 };
 
 /// One sequence and its KV. Move-only; one thread at a time, except for `cancel`, `length` and `capacity`.
@@ -1117,6 +1121,8 @@ class Session {
     statistics.kv_link_seconds = c.kv_link_seconds;
     statistics.kv_index_bytes = c.kv_index_bytes;
     statistics.kv_cache_bytes = c.kv_cache_bytes;
+    statistics.scratch_bytes = c.scratch_bytes;
+    statistics.scratch_pinned_bytes = c.scratch_pinned_bytes;
     return statistics;
   }
   Result<void> reset_statistics() { return detail::check(kva_session_reset_statistics(get())); }

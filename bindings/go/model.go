@@ -172,7 +172,9 @@ type Estimate struct {
 	KVDeviceBytes uint64
 	KVPinnedBytes uint64
 	KVFileBytes   uint64
-	ScratchBytes  uint64
+	ScratchBytes  uint64 // once for the whole model
+
+	ScratchPinnedBytes uint64 // of it, in pinned host memory
 }
 
 // Estimate says what that many full sessions with options would take.
@@ -197,6 +199,8 @@ func (m *Model) Estimate(options *SessionOptions, sessions int) (estimate Estima
 			KVPinnedBytes: uint64(e.kv_pinned_bytes),
 			KVFileBytes:   uint64(e.kv_file_bytes),
 			ScratchBytes:  uint64(e.scratch_bytes),
+
+			ScratchPinnedBytes: uint64(e.scratch_pinned_bytes),
 		}
 		return nil
 	})

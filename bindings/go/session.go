@@ -298,6 +298,8 @@ type Statistics struct {
 	KVLinkSeconds      float64 // entries were on their way from host memory, where that is measured ([Model.SetTiming])
 	KVIndexBytes       uint64  // of KVDeviceBytes: the speculation index
 	KVCacheBytes       uint64  // of KVDeviceBytes: the hot cache and its tables
+	ScratchBytes       uint64  // of the model, in device memory
+	ScratchPinnedBytes uint64  // of the model, in pinned host memory
 }
 
 // Statistics says what the session has done.
@@ -333,6 +335,8 @@ func (s *Session) Statistics() (Statistics, error) {
 		KVLinkSeconds:      float64(c.kv_link_seconds),
 		KVIndexBytes:       uint64(c.kv_index_bytes),
 		KVCacheBytes:       uint64(c.kv_cache_bytes),
+		ScratchBytes:       uint64(c.scratch_bytes),
+		ScratchPinnedBytes: uint64(c.scratch_pinned_bytes),
 	}, nil
 }
 

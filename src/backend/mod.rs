@@ -13,6 +13,7 @@ mod index;
 mod payload;
 mod replay;
 mod runs;
+mod scratch;
 mod slots;
 mod timing;
 mod weights;
@@ -21,8 +22,9 @@ use crate::{Error, Result};
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns};
-pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use replay::Replay;
+pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
+pub use scratch::{Scratch, Work};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
@@ -95,6 +97,12 @@ pub trait Backend: Send + Sync {
     /// [`Backend::download`] has waited for it.
     fn take_timed(&self, _stream: &Stream) -> Result<Vec<Timed>> {
         Ok(Vec::new())
+    }
+
+    /// Scratch memory that is held for operations on `stream` and on those beside it; with `work`, what will be held when
+    /// that has run. What libraries take for themselves (cuBLAS) is not known.
+    fn scratch(&self, _stream: &Stream, _work: Option<&Work<'_>>) -> Result<Scratch> {
+        Ok(Scratch::default())
     }
 
     /// Copies `source` into `target` from its byte `offset` on.

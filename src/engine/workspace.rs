@@ -164,6 +164,11 @@ impl Workspace {
         self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).fold(rows, add)
     }
 
+    /// Bytes that are held.
+    pub(super) fn held(&mut self) -> usize {
+        self.bytes(0, 0)
+    }
+
     /// The stream, and the one beside it.
     pub(super) fn streams(&self) -> (&Stream, &Stream) {
         (&self.stream, &self.fetch)

@@ -4,6 +4,7 @@
 mod common;
 mod device;
 mod engine;
+mod estimate;
 mod evict;
 mod example;
 mod failing;

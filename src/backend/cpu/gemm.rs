@@ -11,7 +11,7 @@ use super::simd::Element;
 use super::unit::{PANEL, Runner, Task, Unit, for_unit};
 use super::view::{Shared, row};
 use crate::Result;
-use crate::backend::{Linear, Rows, RowsMut};
+use crate::backend::{DType, Linear, Rows, RowsMut};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -26,6 +26,19 @@ pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate:
     for_unit!(cpu.level, weight.dtype, (unit, E) => product::<E, _>(cpu, unit, x, weight, accumulate, out))
 }
 
+/// Bytes of a block of packed rows, and of a thread's panel.
+fn packed<E: Element, R: Runner<E>>(unit: R, rows: usize, inputs: usize) -> (usize, usize) {
+    let sizes = unit.sizes(inputs.min(DEPTH));
+    let a_bytes = rows.min(BLOCK).next_multiple_of(sizes.rows) * sizes.a_row_bytes;
+    (a_bytes.next_multiple_of(ALIGN), sizes.panel_bytes.next_multiple_of(ALIGN))
+}
+
+/// Bytes of scratch memory that a product of `rows` rows takes.
+pub(super) fn scratch_bytes(cpu: &CpuBackend, rows: usize, inputs: usize, dtype: DType) -> usize {
+    let (a, panel) = for_unit!(cpu.level, dtype, (unit, E) => packed::<E, _>(unit, rows, inputs));
+    a + cpu.pool.threads() * panel
+}
+
 fn product<E: Element, R: Runner<E>>(
     cpu: &CpuBackend,
     unit: R,
@@ -35,11 +48,10 @@ fn product<E: Element, R: Runner<E>>(
     out: RowsMut<'_>,
 ) -> Result<()> {
     let sizes = unit.sizes(weight.inputs.min(DEPTH));
-    let threads = cpu.pool.threads();
     let panels = weight.outputs.div_ceil(PANEL);
-    let a_bytes = (x.rows().min(BLOCK).next_multiple_of(sizes.rows) * sizes.a_row_bytes).next_multiple_of(ALIGN);
-    let panel_bytes = sizes.panel_bytes.next_multiple_of(ALIGN);
-    let mut scratch = cpu.scratch.take(a_bytes + threads * panel_bytes, "packed operands of a matrix product")?;
+    let (a_bytes, panel_bytes) = packed::<E, R>(unit, x.rows(), weight.inputs);
+    let bytes = a_bytes + cpu.pool.threads() * panel_bytes;
+    let mut scratch = cpu.scratch.take(bytes, "packed operands of a matrix product")?;
     let scratch = Shared(scratch.address_mut());
 
     for rows in blocks(x.rows(), BLOCK) {

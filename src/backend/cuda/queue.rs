@@ -381,6 +381,30 @@ impl Queue {
         Ok(self.lanes[self.lane].scratch[what as usize].raw.address)
     }
 
+    /// What is held, and what will be when `wanted` has been asked for: bytes by lane and use, bytes that an operation puts
+    /// into the block, and whether results are downloaded.
+    pub(super) fn scratch_bytes(
+        &self,
+        wanted: &[(usize, Use, usize)],
+        block: usize,
+        results: bool,
+    ) -> crate::backend::Scratch {
+        let wanted_of = |lane: usize, what: usize| {
+            wanted.iter().filter(|w| (w.0, w.1 as usize) == (lane, what)).map(|w| w.2).max().filter(|&bytes| bytes > 0)
+        };
+        let uses = self.lanes[0].scratch.len();
+        let device: usize = (0..LANES)
+            .flat_map(|lane| (0..uses).map(move |what| (lane, what)))
+            .map(|(lane, what)| {
+                let held = self.lanes.get(lane).map_or(0, |lane| lane.scratch[what].raw.bytes);
+                held.max(wanted_of(lane, what).map_or(0, usize::next_power_of_two))
+            })
+            .sum();
+        let block = self.block.bytes(block);
+        let staging = if results { STAGING } else { self.staging.bytes };
+        crate::backend::Scratch { device: device + block, pinned: block + staging }
+    }
+
     /// Sends everything that waits; as a graph when `replay` says that a whole step is there.
     pub(super) fn launch(&mut self, replay: bool) -> Result<()> {
         self.last_alone();

@@ -98,8 +98,11 @@ struct Layout {
 
 impl Layout {
     fn new(rehearsal: &Rehearsal<'_>, heads: usize) -> Layout {
-        let kv_heads = rehearsal.runs.geometry().kv_heads;
-        let chunks = rehearsal.rows.div_ceil(CHUNK).next_power_of_two();
+        Layout::of(rehearsal.rows, heads, rehearsal.runs.geometry().kv_heads)
+    }
+
+    fn of(rows: usize, heads: usize, kv_heads: usize) -> Layout {
+        let chunks = rows.div_ceil(CHUNK).next_power_of_two();
         let stats = 4 * heads * chunks * CHUNK;
         let histograms = stats + 8 * heads * chunks;
         let counted = histograms + 4 * kv_heads * BINS;
@@ -110,6 +113,12 @@ impl Layout {
     fn chunks(&self) -> usize {
         self.stride / CHUNK
     }
+}
+
+/// Bytes of scratch memory for rehearsals of `count` sequences over `rows` rows each.
+pub(super) fn scratch_bytes(rows: usize, heads: usize, kv_heads: usize, count: usize) -> usize {
+    let each = Layout::of(rows, heads, kv_heads).bytes;
+    each * count.min((MOST_SCRATCH / each).max(1))
 }
 
 /// As `Backend::rehearse`, with the lists into device memory. Enqueues launches only. What changes from step to step lies
@@ -217,6 +226,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         Selection::Probability { below, least, most } => (1, below, number(least), number(most)),
         Selection::Paper { alpha, most } => (2, alpha, 1, number(most)),
         Selection::Random { count, .. } => (3, 0.0, number(count), number(count)),
+        Selection::Replay { most, .. } => (4, 0.0, 0, number(most)),
     };
     let (seed, step, period) = match rehearsal.selection {
         Selection::Random { seed, step, period, .. } => (seed, step, period),
@@ -226,11 +236,11 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         extents,
         scores: scratch,
         stats: scratch + layout.stats as u64,
-        Selection::Replay { most, .. } => (4, 0.0, 0, number(most)),
         histograms: scratch + layout.histograms as u64,
         counted: scratch + layout.counted as u64,
         out_rows: out.rows,
         out_counts: out.counts,
+        replay: 0,
         row: rehearsal.row as u32,
         rows: rehearsal.rows as u32,
         from: rehearsal.from as u32,
@@ -240,13 +250,19 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         rule,
         least,
         most,
-        replay: 0,
         limit,
         scale: rehearsal.scale,
         seed,
         step,
         period,
     }
+}
+
+/// A replay as the kernels know it.
+fn replayed(replay: &Replay<'_>) -> Replayed {
+    let &Replay { table, lists, heads, first, narrow, wide, shift } = replay;
+    let table = address(table.address());
+    Replayed { table, lists: table + 4 * lists as u64, heads, first, narrow, wide, shift, unused: 0 }
 }
 
 /// The kernel by bits of a column, words that are loaded at a time, and query heads that a block takes.
@@ -258,13 +274,6 @@ fn score_kernel(bits: usize, words: usize, tile: usize) -> &'static str {
         (8, true) => ["rehearse_score_8_4_1", "rehearse_score_8_4_4", "rehearse_score_8_4_8"],
         // Rows of f32 are whole groups of eight words.
         _ => ["rehearse_score_32_4_1", "rehearse_score_32_4_4", "rehearse_score_32_4_8"],
-/// A replay as the kernels know it.
-fn replayed(replay: &Replay<'_>) -> Replayed {
-    let &Replay { table, lists, heads, first, narrow, wide, shift } = replay;
-    let table = address(table.address());
-    Replayed { table, lists: table + 4 * lists as u64, heads, first, narrow, wide, shift, unused: 0 }
-}
-
     };
     match tile {
         1 => names[0],

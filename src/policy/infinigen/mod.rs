@@ -30,7 +30,7 @@ use crate::kv::{self, Eviction, HotCache, KvTier, Payload, SequenceIndex, Sequen
 use crate::{Error, Result};
 
 use super::{
-    Ahead, DeviceParts, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes,
+    Ahead, DeviceParts, Effort, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Record, Setting, Step, TierBytes,
     TraceWriter,
 };
 pub(super) use device::OnDevice;
@@ -498,6 +498,19 @@ pub(super) fn estimate(
     } else {
         TierBytes { device: device + host, pinned: 0, file }
     }
+}
+
+/// See `policy::effort`; `whole` is that of layers attended in full, of which there are some.
+pub(super) fn effort(options: &PolicyOptions, geometry: &KvGeometry, whole: Effort) -> Effort {
+    if geometry.layers < 2 {
+        return whole; // no such session can be made
+    }
+    let own = &options.infinigen;
+    let (_, stored) = split(geometry, plan::resident_layers(own, geometry.layers));
+    let index = index_geometry(&stored, plan::columns(own, geometry.head_dim), plan::bits(own));
+    // A sequence that fits the cache is not rehearsed.
+    let rehearsed = plan::slots(own, whole.attended) < whole.attended || options.eviction != Eviction::Off;
+    Effort { ranked: prompt::RANKING_QUERIES, index: rehearsed.then_some(index), ..whole }
 }
 
 /// Models that this policy cannot serve.

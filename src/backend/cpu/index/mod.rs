@@ -129,6 +129,13 @@ impl Queries {
     }
 }
 
+/// Floats of scratch memory for `count` rehearsals over `rows` rows of `heads` query heads.
+pub(super) fn floats(threads: usize, heads: usize, count: usize, rows: usize) -> usize {
+    let (chunks, stride) = (rows.div_ceil(CHUNK), rows.next_multiple_of(BLOCK));
+    let own = 3 * stride + (stride / BLOCK).next_multiple_of(LANES);
+    count * (heads * (stride + 2 * chunks)).next_multiple_of(LANES) + threads * own
+}
+
 /// See `Backend::rehearse`.
 pub(super) fn rehearse(
     cpu: &CpuBackend,
@@ -238,6 +245,7 @@ pub(super) fn rehearse(
     let outcomes: Vec<Mutex<Outcome<'_>>> =
         selected.iter_mut().flat_map(|s| Outcome::of_heads(s)).map(Mutex::new).collect();
     cpu.pool.split_indexed(kv_heads, grain, &|thread, range| {
+        let mut given = Vec::new(); // where a trace is replayed
         for (at, plan, head) in range.map(plan_of) {
             let mut outcome = outcomes[plan.first_kv_head + head].lock();
             let Rehearsal { from, to, selection, .. } = *plan.rehearsal;
@@ -245,7 +253,6 @@ pub(super) fn rehearse(
                 outcome.rows.clear();
                 outcome.tail.fill(0.0);
                 continue;
-        let mut given = Vec::new(); // where a trace is replayed
             }
             let shifts = &shifts[plan.first_head + head * plan.group..][..plan.group];
             let first = from / BLOCK * BLOCK;
@@ -276,6 +283,11 @@ pub(super) fn rehearse(
                     ((2 * sum + heads) / (2 * heads)).max(1).min(most)
                 }
                 Selection::Random { count, .. } => count,
+                Selection::Replay { most, replay } => {
+                    given.clear();
+                    replay.stretched(list_of(&replay, head, plan.kv_heads), from, to, most, &mut given);
+                    given.len()
+                }
             };
             let work = Workspace { ranks, largest: blocks, values, rows: numbers, first };
             select::best(cpu.level, work, from, to, count, outcome.rows);
@@ -283,12 +295,10 @@ pub(super) fn rehearse(
                 let count = outcome.rows.len() as u32;
                 let row = |j| random_row(seed, head as u32, j, count, step, period, from as u32, to as u32);
                 outcome.rows.clear();
-                Selection::Replay { most, replay } => {
-                    given.clear();
-                    replay.stretched(list_of(&replay, head, plan.kv_heads), from, to, most, &mut given);
-                    given.len()
-                }
                 outcome.rows.extend((0..count).map(row));
+            }
+            if let Selection::Replay { .. } = selection {
+                outcome.rows.clone_from(&given);
             }
             if outcome.tail.is_empty() {
                 continue;
@@ -297,9 +307,6 @@ pub(super) fn rehearse(
             // candidates and their rows, whose references above are not used any more.
             let (scores, values) = unsafe {
                 let scores = float_at(plan.scores + head * plan.group * plan.stride);
-            if let Selection::Replay { .. } = selection {
-                outcome.rows.clone_from(&given);
-            }
                 (
                     std::slice::from_raw_parts_mut(scores, plan.group * plan.stride),
                     std::slice::from_raw_parts_mut(float_at(floats + thread * own + longest), 2 * longest),
@@ -311,13 +318,6 @@ pub(super) fn rehearse(
     Ok(())
 }
 
-/// What a rehearsal finds out for one KV head.
-struct Outcome<'a> {
-    rows: &'a mut Vec<u32>,
-    present: &'a [u32],
-    /// Of its query heads; none where it is not wanted.
-    tail: &'a mut [f32],
-}
 /// What the trace selected for the KV head that `head` of `kv_heads` replays.
 fn list_of<'a>(replay: &Replay<'a>, head: usize, kv_heads: usize) -> &'a [u32] {
     let table = replay.table;
@@ -327,6 +327,13 @@ fn list_of<'a>(replay: &Replay<'a>, head: usize, kv_heads: usize) -> &'a [u32] {
     &words[words[ends] as usize..words[ends + 1] as usize]
 }
 
+/// What a rehearsal finds out for one KV head.
+struct Outcome<'a> {
+    rows: &'a mut Vec<u32>,
+    present: &'a [u32],
+    /// Of its query heads; none where it is not wanted.
+    tail: &'a mut [f32],
+}
 
 impl<'a> Outcome<'a> {
     fn of_heads(selected: &'a mut Selected) -> impl Iterator<Item = Outcome<'a>> {
