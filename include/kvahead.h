@@ -385,6 +385,27 @@
 #define KVA_RULE_RANDOM 3
 
 /**
+ * What the trace of another session selected (`replay_path`), stretched to this one, at most `select_cap`; scores are
+ * computed all the same. For measuring random weights with the hits and misses of real text: docs/policies.md says how.
+ */
+#define KVA_RULE_REPLAY 4
+
+/**
+ * Decode steps measure nothing but their whole length.
+ */
+#define KVA_TIMING_OFF 0
+
+/**
+ * They measure what fetches entries from host memory: `kv_link_seconds` of their sessions' statistics.
+ */
+#define KVA_TIMING_FETCHES 1
+
+/**
+ * They measure every operation, for `kva_model_write_timeline`; fetches are among them.
+ */
+#define KVA_TIMING_OPERATIONS 2
+
+/**
  * The model ended the text with a stop token, which is neither emitted nor kept.
  */
 #define KVA_FINISH_STOP_TOKEN 1
@@ -671,7 +692,7 @@ typedef struct {
    */
   float alpha;
   /**
-   * `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
+   * `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`, `KVA_RULE_REPLAY`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
    * 0.2.
    */
   float select_cap;
@@ -728,6 +749,9 @@ typedef struct {
    * Must be 0.
    */
   uint32_t reserved;
+   * `KVA_RULE_REPLAY`: the trace, a file that `trace_path` of a session has made; NULL (the default) for none.
+   */
+  const char *replay_path;
 } kva_infinigen_options;
 
 /**
@@ -848,9 +872,15 @@ typedef struct {
    */
   uint64_t kv_file_bytes;
   /**
-   * Bytes of scratch memory of the largest step, held once for the whole model.
+   * Bytes of scratch memory in device memory (main memory, where the device is the processor), held once for the whole
+   * model: what is held once the largest prompt and the largest step have run. What a library takes for itself
+   * (cuBLAS) is not counted, nor what a prompt gives back at its end.
    */
   uint64_t scratch_bytes;
+  /**
+   * Bytes of scratch memory in pinned host memory, held once for the whole model.
+   */
+  uint64_t scratch_pinned_bytes;
 } kva_estimate;
 
 /**
@@ -973,6 +1003,27 @@ typedef struct {
    * Selected entries that a correction has added (`kva_infinigen_options.correct`).
    */
   uint64_t kv_corrected;
+   * Seconds of decode steps in which entries were on their way from host memory, where that is measured
+   * (`kva_model_set_timing`); a batch counts whole for each of its sessions.
+   */
+  double kv_link_seconds;
+  /**
+   * Of `kv_device_bytes`, those of the speculation index.
+   */
+  uint64_t kv_index_bytes;
+  /**
+   * Of `kv_device_bytes`, those of the hot cache and its tables.
+   */
+  uint64_t kv_cache_bytes;
+  /**
+   * Bytes of scratch memory that the session's model holds in device memory (main memory, where the device is the
+   * processor), once for all its sessions.
+   */
+  uint64_t scratch_bytes;
+  /**
+   * Bytes of scratch memory that it holds in pinned host memory.
+   */
+  uint64_t scratch_pinned_bytes;
 } kva_statistics;
 
 /**
@@ -1569,6 +1620,31 @@ kva_error *kva_session_get_statistics(const kva_session *session, kva_statistics
  * nothing has changed.
  */
 kva_error *kva_session_reset_statistics(kva_session *session);
+
+/**
+ * Says what decode steps of a model measure of themselves from now on, one of `KVA_TIMING_...`; at first
+ * `KVA_TIMING_OFF`. What is measured costs the step two events an operation, some microseconds.
+ *
+ * Threads: any, many at once; it waits while another thread's step of the model ends.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, no `KVA_TIMING`), `KVA_ERROR_UNSUPPORTED` (anything but `KVA_TIMING_OFF`
+ * where the device is the processor), `KVA_ERROR_DEVICE`. After an error: nothing has changed.
+ */
+kva_error *kva_model_set_timing(const kva_model *model, int32_t timing);
+
+/**
+ * Writes when each operation of the model's last decode step began and ended to a file, as JSON in the form of Chrome's
+ * trace events: one complete event ("ph": "X") an operation, with microseconds in "ts" and "dur", its stream in "tid",
+ * and "fetch" or "compute" in "cat". A file that is there is overwritten.
+ *
+ * A step is replayed as a whole from the third time on that one like it runs; what comes before is launched operation by
+ * operation, and slower.
+ *
+ * Threads: any, many at once; it may wait while another thread's step of the model ends.
+ * Errors: `KVA_ERROR_INVALID_ARGUMENT` (NULL, or nothing was measured since `kva_model_set_timing`), `KVA_ERROR_IO`.
+ * After an error: the file may be there in part.
+ */
+kva_error *kva_model_write_timeline(const kva_model *model,
+                                    const char *path);
 
 /**
  * One decode step of `count` sessions (at least one) of one model, each given once: appends `tokens[i]` to

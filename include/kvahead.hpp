@@ -224,6 +224,12 @@ enum class DType : std::int32_t {
   bf16 = KVA_DTYPE_BF16,
 };
 
+enum class Timing : std::int32_t {
+  off = KVA_TIMING_OFF,
+  fetches = KVA_TIMING_FETCHES,        ///< `kv_link_seconds` of the statistics
+  operations = KVA_TIMING_OPERATIONS,  ///< everything, for `Model::write_timeline`
+};
+
 enum class Device : std::int32_t {
   automatic = KVA_DEVICE_AUTO,  ///< CUDA where it works, and the processor otherwise
   cpu = KVA_DEVICE_CPU,
@@ -298,6 +304,7 @@ enum class Rule : std::int32_t {
   share = KVA_RULE_SHARE,              ///< a fixed share of the tokens
   probability = KVA_RULE_PROBABILITY,  ///< every token whose log-probability is above a threshold
   paper = KVA_RULE_PAPER,              ///< within alpha of the greatest score, equally many in each head
+  replay = KVA_RULE_REPLAY,            ///< what a trace selected, stretched, for measuring
   random = KVA_RULE_RANDOM,  ///< random tokens, for measuring
 };
 
@@ -481,7 +488,7 @@ struct InfinigenOptions {
   float select_share = 0;                 ///< `Rule::share`: share of the tokens to select
   float select_below = 0;                 ///< `Rule::probability`: how far below 1, as a natural logarithm
   float alpha = 0;                        ///< `Rule::paper`: how far below the greatest score
-  float select_cap = 0;                   ///< the latter two: most to select, as a share
+  float select_cap = 0;                   ///< `Rule::probability`, `paper`, `replay`: most to select, as a share
   Budget random;                          ///< `Rule::random`: tokens to select
   float random_renewed = 1;               ///< `Rule::random`: share of them that are others in the next step
   std::uint32_t sinks = 0;                ///< first tokens, always attended
@@ -492,6 +499,7 @@ struct InfinigenOptions {
   bool attend_cache = false;              ///< attend everything that is on the device, selected or not
   bool tail = false;                      ///< attend also one entry that stands for everything else
   float correct = 0;                      ///< most to add when the true queries have come, as a share; 0: nothing
+  std::string replay_path;                ///< `Rule::replay`: the trace
 
   /// The library's defaults for a mode.
   explicit InfinigenOptions(InfinigenMode of = InfinigenMode::standard) : mode(of) {
@@ -518,7 +526,9 @@ struct InfinigenOptions {
     }
   }
 
+  /// The options as C has them, which point into this object.
   [[nodiscard]] Result<kva_infinigen_options> to_c() const {
+    if (auto done = detail::check_no_nul(replay_path, "replay_path"); !done) return std::move(done).error();
     auto c = init(mode);
     if (c) {
       c->basis = static_cast<std::int32_t>(basis);
@@ -544,6 +554,7 @@ struct InfinigenOptions {
       c->attend_cache = attend_cache ? 1 : 0;
       c->tail = tail ? 1 : 0;
       c->correct = correct;
+      c->replay_path = replay_path.empty() ? nullptr : replay_path.c_str();
     }
     return c;
   }
@@ -647,7 +658,8 @@ struct Estimate {
   std::uint64_t kv_device_bytes = 0;
   std::uint64_t kv_pinned_bytes = 0;
   std::uint64_t kv_file_bytes = 0;
-  std::uint64_t scratch_bytes = 0;
+  std::uint64_t scratch_bytes = 0;         ///< once for the whole model
+  std::uint64_t scratch_pinned_bytes = 0;  ///< of it, in pinned host memory
 };
 
 struct ChatMessage {
@@ -712,7 +724,8 @@ class Model {
     if (auto done = detail::check(kva_model_estimate(get(), &*c_options, sessions, &c)); !done) {
       return std::move(done).error();
     }
-    return Estimate{c.weight_bytes, c.kv_device_bytes, c.kv_pinned_bytes, c.kv_file_bytes, c.scratch_bytes};
+    return Estimate{c.weight_bytes,  c.kv_device_bytes, c.kv_pinned_bytes,
+                    c.kv_file_bytes, c.scratch_bytes,   c.scratch_pinned_bytes};
   }
 
   /// Learns from the calibration text what `Policy::infinigen` speculates with, or reads it from the cache; otherwise the
@@ -722,6 +735,16 @@ class Model {
     auto done = detail::check(kva_model_calibrate(get(), progress ? Progress::call : nullptr, &state, nullptr));
     state.caught.rethrow();
     return done;
+  }
+
+  /// What decode steps measure of themselves from now on.
+  Result<void> set_timing(Timing timing) const {
+    return detail::check(kva_model_set_timing(get(), static_cast<std::int32_t>(timing)));
+  }
+  /// Writes when each operation of the last decode step began and ended, as Chrome's trace events.
+  Result<void> write_timeline(const std::string& path) const {
+    if (auto done = detail::check_no_nul(path, "path"); !done) return std::move(done).error();
+    return detail::check(kva_model_write_timeline(get(), path.c_str()));
   }
 
   [[nodiscard]] Result<std::vector<std::uint32_t>> tokenize(std::string_view text,
@@ -948,6 +971,11 @@ struct Statistics {
   double kv_wait_seconds = 0;               ///< steps stood still for them
   std::uint64_t kv_evicted = 0;             ///< entries overwritten because there was no more room
   std::uint64_t kv_corrected = 0;           ///< selected entries that a correction has added
+  double kv_link_seconds = 0;               ///< entries were on their way from host memory, where that is measured
+  std::uint64_t kv_index_bytes = 0;         ///< of `kv_device_bytes`: the speculation index
+  std::uint64_t kv_cache_bytes = 0;         ///< of `kv_device_bytes`: the hot cache and its tables
+  std::uint64_t scratch_bytes = 0;          ///< of the model, in device memory
+  std::uint64_t scratch_pinned_bytes = 0;   ///< of the model, in pinned host memory
 };
 
 /// One sequence and its KV. Move-only; one thread at a time, except for `cancel`, `length` and `capacity`.
@@ -1097,6 +1125,11 @@ class Session {
     statistics.kv_wait_seconds = c.kv_wait_seconds;
     statistics.kv_evicted = c.kv_evicted;
     statistics.kv_corrected = c.kv_corrected;
+    statistics.kv_link_seconds = c.kv_link_seconds;
+    statistics.kv_index_bytes = c.kv_index_bytes;
+    statistics.kv_cache_bytes = c.kv_cache_bytes;
+    statistics.scratch_bytes = c.scratch_bytes;
+    statistics.scratch_pinned_bytes = c.scratch_pinned_bytes;
     return statistics;
   }
   Result<void> reset_statistics() { return detail::check(kva_session_reset_statistics(get())); }

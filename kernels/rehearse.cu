@@ -21,6 +21,7 @@ struct Sequence {
     u32 *counted;      // KV heads: rows that the rule's limit lets pass
     u32 *out_rows;     // KV heads × capacity
     u32 *out_counts;   // KV heads
+    const struct Replay *replay;  // of rule REPLAY
     u32 row;           // of the queries
     u32 rows;          // of the index
     u32 from;          // rows that may be selected
@@ -37,7 +38,19 @@ struct Sequence {
     u32 period;
 };
 
-enum Rule : u32 { COUNT = 0, PROBABILITY = 1, PAPER = 2, RANDOM = 3 };
+enum Rule : u32 { COUNT = 0, PROBABILITY = 1, PAPER = 2, RANDOM = 3, REPLAY = 4 };
+
+// A trace in the place of what is selected: `Replay` in src/backend/replay.rs.
+struct Replay {
+    const u32 *table;
+    const u32 *lists;  // of each of the trace's KV heads the words of the table where its rows begin and end
+    u32 heads;
+    u32 first;
+    u32 narrow;
+    u32 wide;
+    u32 shift;
+    u32 unused;
+};
 
 struct Rehearse {
     const float *queries;
@@ -352,13 +365,40 @@ __device__ __forceinline__ u32 random_row(const Sequence &s, u32 head, u32 j, u3
     return s.from + begin + scramble(part ^ scramble(turn)) % (end - begin);
 }
 
+// The rows that word `i` of a trace's table stands for, as far as they may be selected.
+__device__ __forceinline__ void stretch(const Sequence &s, const Replay &replay, u32 i, u32 end, u32 &low, u32 &high) {
+    low = high = s.from;
+    if (i >= end) return;
+    const u32 row = replay.table[i], k = row - replay.first;
+    if (row < replay.first) return;
+    const bool old = k < replay.narrow;
+    low = old ? replay.first + u32(u64(k) * replay.wide / replay.narrow) : row + replay.shift;
+    high = old ? replay.first + u32(u64(k + 1) * replay.wide / replay.narrow) : low + 1;
+    low = max(low, s.from);
+    high = max(low, min(high, s.to));
+}
+
 extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
     __shared__ u32 histogram[BINS], totals[2][WARP], found[2];
     const Sequence s = p.sequences[blockIdx.z];
     const u32 kv_head = blockIdx.x, tid = threadIdx.x;
     u32 *out = s.out_rows + u64(kv_head) * s.capacity;
     const u32 *keys = reinterpret_cast<const u32 *>(s.scores + u64(kv_head * p.group) * s.stride);
-    u32 count = s.rule == PROBABILITY ? s.counted[kv_head] : 0;
+    u32 count = s.rule == PROBABILITY ? s.counted[kv_head] : 0, turn = 0;
+    Replay replay = {};
+    u32 list_begin = 0, list_end = 0;
+    if (s.rule == REPLAY) {
+        replay = *s.replay;
+        const u32 *ends = replay.lists + 2 * (kv_head * replay.heads / p.kv_heads);
+        list_begin = ends[0];
+        list_end = ends[1];
+        for (u32 i = list_begin; i < list_end; i += SELECT) {
+            u32 low, high, total;
+            stretch(s, replay, i + tid, list_end, low, high);
+            scan(high - low, totals[turn++ % 2], total);
+            count += total;
+        }
+    }
     if (s.rule == PAPER) {
         // The mean of all query heads, rounded.
         const u64 heads = p.kv_heads * p.group;
@@ -371,7 +411,7 @@ extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
     if (count == 0) return;
 
     // The key of the count-th best row, digit by digit. `above` rows have larger keys than those that begin with `prefix`.
-    u32 prefix = 0, above = 0, turn = 0;
+    u32 prefix = 0, above = 0;
     const u32 begin = s.from / ROWS * ROWS;
 #pragma unroll 1
     for (int shift = 32 - int(DIGIT);; shift -= DIGIT) {
@@ -449,5 +489,16 @@ extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
     if (s.rule == RANDOM) {
         __syncthreads();  // what was selected has been written
         for (u32 j = tid; j < count; j += SELECT) out[j] = random_row(s, kv_head, j, count);
+    }
+    if (s.rule == REPLAY) {
+        __syncthreads();
+        u32 before = 0;
+        for (u32 i = list_begin; i < list_end && before < count; i += SELECT) {
+            u32 low, high, total;
+            stretch(s, replay, i + tid, list_end, low, high);
+            u32 at = before + scan(high - low, totals[turn++ % 2], total);
+            for (u32 row = low; row < high && at < count; row++) out[at++] = row;
+            before += total;
+        }
     }
 }

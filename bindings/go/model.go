@@ -174,7 +174,9 @@ type Estimate struct {
 	KVDeviceBytes uint64
 	KVPinnedBytes uint64
 	KVFileBytes   uint64
-	ScratchBytes  uint64
+	ScratchBytes  uint64 // once for the whole model
+
+	ScratchPinnedBytes uint64 // of it, in pinned host memory
 }
 
 // Estimate says what that many full sessions with options would take.
@@ -199,6 +201,8 @@ func (m *Model) Estimate(options *SessionOptions, sessions int) (estimate Estima
 			KVPinnedBytes: uint64(e.kv_pinned_bytes),
 			KVFileBytes:   uint64(e.kv_file_bytes),
 			ScratchBytes:  uint64(e.scratch_bytes),
+
+			ScratchPinnedBytes: uint64(e.scratch_pinned_bytes),
 		}
 		return nil
 	})
@@ -217,6 +221,23 @@ func (m *Model) Calibrate(progress func(fraction float32) error) error {
 		return take(calibrate(handle, &callback))
 	})
 	return callback.finish(err)
+}
+
+// SetTiming says what decode steps measure of themselves from now on. ErrUnsupported for anything but [TimingOff] where
+// the device is the processor.
+func (m *Model) SetTiming(timing Timing) error {
+	return m.use(func(handle *C.kva_model) error { return take(C.kva_model_set_timing(handle, C.int32_t(timing))) })
+}
+
+// WriteTimeline writes when each operation of the last decode step began and ended to a file, as Chrome's trace events.
+func (m *Model) WriteTimeline(path string) error {
+	var a arena
+	defer a.free()
+	c, err := a.optionalText("path", path)
+	if err != nil {
+		return err
+	}
+	return m.use(func(handle *C.kva_model) error { return take(C.kva_model_write_timeline(handle, c)) })
 }
 
 // Tokenize turns text into tokens.

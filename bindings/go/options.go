@@ -38,6 +38,16 @@ const (
 	CUDA       Device = C.KVA_DEVICE_CUDA // the first CUDA device; ErrDevice where there is none
 )
 
+// Timing is what decode steps measure of themselves.
+type Timing int32
+
+// What can be measured.
+const (
+	TimingOff        Timing = C.KVA_TIMING_OFF
+	TimingFetches    Timing = C.KVA_TIMING_FETCHES    // KVLinkSeconds of [Statistics]
+	TimingOperations Timing = C.KVA_TIMING_OPERATIONS // everything, for [Model.WriteTimeline]
+)
+
 // LogLevel is how much a log line matters.
 type LogLevel int32
 

@@ -100,6 +100,7 @@ const (
 	ProbabilityRule Rule = C.KVA_RULE_PROBABILITY // every token whose log-probability is above a threshold
 	PaperRule       Rule = C.KVA_RULE_PAPER       // within Alpha of the greatest score, equally many in each head
 	RandomRule      Rule = C.KVA_RULE_RANDOM      // random tokens, for measuring
+	ReplayRule      Rule = C.KVA_RULE_REPLAY      // what a trace selected, stretched, for measuring
 )
 
 // Budget is a number of tokens: a share of those that a session holds, or, if Tokens is not 0, a fixed number.
@@ -120,7 +121,7 @@ type InfinigenOptions struct {
 	SelectShare    float32 // ShareRule: share of the tokens to select
 	SelectBelow    float32 // ProbabilityRule: how far below 1, as a natural logarithm
 	Alpha          float32 // PaperRule: how far below the greatest score
-	SelectCap      float32 // the latter two: most to select, as a share
+	SelectCap      float32 // ProbabilityRule, PaperRule, ReplayRule: most to select, as a share
 	Random         Budget  // RandomRule: tokens to select
 	RandomRenewed  float32 // RandomRule: share of them that are others in the next step
 	Sinks          uint32  // first tokens, always attended
@@ -131,6 +132,7 @@ type InfinigenOptions struct {
 	AttendCache    bool    // attend everything that is on the device, selected or not
 	Tail           bool    // attend also one entry that stands for everything else
 	Correct        float32 // most to add when the true queries have come, as a share; 0: nothing
+	ReplayPath     string  // ReplayRule: the trace
 }
 
 // NewInfinigenOptions gives the library's defaults for a mode.
@@ -169,6 +171,10 @@ func (a *arena) infinigen(o *InfinigenOptions) (*C.kva_infinigen_options, error)
 	}
 	c := &alloc[C.kva_infinigen_options](a, 1)[0]
 	if err := take(C.kva_infinigen_options_init(c, C.sizeof_kva_infinigen_options, C.int32_t(o.Mode))); err != nil {
+		return nil, err
+	}
+	var err error
+	if c.replay_path, err = a.optionalText("ReplayPath", o.ReplayPath); err != nil {
 		return nil, err
 	}
 	c.basis = C.int32_t(o.Basis)

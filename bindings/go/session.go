@@ -296,6 +296,11 @@ type Statistics struct {
 	KVWaitSeconds      float64 // steps stood still for them
 	KVEvicted          uint64  // entries overwritten because there was no more room
 	KVCorrected        uint64  // selected entries that a correction has added
+	KVLinkSeconds      float64 // entries were on their way from host memory, where that is measured ([Model.SetTiming])
+	KVIndexBytes       uint64  // of KVDeviceBytes: the speculation index
+	KVCacheBytes       uint64  // of KVDeviceBytes: the hot cache and its tables
+	ScratchBytes       uint64  // of the model, in device memory
+	ScratchPinnedBytes uint64  // of the model, in pinned host memory
 }
 
 // Statistics says what the session has done.
@@ -329,6 +334,11 @@ func (s *Session) Statistics() (Statistics, error) {
 		KVWaitSeconds:      float64(c.kv_wait_seconds),
 		KVEvicted:          uint64(c.kv_evicted),
 		KVCorrected:        uint64(c.kv_corrected),
+		KVLinkSeconds:      float64(c.kv_link_seconds),
+		KVIndexBytes:       uint64(c.kv_index_bytes),
+		KVCacheBytes:       uint64(c.kv_cache_bytes),
+		ScratchBytes:       uint64(c.scratch_bytes),
+		ScratchPinnedBytes: uint64(c.scratch_pinned_bytes),
 	}, nil
 }
 

@@ -1,6 +1,6 @@
 //! The speculation index: partial keys of every token, and what a rehearsal on it selects.
 
-use super::Buffer;
+use super::{Buffer, Replay};
 
 /// How an index stores a partial key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,8 +144,8 @@ impl IndexRunsMut<'_> {
 }
 
 /// How a rehearsal picks rows.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Selection {
+#[derive(Clone, Copy, Debug)]
+pub enum Selection<'a> {
     /// Each KV head its `count` best rows, by the largest speculated probability that a query head of its group gives.
     Count {
         /// Rows a KV head.
@@ -179,6 +179,13 @@ pub enum Selection {
         step: u32,
         /// Steps after which a row has given way to another: 1 and all are others in every step.
         period: u32,
+    },
+    /// The rows that a trace selected. Scores are computed and not used.
+    Replay {
+        /// Most rows a KV head: the first of them.
+        most: usize,
+        /// The trace.
+        replay: Replay<'a>,
     },
 }
 
@@ -221,7 +228,7 @@ pub struct Rehearsal<'a> {
     /// Factor on partial query · partial key that makes it a logit.
     pub scale: f32,
     /// How to pick.
-    pub selection: Selection,
+    pub selection: Selection<'a>,
 }
 
 /// What a rehearsal selects, and what it knows of it. Reused from step to step.

@@ -12,8 +12,11 @@ pub mod cpu;
 pub mod cuda;
 mod index;
 mod payload;
+mod replay;
 mod runs;
+mod scratch;
 mod slots;
+mod timing;
 mod weights;
 
 use crate::{Error, Result};
@@ -21,9 +24,12 @@ pub use blocks::Blocks;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns};
+pub use replay::Replay;
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
+pub use scratch::{Product, Scratch, Work};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 use std::ops::Range;
+pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
 
 /// Runs operations. `Arc<dyn Backend>` is shared by everything that belongs to one model.
@@ -85,6 +91,27 @@ pub trait Backend: Send + Sync {
 
     /// Blocks until `stream` has finished.
     fn synchronize(&self, stream: &Stream) -> Result<()>;
+
+    /// Measures from now on when what runs on `stream` and on those beside it begins and ends; what was measured before is
+    /// forgotten. `Unsupported` for anything but `Off` where the backend cannot.
+    fn set_timing(&self, _stream: &Stream, timing: Timing) -> Result<()> {
+        match timing {
+            Timing::Off => Ok(()),
+            _ => Err(Error::unsupported(format!("{} does not measure its operations", self.description()))),
+        }
+    }
+
+    /// What was measured on `stream` and on those beside it since the last call, as far as a [`Backend::synchronize`] or a
+    /// [`Backend::download`] has waited for it.
+    fn take_timed(&self, _stream: &Stream) -> Result<Vec<Timed>> {
+        Ok(Vec::new())
+    }
+
+    /// Scratch memory that is held for operations on `stream` and on those beside it; with `work`, what will be held when
+    /// that has run. What libraries take for themselves (cuBLAS) is not known.
+    fn scratch(&self, _stream: &Stream, _work: Option<&Work<'_>>) -> Result<Scratch> {
+        Ok(Scratch::default())
+    }
 
     /// Copies `source` into `target` from its byte `offset` on.
     fn upload(&self, stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()>;

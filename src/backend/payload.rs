@@ -1,6 +1,6 @@
 //! How entries are stored where attention does not read them: as on the device, or quantized.
 
-use super::{Buffer, DType, KvGeometry};
+use super::{Buffer, DType, KvGeometry, Place};
 
 /// How entries are stored away from the device.
 ///
@@ -117,6 +117,11 @@ impl<'a> StoredRuns<'a> {
     /// Address of extent `extent`.
     pub fn extent(&self, extent: usize) -> *const u8 {
         self.extents[extent].address()
+    }
+
+    /// Where the extents are.
+    pub fn place(&self) -> Place {
+        self.extents.first().map_or(Place::Device, Buffer::place)
     }
 
     /// Bytes from an extent's start to the layer's first run.

@@ -1,6 +1,6 @@
 //! Where one layer of one sequence keeps its keys and values, as attention reads them.
 
-use super::{Buffer, DType};
+use super::{Buffer, DType, Place};
 
 /// Where one layer of one sequence keeps its keys and values: extents of [`KvRuns::extent_tokens`] tokens, in each of
 /// which every KV head of the layer has one contiguous run of rows, K then V of a token side by side.
@@ -81,6 +81,11 @@ impl<'a> KvRuns<'a> {
     /// Address of extent `extent`.
     pub fn extent(&self, extent: usize) -> *const u8 {
         self.extents[extent].address()
+    }
+
+    /// Where the extents are.
+    pub fn place(&self) -> Place {
+        self.extents.first().map_or(Place::Device, Buffer::place)
     }
 
     /// Bytes from an extent's start to the layer's first run.

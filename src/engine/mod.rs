@@ -22,6 +22,7 @@ mod model;
 mod rehearse;
 pub mod sampling;
 mod session;
+mod timeline;
 mod workspace;
 
 pub use control::Control;

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use crate::backend::{DType, KvGeometry, Shape};
 use crate::kv::{EXTENT_TOKENS, Eviction, KvTier};
-use crate::policy::{self, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes};
+use crate::policy::{
+    self, DeviceParts, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor, Setting, Step, TierBytes,
+};
 use crate::speculate::Speculation;
 use crate::{Error, ErrorCode, Result};
 
@@ -119,6 +121,9 @@ pub struct Statistics {
     pub sampled_tokens: u64,
     /// Seconds spent there.
     pub sample_seconds: f64,
+    /// Seconds of decode steps in which entries were on their way over the link, where steps measure that
+    /// ([`Model::set_timing`]); a batch's step counts whole for each of its sessions.
+    pub link_seconds: f64,
 }
 
 /// One sequence. Used by one thread at a time; dropping it gives its KV back to the model's pool.
@@ -215,6 +220,11 @@ impl Session {
     /// Bytes of KV held, by tier.
     pub fn kv_bytes(&self) -> TierBytes {
         self.policy.bytes()
+    }
+
+    /// What some of its bytes in device memory are for.
+    pub fn device_parts(&self) -> DeviceParts {
+        self.policy.device_parts()
     }
 
     /// What the policy has done since the session began or since the last reset.
@@ -518,25 +528,29 @@ pub fn decode_batch(sessions: &mut [&mut Session], tokens: &[u32]) -> Result<()>
     }
     let vocabulary = model.dimensions().vocabulary;
     let mut logits = vec![0.0; sessions.len() * vocabulary];
-    let result = run_batch(&model, sessions, tokens, &mut logits).and_then(|()| {
+    let result = run_batch(&model, sessions, tokens, &mut logits).and_then(|link_seconds| {
         sessions.iter_mut().try_for_each(|s| {
             let length = s.tokens.len();
             s.end(length, 1, |policy, step| policy.commit(step))
-        })
+        })?;
+        Ok(link_seconds)
     });
-    if let Err(error) = result {
-        return Err(sessions.iter_mut().fold(error, |error, session| session.roll_back(error)));
-    }
+    let link_seconds = match result {
+        Ok(link_seconds) => link_seconds,
+        Err(error) => return Err(sessions.iter_mut().fold(error, |error, session| session.roll_back(error))),
+    };
     let seconds = start.elapsed().as_secs_f64();
     for ((session, token), row) in sessions.iter_mut().zip(tokens).zip(logits.chunks(vocabulary)) {
         session.commit(std::slice::from_ref(token), row.to_vec());
         session.statistics.decode_tokens += 1;
         session.statistics.decode_seconds += seconds;
+        session.statistics.link_seconds += link_seconds;
     }
     Ok(())
 }
 
-fn run_batch(model: &Model, sessions: &mut [&mut Session], tokens: &[u32], logits: &mut [f32]) -> Result<()> {
+/// Returns the seconds in which entries were fetched, as far as they are measured.
+fn run_batch(model: &Model, sessions: &mut [&mut Session], tokens: &[u32], logits: &mut [f32]) -> Result<f64> {
     let mut parts: Vec<Part<'_>> = sessions
         .iter_mut()
         .map(|session| Part {
@@ -550,8 +564,10 @@ fn run_batch(model: &Model, sessions: &mut [&mut Session], tokens: &[u32], logit
         .collect();
     let rows = parts.len();
     model.forward(|mut forward| {
+        forward.begin_measuring()?;
         forward.run(tokens, &mut parts, Shape::Decode, rows)?;
         forward.head(rows, 0, rows, Shape::Decode)?;
-        forward.download_logits(rows, logits)
+        forward.download_logits(rows, logits)?;
+        forward.end_measuring()
     })
 }

@@ -4,6 +4,7 @@ use crate::Result;
 use crate::backend::{Backend, Buffer, DType, Place, Rows, RowsMut, Stream};
 
 use super::forward::Dimensions;
+use super::timeline::Measured;
 
 /// One named buffer of rows of a fixed width.
 pub(super) struct Slot {
@@ -57,6 +58,7 @@ pub(super) struct Workspace {
     pub(super) stream: Stream,
     /// Beside it: what is fetched for a layer while the one before is computed.
     pub(super) fetch: Stream,
+    pub(super) measured: Measured,
     /// Token ids.
     pub(super) tokens: Slot,
     /// Positions of the tokens.
@@ -121,6 +123,7 @@ impl Workspace {
         Ok(Workspace {
             fetch: backend.side_stream(&stream)?,
             stream,
+            measured: Measured::default(),
             tokens: Slot::new("token ids", 1, DType::U32),
             positions: Slot::new("positions", 1, DType::U32),
             lookups: Slot::new("position rows", 1, DType::U32),
@@ -159,6 +162,11 @@ impl Workspace {
         let add = usize::saturating_add;
         let rows = self.row_slots().into_iter().map(|slot| slot.bytes(rows.max(slot.rows))).fold(0, add);
         self.logit_slots().into_iter().map(|slot| slot.bytes(logit_rows.max(slot.rows))).fold(rows, add)
+    }
+
+    /// Bytes that are held.
+    pub(super) fn held(&mut self) -> usize {
+        self.bytes(0, 0)
     }
 
     /// The stream, and the one beside it.

@@ -6,7 +6,7 @@
 //! | file | what |
 //! |---|---|
 //! | `boundary`, `options`, `user_data` | the infrastructure: one place each for pointers and panics, for `struct_size`, for callbacks |
-//! | `version`, `error`, `model`, `text`, `detokenizer`, `policy`, `session`, `batch`, `sampling`, `generate` | one file a handle, or a group of calls of one |
+//! | `version`, `error`, `model`, `text`, `detokenizer`, `policy`, `session`, `batch`, `timing`, `sampling`, `generate` | one file a handle, or a group of calls of one |
 //!
 //! How a function here looks: its whole body is a closure in [`boundary::guard`]; one `unsafe` block at its start turns
 //! the arguments into checked Rust values; everything after that is safe, and the out-parameters are written last.
@@ -39,6 +39,8 @@ pub mod detokenizer;
 pub mod policy;
 
 pub mod session;
+
+pub mod timing;
 
 pub mod batch;
 

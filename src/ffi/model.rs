@@ -197,11 +197,15 @@ pub struct kva_estimate {
     pub kv_pinned_bytes: u64,
     /// Bytes of KV in files.
     pub kv_file_bytes: u64,
-    /// Bytes of scratch memory of the largest step, held once for the whole model.
+    /// Bytes of scratch memory in device memory (main memory, where the device is the processor), held once for the whole
+    /// model: what is held once the largest prompt and the largest step have run. What a library takes for itself
+    /// (cuBLAS) is not counted, nor what a prompt gives back at its end.
     pub scratch_bytes: u64,
+    /// Bytes of scratch memory in pinned host memory, held once for the whole model.
+    pub scratch_pinned_bytes: u64,
 }
 
-sized32!(kva_estimate, last: scratch_bytes: u64);
+sized32!(kva_estimate, versions: [scratch_bytes: u64, scratch_pinned_bytes: u64]);
 
 impl kva_model {
     fn new(model: Model) -> kva_model {
@@ -487,7 +491,8 @@ pub unsafe extern "C" fn kva_model_estimate(
             kv_device_bytes: estimate.kv.device as u64,
             kv_pinned_bytes: estimate.kv.pinned as u64,
             kv_file_bytes: estimate.kv.file as u64,
-            scratch_bytes: estimate.scratch,
+            scratch_bytes: estimate.scratch.device as u64,
+            scratch_pinned_bytes: estimate.scratch.pinned as u64,
         });
         Ok(())
     })

@@ -2,6 +2,8 @@
 //!
 //! Only names are turned into values here; ranges are the engine's business (`PolicyOptions::check`).
 
+use std::ffi::c_char;
+
 use super::boundary::{guard, optional_path};
 use super::error::kva_error;
 use super::options::{self, Options, sized32};
@@ -82,6 +84,9 @@ pub const KVA_RULE_PAPER: i32 = 2;
 /// Random tokens, spread evenly over the sequence, whatever the scores say (which are computed all the same). For
 /// measuring: random weights have scores that say nothing.
 pub const KVA_RULE_RANDOM: i32 = 3;
+/// What the trace of another session selected (`replay_path`), stretched to this one, at most `select_cap`; scores are
+/// computed all the same. For measuring random weights with the hits and misses of real text: docs/policies.md says how.
+pub const KVA_RULE_REPLAY: i32 = 4;
 
 /// b of the probability rule where nobody has said.
 const DEFAULT_BELOW: f32 = 7.0;
@@ -120,7 +125,7 @@ pub struct kva_infinigen_options {
     pub select_below: f32,
     /// `KVA_RULE_PAPER`: how far below the greatest a score may lie. Default: 4.
     pub alpha: f32,
-    /// `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
+    /// `KVA_RULE_PROBABILITY`, `KVA_RULE_PAPER`, `KVA_RULE_REPLAY`: most to select, as a share of the tokens, at most 1. Default: 0.13; paper:
     /// 0.2.
     pub select_cap: f32,
     /// First tokens, always attended. Default: 4; paper: 0.
@@ -152,9 +157,11 @@ pub struct kva_infinigen_options {
     pub correct: f32,
     /// Must be 0.
     pub reserved: u32,
+    /// `KVA_RULE_REPLAY`: the trace, a file that `trace_path` of a session has made; NULL (the default) for none.
+    pub replay_path: *const c_char,
 }
 
-sized32!(kva_infinigen_options, versions: [tail: u32, reserved: u32]);
+sized32!(kva_infinigen_options, versions: [tail: u32, replay_path: *const c_char]);
 
 impl Options for kva_infinigen_options {
     fn defaults() -> Self {
@@ -186,6 +193,10 @@ impl From<InfinigenOptions> for kva_infinigen_options {
                     Budget::Tokens(tokens) => random.0 = tokens as u64,
                 }
                 KVA_RULE_RANDOM
+            }
+            Rule::Replay { most } => {
+                select.3 = most;
+                KVA_RULE_REPLAY
             }
         };
         let (cache_share, cache_tokens) = match options.cache {
@@ -228,6 +239,7 @@ impl From<InfinigenOptions> for kva_infinigen_options {
             tail: options.tail.into(),
             correct: options.correct,
             reserved: 0,
+            replay_path: std::ptr::null(),
         }
     }
 }
@@ -291,6 +303,7 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
                     count: budget(options.select_share, options.select_tokens),
                     renewed: options.select_renewed,
                 },
+                KVA_RULE_REPLAY => Rule::Replay { most: options.select_cap },
                 rule => return Err(unknown("options.infinigen.rule", rule, "KVA_RULE")),
             },
             sinks: options.sinks as usize,
@@ -301,6 +314,7 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
             attend_cache: switch(options.attend_cache, "options.infinigen.attend_cache")?,
             tail: switch(options.tail, "options.infinigen.tail")?,
             correct: options.correct,
+            replay: None, // a pointer, which only an unsafe function can read
         })
     }
 }
@@ -351,6 +365,8 @@ pub(super) unsafe fn policy_options(options: &kva_session_options) -> Result<Pol
     // SAFETY: the caller's promise: NULL, or a struct as long as it says.
     let infinigen = unsafe { options::read(options.infinigen, "options.infinigen") }?;
     infinigen.unknown?;
+    // SAFETY: the caller's promise.
+    let replay = unsafe { optional_path(infinigen.value.replay_path, "options.infinigen.replay_path") }?;
     Ok(PolicyOptions {
         kind: match options.policy {
             KVA_POLICY_FULL => PolicyKind::Full,
@@ -378,7 +394,7 @@ pub(super) unsafe fn policy_options(options: &kva_session_options) -> Result<Pol
             eviction => return Err(unknown("options.eviction", eviction, "KVA_EVICTION")),
         },
         pool_tokens: tokens(options.pool_tokens),
-        infinigen: infinigen.value.try_into()?,
+        infinigen: InfinigenOptions { replay, ..infinigen.value.try_into()? },
         // SAFETY: the caller's promise.
         trace: unsafe { optional_path(options.trace_path, "options.trace_path") }?,
     })
@@ -427,6 +443,7 @@ mod tests {
                 correct: 0.01,
                 ..InfinigenOptions::default()
             },
+            InfinigenOptions { rule: Rule::Replay { most: 0.5 }, ..InfinigenOptions::default() },
             InfinigenOptions { predictor: Predictor::Exact, cache: Budget::Share(0.0), ..InfinigenOptions::default() },
         ];
         for options in cases {

@@ -165,9 +165,21 @@ pub struct kva_statistics {
     pub kv_evicted: u64,
     /// Selected entries that a correction has added (`kva_infinigen_options.correct`).
     pub kv_corrected: u64,
+    /// Seconds of decode steps in which entries were on their way from host memory, where that is measured
+    /// (`kva_model_set_timing`); a batch counts whole for each of its sessions.
+    pub kv_link_seconds: f64,
+    /// Of `kv_device_bytes`, those of the speculation index.
+    pub kv_index_bytes: u64,
+    /// Of `kv_device_bytes`, those of the hot cache and its tables.
+    pub kv_cache_bytes: u64,
+    /// Bytes of scratch memory that the session's model holds in device memory (main memory, where the device is the
+    /// processor), once for all its sessions.
+    pub scratch_bytes: u64,
+    /// Bytes of scratch memory that it holds in pinned host memory.
+    pub scratch_pinned_bytes: u64,
 }
 
-sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64, kv_corrected: u64]);
+sized32!(kva_statistics, versions: [kv_file_bytes: u64, kv_evicted: u64, scratch_pinned_bytes: u64]);
 
 /// Options as the engine takes them.
 ///
@@ -500,7 +512,8 @@ pub unsafe extern "C" fn kva_session_get_statistics(
         // SAFETY: the caller's promise: NULL, or a struct as long as it says.
         let out = unsafe { OutStruct::new(statistics, "statistics") }?;
         let counters = session.kv_counters()?;
-        let (statistics, kv) = (session.statistics(), session.kv_bytes());
+        let scratch = session.model().scratch()?;
+        let (statistics, kv, parts) = (session.statistics(), session.kv_bytes(), session.device_parts());
         out.write(kva_statistics {
             struct_size: 0,
             reserved: 0,
@@ -527,6 +540,11 @@ pub unsafe extern "C" fn kva_session_get_statistics(
             kv_wait_seconds: counters.wait_seconds,
             kv_evicted: counters.evicted,
             kv_corrected: counters.corrected,
+            kv_link_seconds: statistics.link_seconds,
+            kv_index_bytes: parts.index as u64,
+            kv_cache_bytes: parts.cache as u64,
+            scratch_bytes: scratch.device as u64,
+            scratch_pinned_bytes: scratch.pinned as u64,
         });
         Ok(())
     })

@@ -52,6 +52,11 @@ impl PolicyOptions {
                 self.kind.name()
             )));
         }
+        if matches!(self.infinigen.rule, Rule::Replay { .. }) {
+            return Err(Error::invalid_argument(
+                "eviction does not go with a trace that is replayed: its rows are positions",
+            ));
+        }
         // The newest token is part of the window, and there without one.
         let kept = self.infinigen.sinks.saturating_add(self.infinigen.window.max(1));
         if self.pool_tokens != 0 && self.pool_tokens <= kept {
@@ -87,6 +92,12 @@ impl InfinigenOptions {
                     check_share("select_share", share)?;
                 }
                 check_share("select_renewed", renewed)?;
+            }
+            Rule::Replay { most } => {
+                check_share("select_cap", most)?;
+                if self.replay.is_none() {
+                    return Err(Error::invalid_argument("the rule replays a trace, but replay names none"));
+                }
             }
         }
         if self.resident_layers == 0 && self.predictor != Predictor::Exact {

@@ -29,8 +29,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::backend::{
-    AttentionShape, Backend, HeadMaps, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows, RowsMut, Selected,
-    Stream, Visible,
+    AttentionShape, Backend, HeadMaps, IndexGeometry, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows, RowsMut,
+    Selected, Stream, Visible,
 };
 use crate::kv::{KvTier, Payload, Pool};
 use crate::speculate::Speculation;
@@ -173,6 +173,11 @@ pub trait Policy: Send {
     /// Bytes of KV held, by tier.
     fn bytes(&self) -> TierBytes;
 
+    /// Of the device bytes of [`Policy::bytes`], those that are no entries held for good.
+    fn device_parts(&self) -> DeviceParts {
+        DeviceParts::default()
+    }
+
     /// Brings what the device has counted to where [`Policy::counters`] tells it. Between steps.
     fn count(&mut self, _step: &Step<'_>) -> Result<()> {
         Ok(())
@@ -196,6 +201,15 @@ pub struct TierBytes {
     pub pinned: usize,
     /// File.
     pub file: usize,
+}
+
+/// What some of the bytes in device memory are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceParts {
+    /// The speculation index.
+    pub index: usize,
+    /// The hot cache, its tables included.
+    pub cache: usize,
 }
 
 /// The policies that a session can be created with.
@@ -286,6 +300,29 @@ pub fn estimate(options: &PolicyOptions, backend: &dyn Backend, geometry: &KvGeo
         PolicyKind::H2o => h2o::estimate(options, geometry, capacity),
         PolicyKind::Window => window::estimate(options, geometry, capacity),
         PolicyKind::Infinigen => infinigen::estimate(options, backend, geometry, capacity),
+    }
+}
+
+/// What scratch memory depends on of a policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effort {
+    /// Rows that a decoded token attends in one layer, at most.
+    pub attended: usize,
+    /// Rows of a prompt whose attention is ranked at once, 0 for none.
+    pub ranked: usize,
+    /// What is rehearsed on.
+    pub index: Option<IndexGeometry>,
+}
+
+/// The effort of a session of `capacity` tokens whose prompts run in chunks of `rows`.
+pub fn effort(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize, rows: usize) -> Effort {
+    let whole = Effort { attended: capacity, ..Effort::default() };
+    let budget = || options.budget.tokens(capacity).saturating_add(1).min(capacity);
+    match options.kind {
+        PolicyKind::Full | PolicyKind::Int4 => whole,
+        PolicyKind::Window => Effort { attended: budget(), ..whole },
+        PolicyKind::H2o => Effort { attended: budget(), ranked: rows, ..whole },
+        PolicyKind::Infinigen => infinigen::effort(options, geometry, whole),
     }
 }
 

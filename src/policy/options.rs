@@ -86,6 +86,12 @@ pub enum Rule {
         /// How many of them are others in the next step, as a share of them.
         renewed: f32,
     },
+    /// What a trace selected ([`InfinigenOptions::replay`]), stretched to the sequence; scores are computed all the same.
+    /// For measuring random weights with the hits and misses of real text.
+    Replay {
+        /// Most, as a share of the tokens.
+        most: f32,
+    },
 }
 
 /// Settings of `infinigen`.
@@ -121,6 +127,8 @@ pub struct InfinigenOptions {
     /// Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
     /// the best entries, at most this share of the tokens in each KV head; 0 for none.
     pub correct: f32,
+    /// The trace of [`Rule::Replay`].
+    pub replay: Option<PathBuf>,
 }
 
 impl InfinigenOptions {
@@ -142,6 +150,7 @@ impl InfinigenOptions {
                 attend_cache: true,
                 tail: true,
                 correct: 0.0,
+                replay: None,
             },
             InfinigenMode::Paper => InfinigenOptions {
                 mode,
@@ -158,6 +167,7 @@ impl InfinigenOptions {
                 attend_cache: false,
                 tail: false,
                 correct: 0.0,
+                replay: None,
             },
         }
     }

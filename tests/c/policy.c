@@ -237,6 +237,29 @@ static void calibration(void) {
   CHECK(!other);
 }
 
+/* Steps on the processor do not measure their operations, and say so. */
+static void timing(void) {
+  FAILS(kva_model_set_timing(NULL, KVA_TIMING_OFF), KVA_ERROR_INVALID_ARGUMENT, "model is NULL");
+  FAILS(kva_model_set_timing(model, 7), KVA_ERROR_INVALID_ARGUMENT, "timing is 7");
+  OK(kva_model_set_timing(model, KVA_TIMING_OFF));
+  FAILS(kva_model_set_timing(model, KVA_TIMING_FETCHES), KVA_ERROR_UNSUPPORTED, "does not measure");
+  FAILS(kva_model_write_timeline(model, NULL), KVA_ERROR_INVALID_ARGUMENT, "path is NULL");
+  FAILS(kva_model_write_timeline(NULL, "step.json"), KVA_ERROR_INVALID_ARGUMENT, "model is NULL");
+  FAILS(kva_model_write_timeline(model, "step.json"), KVA_ERROR_INVALID_ARGUMENT, "no step has been measured");
+}
+
+/* Rows of a trace: a rule like the others, which needs a file. */
+static void replay(void) {
+  begin(KVA_POLICY_INFINIGEN);
+  infinigen.rule = KVA_RULE_REPLAY;
+  kva_session *session = NULL;
+  FAILS(kva_session_create(model, &options, &session), KVA_ERROR_INVALID_ARGUMENT, "replay names none");
+  infinigen.replay_path = "/nowhere/trace";
+  FAILS(kva_session_create(model, &options, &session), KVA_ERROR_NOT_FOUND, "/nowhere/trace");
+  CHECK(!session);
+  infinigen.replay_path = NULL;
+}
+
 int main(void) {
   kva_model *loaded = test_model();
   model = loaded;
@@ -248,6 +271,8 @@ int main(void) {
   sessions();
   eviction();
   calibration();
+  timing();
+  replay();
   kva_model_free(loaded);
   return 0;
 }

@@ -5,7 +5,8 @@
 
 use kvahead::backend::cuda::CudaBackend;
 use kvahead::backend::{
-    Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection,
+    Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Place, Rehearsal, Replay, Selected,
+    Selection,
 };
 
 use crate::rig::*;
@@ -162,7 +163,7 @@ fn expected(index: &Index, query: &[f32], rehearsal: &Rehearsal<'_>) -> Vec<Expe
                     let mean = (count as f64 / heads as f64).round() as usize;
                     (mean.max(1).min(most), if near == 0 { 0 } else { near / heads + 1 })
                 }
-                Selection::Random { .. } => unreachable!("there is nothing to rank"),
+                Selection::Random { .. } | Selection::Replay { .. } => unreachable!("there is nothing to rank"),
             };
             Expected { ranks, count: count.min(selectable.len()), slack }
         })
@@ -207,7 +208,7 @@ fn rehearse(rig: &Rig<'_>, query: &[f32], rehearsals: &[Rehearsal<'_>]) -> Vec<V
     out.into_iter().map(|selected| selected.rows).collect()
 }
 
-fn selections(rows: usize) -> Vec<Selection> {
+fn selections(rows: usize) -> Vec<Selection<'static>> {
     vec![
         Selection::Count { count: 0 },
         Selection::Count { count: 1 },
@@ -516,6 +517,67 @@ fn random_rows_are_those_of_the_cpu() {
                 let got = rehearse(cuda, &query, &[of(on_cuda.runs())]);
                 let want = rehearse(cpu, &query, &[of(on_cpu.runs())]);
                 assert_eq!(got, want, "{count} of {from}..{to}, step {step}");
+            }
+        }
+    });
+}
+
+/// A trace's rows are stretched to the same rows by every backend, and to those of a loop that knows nothing of lists.
+#[test]
+fn replayed_rows_are_those_of_the_cpu() {
+    with_both(|cuda, cpu| {
+        let mut random = Random(13);
+        let geometry = IndexGeometry { layers: 2, kv_heads: 5, columns: 16, extent_tokens: 128, bits: IndexBits::Four };
+        let (rows, group, heads) = (9000, 2, 3);
+        let keys = random.normals(rows * geometry.kv_heads * geometry.columns);
+        let query = random.normals(group * geometry.kv_heads * geometry.columns);
+        let [on_cuda, on_cpu] = [cuda, cpu].map(|rig| Index::new(rig, geometry, &keys, &[rows]));
+        // Rows of a trace of 3000 tokens whose first list is long, whose second is empty; something else lies before.
+        let lists: Vec<Vec<u32>> =
+            [2, 4000, 40].map(|one_of| (0..3000).filter(|_| random.below(one_of) == 0).collect()).to_vec();
+        let (mut words, mut at) = (vec![7; 5], 5 + 2 * heads);
+        for list in &lists {
+            words.extend([at as u32, (at + list.len()) as u32]);
+            at += list.len();
+        }
+        words.extend(lists.concat());
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let [on_device, here] = [cuda, cpu].map(|rig| {
+            let mut table = rig.b.allocate(bytes.len(), Place::Device, "a test").unwrap();
+            rig.b.upload(&rig.stream, &bytes, &mut table, 0).unwrap();
+            table
+        });
+        for (narrow, wide, shift, from, to, most) in [
+            (2900, 8900, 6000, 4, 8940, 9000),
+            (2900, 2900, 0, 4, 2940, 9000),
+            (2900, 1000, 1100u32.wrapping_neg(), 4, 1900, 9000),
+            (2900, 8900, 6000, 30, 5000, 77),
+            (0, 0, 6000, 4, 9000, 9000),
+            (2996, 8996, 0, 0, 9000, 1),
+        ] {
+            let of = |runs, table| {
+                let replay = Replay { table, lists: 5, heads: heads as u32, first: 4, narrow, wide, shift };
+                let selection = Selection::Replay { most, replay };
+                Rehearsal { row: 0, runs, rows, from, to, scale: 1.0, selection }
+            };
+            let got = rehearse(cuda, &query, &[of(on_cuda.runs(), &on_device)]);
+            let want = rehearse(cpu, &query, &[of(on_cpu.runs(), &here)]);
+            assert_eq!(got, want, "{narrow} rows to {wide}, {most} of {from}..{to}");
+            for (head, rows) in want[0].iter().enumerate() {
+                let list = &lists[head * heads / geometry.kv_heads];
+                let stands_for = |row: u32| {
+                    list.iter().any(|&r| match r.checked_sub(4) {
+                        None => false,
+                        Some(k) if k < narrow => {
+                            let k = u64::from(k);
+                            let (wide, narrow) = (u64::from(wide), u64::from(narrow));
+                            (4 + k * wide / narrow..4 + (k + 1) * wide / narrow).contains(&u64::from(row))
+                        }
+                        Some(_) => row == r.wrapping_add(shift),
+                    })
+                };
+                let naive: Vec<u32> = (from as u32..to as u32).filter(|&row| stands_for(row)).take(most).collect();
+                assert_eq!(*rows, naive, "head {head}: {narrow} rows to {wide}, {most} of {from}..{to}");
             }
         }
     });

@@ -2,7 +2,9 @@
 
 use kvahead::ErrorCode;
 use kvahead::backend::cuda::CudaBackend;
-use kvahead::backend::{Activation, DType, Place, Shape, Stream};
+use kvahead::backend::{
+    Activation, DType, KvGeometry, KvRunsMut, Payload, Place, Shape, StoredRuns, Stream, Timed, Timing,
+};
 
 use crate::rig::*;
 
@@ -142,4 +144,68 @@ fn side_streams_are_ordered_by_events() {
         assert_same(&format!("round {round}"), &got, &want);
         assert_eq!(backend.replays() - before, u64::from(round > 0), "round {round}");
     }
+}
+
+/// What is measured: the operations that were asked for, in their order, whether they are launched one by one or replayed.
+#[test]
+fn operations_are_measured() {
+    if CudaBackend::new(0).is_err() {
+        return with_both(|_, _| ());
+    }
+    let backend = CudaBackend::new(0).unwrap();
+    let rig = Rig::new(&backend);
+    let (b, beside) = (rig.b, rig.b.side_stream(&rig.stream).unwrap());
+    let geometry = KvGeometry { layers: 1, kv_heads: 2, head_dim: 64, extent_tokens: 256, dtype: DType::F16 };
+    let extents = |place| vec![b.allocate(geometry.extent_bytes(), place, "a test").unwrap()];
+    let (host, near, mut to) = (extents(Place::Pinned), extents(Place::Device), extents(Place::Device));
+    let mut random = Random(14);
+    let weight = rig.linear(DType::F32, 64, &random.normals(64 * 64), None);
+    let x = rig.buffer(DType::F32, &random.normals(64));
+    let mut y = rig.poisoned(64);
+    // Products on the stream; beside it a fetch from the host after the third, and one that crosses no link.
+    let mut step = || {
+        for i in 0..30 {
+            let out = y.rows_mut(DType::F32, 1, 64);
+            b.matmul(&rig.stream, x.rows(DType::F32, 1, 64), &weight, false, Shape::Decode, out).unwrap();
+            if i == 2 {
+                b.wait(&beside, &b.record(&rig.stream).unwrap()).unwrap();
+                for from in [&host, &near] {
+                    let from = StoredRuns::new(from, geometry, Payload::Exact, 0);
+                    b.fetch_kv(&beside, &from, &mut KvRunsMut::new(&mut to, geometry, 0), 250).unwrap();
+                    // What comes next joins no launch.
+                    b.record(&beside).unwrap();
+                    b.wait(&rig.stream, &b.record(&beside).unwrap()).unwrap();
+                    let out = y.rows_mut(DType::F32, 1, 64);
+                    b.matmul(&rig.stream, x.rows(DType::F32, 1, 64), &weight, false, Shape::Decode, out).unwrap();
+                }
+            }
+        }
+        b.synchronize(&rig.stream).unwrap();
+        b.take_timed(&rig.stream).unwrap()
+    };
+    for timing in [Timing::Off, Timing::Operations, Timing::Fetches, Timing::Off, Timing::Operations] {
+        b.set_timing(&rig.stream, timing).unwrap();
+        for round in 0..5 {
+            let before = backend.replays();
+            let timed = step();
+            let case = format!("{timing:?}, round {round}, {} replayed", backend.replays() - before);
+            let fetches: Vec<&Timed> = timed.iter().filter(|t| t.fetches).collect();
+            match timing {
+                Timing::Off => assert!(timed.is_empty(), "{case}"),
+                Timing::Fetches => assert_eq!((timed.len(), fetches.len()), (1, 1), "{case}"),
+                Timing::Operations => assert_eq!((timed.len(), fetches.len()), (34, 1), "{case}"),
+            }
+            assert!(timed.iter().all(|t| 0.0 <= t.begin && t.begin <= t.end && t.end < 60.0), "{case}: {timed:?}");
+            for t in &fetches {
+                assert_eq!((t.name, t.stream), ("fetch_exact", 1), "{case}");
+            }
+            let main: Vec<&Timed> = timed.iter().filter(|t| t.stream == 0).collect();
+            assert!(main.windows(2).all(|w| w[0].end <= w[1].begin), "{case}: operations of a stream overlap");
+            if let (Timing::Operations, [fetch]) = (timing, &fetches[..]) {
+                // An operation waits for another, not for the event behind it.
+                assert!(main[2].begin <= fetch.begin && fetch.begin <= main[3].begin, "{case}: {fetch:?}");
+            }
+        }
+    }
+    assert!(backend.replays() > 12, "{} of 25 steps were replayed", backend.replays());
 }

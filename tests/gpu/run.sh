@@ -27,9 +27,9 @@ for line in sys.stdin:
 ' "$1"
     cargo build --release --locked
     cmake -S bindings/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release -DKVAHEAD_LIBRARY_DIR="$PWD/target/release" >/dev/null
-    cmake --build build/cpp --target kva-bench >/dev/null
+    cmake --build build/cpp --target kva-bench --target kva-evaluate >/dev/null
     cp target/release/libkvahead.so "$1/libkvahead.so.0"
-    cp "$(find build/cpp -name kva-bench -type f | head -1)" "$1/"
+    for tool in kva-bench kva-evaluate; do cp "$(find build/cpp -name $tool -type f | head -1)" "$1/"; done
     strip "$1"/*
     cp "$here/run.sh" "$1/"
     mkdir -p "$1/root/tests" "$1/root/docs"
@@ -109,12 +109,26 @@ for part in "${parts[@]}"; do
             # tokens, of which 5% are others in the next step; and for opt-13b what the paper's artifact selects.
             near="policy=full" far="policy=full;kv-tier=ram" ours="policy=infinigen;kv-tier=ram"
             usual="$ours;random=0.02;renew=0.05"
+            # And what the real model selects on a text of 8,192 tokens, in its last 64 steps, stretched to the shape. (Which
+            # device it runs on does not matter to the trace.)
+            replayed=()
+            if [ -e "$KVAHEAD_TEST_ROOT/.cache/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
+                run trace "$here/kva-evaluate" --device cpu --model "$KVAHEAD_TEST_ROOT/.cache/SmolLM2-135M-Instruct.Q4_1.gguf" \
+                    --token-ids "$KVAHEAD_TEST_ROOT/tests/data/reference/persuasion-8k.json" --prefill 8128 \
+                    --policy infinigen --kv-tier ram --trace "$out/persuasion.trace"
+                grep -hE "selected|hit" "$out/trace.log" || true
+                replayed=("$ours;replay=$out/persuasion.trace")
+            fi
             offload opt-13b 1920 20 32 "$near" "$ours;random=400;cache=480" "$ours;random=73;cache=480"
             offload opt-13b 1920 20 8 "$near" "$far"
-            offload llama-3-8b 32000 1 32 "$near" "$far" "$usual"
-            offload llama-3-8b 131000 1 16 "$near" "$far" "$usual"
-            offload llama-2-7b 32000 1 16 "$near" "$far" "$usual"
-            offload llama-2-7b 131000 1 16 "$near" "$usual"
+            offload llama-3-8b 32000 1 32 "$near" "$far" "$usual" "${replayed[@]}"
+            offload llama-3-8b 131000 1 16 "$near" "$far" "$usual" "${replayed[@]}"
+            offload llama-2-7b 32000 1 16 "$near" "$far" "$usual" "${replayed[@]}"
+            offload llama-2-7b 131000 1 16 "$near" "$usual" "${replayed[@]}"
+            # When each operation of a step begins and ends: tools/timeline.py draws it.
+            run timeline "$here/kva-bench" --device cuda --shape llama-3-8b --random-weights 1 --dtype bf16 --fill \
+                --no-prefill-repeat --context 32000 --gen 8 --repeat 1 --policy infinigen --kv-tier ram --random 0.02 \
+                --renew 0.05 --timeline "$out/step.json"
             ;;
         *) echo "unknown part $part" >&2 && exit 2 ;;
     esac

@@ -224,7 +224,7 @@ impl Layer<'_> {
                         let mean = scores.iter().map(above).sum::<usize>() as f64 / self.heads as f64;
                         (mean.round() as usize).max(1).min(most(cap))
                     }
-                    Rule::Random { .. } => unreachable!("nothing to rank"),
+                    Rule::Random { .. } | Rule::Replay { .. } => unreachable!("nothing to rank"),
                 };
                 let mut rows: Vec<u32> = selectable.clone().map(|t| t as u32).collect();
                 rows.sort_by(|&a, &b| rank(b as usize).total_cmp(&rank(a as usize)));

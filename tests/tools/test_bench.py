@@ -93,6 +93,21 @@ class BenchTest(CommonTests, ToolTest):
         self.assertIn("fill it first", answers[6]["error"])
         self.assertIn("dance", answers[8]["error"])
 
+    def test_a_trace_is_replayed(self):
+        small = ("--policy", "infinigen", "--cache", "0.3", "--window", "8", "--sinks", "2")
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace"
+            self.bench("--context", 400, "--gen", 6, "--repeat", 1, *small, "--select", "0.05", "--trace", trace)
+            for context in (400, 480):
+                out, result = self.bench("--context", context, "--gen", 6, "--repeat", 2, "--no-prefill-repeat", "--fill", *small,
+                                         "--replay", trace)
+                row = result["rows"][0]
+                self.assertEqual((row["options"]["rule"], row["options"]["replay"]), ("replay", str(trace)))
+                # 5% of 400 to 405 tokens, and as many of the longer sequence.
+                self.assertAlmostEqual(row["selected_per_step_and_head"], 0.05 * context, delta=1)
+                self.assertIsNone(row["link_busy"])  # the processor does not measure it
+                self.assertRegex(out, r"a step takes [\d.]+ ms; KV: .* device \(index .*, cache .*\)")
+
     def test_what_cannot_be_done_is_said(self):
         self.wrong(says="no model")
         self.wrong("--model", MODEL, "--shape", "llama-2-7b", says="exclude each other")
@@ -105,6 +120,12 @@ class BenchTest(CommonTests, ToolTest):
         self.wrong("--model", MODEL, "--compare", "policy=full", "--interactive", says="exclude each other")
         self.wrong("--model", MODEL, "--compare", "policy=lru", says="--policy 'lru'")
         self.wrong("--model", MODEL, "--gen", "0", says="--gen must be at least 1")
+        self.wrong("--model", MODEL, "--context", "8,9", "--timeline", "x.json", says="--timeline is of one step")
+        with tempfile.TemporaryDirectory() as folder:
+            self.wrong("--model", MODEL, "--device", "cpu", "--timeline", Path(folder) / "x.json",
+                       says="does not measure its operations", status=1)
+        self.wrong("--model", MODEL, "--policy", "infinigen", "--replay", "/nowhere/trace", "--context", "8",
+                   says="/nowhere/trace", status=1)
         self.wrong("--model", MODEL, "--context", "8", "--json", "/nowhere/x.json", says="/nowhere/x.json: cannot create it", status=1)
 
 

@@ -12,7 +12,7 @@ use super::stored::Widen;
 use super::unit::{PANEL, Runner, Task, Unit, for_unit};
 use super::view::{Shared, row};
 use crate::Result;
-use crate::backend::{Linear, Rows, RowsMut};
+use crate::backend::{Linear, Product, Rows, RowsMut};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -28,6 +28,33 @@ pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate:
     for_unit!(cpu.level, weight.dtype, (unit, E) => product::<E, _>(cpu, unit, x, weight, accumulate, out))
 }
 
+/// Bytes of scratch memory.
+struct Packed {
+    /// Of a block of packed rows.
+    a_bytes: usize,
+    /// Of a packed panel.
+    panel_bytes: usize,
+    /// Of a thread: its packed panel, and behind it, where the weight lies in blocks, the panel widened.
+    own_bytes: usize,
+}
+
+fn packed<E: Element, R: Runner<E>>(unit: R, rows: usize, inputs: usize, in_blocks: bool) -> Packed {
+    let sizes = unit.sizes(inputs.min(DEPTH));
+    let a_bytes = rows.min(BLOCK).next_multiple_of(sizes.rows) * sizes.a_row_bytes;
+    let panel_bytes = sizes.panel_bytes.next_multiple_of(ALIGN);
+    let wide = if in_blocks { PANEL * inputs.min(DEPTH) * size_of::<bf16>() } else { 0 };
+    let own_bytes = panel_bytes + wide.next_multiple_of(ALIGN);
+    Packed { a_bytes: a_bytes.next_multiple_of(ALIGN), panel_bytes, own_bytes }
+}
+
+/// Bytes of scratch memory that a product of `rows` rows takes.
+pub(super) fn scratch_bytes(cpu: &CpuBackend, rows: usize, product: &Product) -> usize {
+    let &Product { inputs, dtype, in_blocks } = product;
+    let Packed { a_bytes, own_bytes, .. } =
+        for_unit!(cpu.level, dtype, (unit, E) => packed::<E, _>(unit, rows, inputs, in_blocks));
+    a_bytes + cpu.pool.threads() * own_bytes
+}
+
 fn product<E: Element, R: Runner<E>>(
     cpu: &CpuBackend,
     unit: R,
@@ -37,17 +64,11 @@ fn product<E: Element, R: Runner<E>>(
     out: RowsMut<'_>,
 ) -> Result<()> {
     let sizes = unit.sizes(weight.inputs.min(DEPTH));
-    let threads = cpu.pool.threads();
     let panels = weight.outputs.div_ceil(PANEL);
-    let a_bytes = (x.rows().min(BLOCK).next_multiple_of(sizes.rows) * sizes.a_row_bytes).next_multiple_of(ALIGN);
-    let panel_bytes = sizes.panel_bytes.next_multiple_of(ALIGN);
-    // Behind a thread's packed panel, where it is widened before.
-    let wide_bytes = match weight.blocks {
-        Some(_) => (PANEL * weight.inputs.min(DEPTH) * size_of::<bf16>()).next_multiple_of(ALIGN),
-        None => 0,
-    };
-    let own_bytes = panel_bytes + wide_bytes;
-    let mut scratch = cpu.scratch.take(a_bytes + threads * own_bytes, "packed operands of a matrix product")?;
+    let Packed { a_bytes, panel_bytes, own_bytes } =
+        packed::<E, R>(unit, x.rows(), weight.inputs, weight.blocks.is_some());
+    let bytes = a_bytes + cpu.pool.threads() * own_bytes;
+    let mut scratch = cpu.scratch.take(bytes, "packed operands of a matrix product")?;
     let scratch = Shared(scratch.address_mut());
 
     for rows in blocks(x.rows(), BLOCK) {

@@ -110,14 +110,25 @@ impl ScratchPool {
         let kept = {
             let mut free = self.free.lock();
             let fitting = free.iter().position(|b| b.bytes() >= bytes);
-            fitting.map(|at| free.swap_remove(at))
+            // One that is too small gives way to what is allocated: a caller that grows holds one block.
+            let at = fitting.or_else(|| (0..free.len()).max_by_key(|&i| free[i].bytes()));
+            at.map(|at| free.swap_remove(at)).filter(|_| fitting.is_some())
         };
         let block = match kept {
             Some(block) => block,
-            // Rounded up, so that slowly growing requests (attention partials) reuse one block.
-            None => allocate(bytes.checked_next_power_of_two().unwrap_or(bytes), Place::Device, purpose)?,
+            None => allocate(ScratchPool::rounded(bytes), Place::Device, purpose)?,
         };
         Ok(Scratch { pool: self, block: Some(block) })
+    }
+
+    /// Bytes of a block for `bytes`: rounded up, so that slowly growing requests (attention partials) reuse one.
+    pub(super) fn rounded(bytes: usize) -> usize {
+        bytes.checked_next_power_of_two().unwrap_or(bytes)
+    }
+
+    /// Bytes of the blocks that nobody has borrowed.
+    pub(super) fn bytes(&self) -> usize {
+        self.free.lock().iter().map(Buffer::bytes).sum()
     }
 
     fn give_back(&self, block: Buffer) {

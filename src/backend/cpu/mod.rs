@@ -23,6 +23,7 @@ mod payload;
 mod pool;
 mod project;
 mod rotary;
+mod scratch;
 mod simd;
 mod slots;
 mod store_kv;
@@ -36,7 +37,7 @@ mod view;
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
-    RowsMut, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible,
+    RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible, Work,
 };
 use crate::{Error, Result};
 use half::bf16;
@@ -180,6 +181,10 @@ impl Backend for CpuBackend {
 
     fn synchronize(&self, _stream: &Stream) -> Result<()> {
         Ok(())
+    }
+
+    fn scratch(&self, _stream: &Stream, work: Option<&Work<'_>>) -> Result<Scratch> {
+        Ok(scratch::scratch(self, work))
     }
 
     fn upload(&self, _stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()> {

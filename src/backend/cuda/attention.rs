@@ -176,6 +176,25 @@ fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
     }
 }
 
+/// Query heads that a decode block takes at a time, and the columns that a thread reads at a time.
+fn decode_tile(vectors: bool, dtype: DType, group: usize) -> (usize, usize) {
+    match group {
+        _ if !vectors => (2, 1),
+        0..=2 => (2, 16 / dtype.bytes()),
+        3..=4 => (4, 16 / dtype.bytes()),
+        _ => (8, 16 / dtype.bytes()),
+    }
+}
+
+/// Bytes of partial results, and of counters, for `sequences` new tokens that attend `rows` rows each.
+pub(super) fn scratch_bytes(shape: &AttentionShape, dtype: DType, sequences: usize, rows: usize) -> [usize; 2] {
+    let group = shape.heads / shape.kv_heads;
+    let (tile, _) = decode_tile((shape.head_dim * dtype.bytes()).is_multiple_of(16), dtype, group);
+    let chunks = rows.div_ceil(chunk_tokens(rows)).next_power_of_two();
+    let partials = sequences * shape.heads * chunks * (shape.head_dim + 2) * 4;
+    [partials, sequences * shape.kv_heads * group.div_ceil(tile) * 4]
+}
+
 /// Sequences with one new token each, of one geometry and layer.
 fn decode(
     shared: &Shared,
@@ -187,13 +206,7 @@ fn decode(
 ) -> Result<()> {
     let geometry = *segments[0].runs.geometry();
     let group = shape.heads / shape.kv_heads;
-    // Query heads that a block takes at a time, and the columns that a thread reads at a time.
-    let (tile, width) = match group {
-        _ if !in_vectors(&geometry) => (2, 1),
-        0..=2 => (2, 16 / geometry.dtype.bytes()),
-        3..=4 => (4, 16 / geometry.dtype.bytes()),
-        _ => (8, 16 / geometry.dtype.bytes()),
-    };
+    let (tile, width) = decode_tile(in_vectors(&geometry), geometry.dtype, group);
     let (module, names) = match geometry.dtype {
         DType::F32 => (Module::AttendDecodeF32, DECODE_F32),
         DType::F16 => (Module::AttendDecodeF16, DECODE_F16),

@@ -52,6 +52,14 @@ impl Block {
         self.tables.clear();
     }
 
+    /// Bytes of each of the two copies: now, and once an operation has put `bytes` there.
+    pub(super) fn bytes(&self, bytes: usize) -> usize {
+        match bytes {
+            0 => self.device.bytes,
+            bytes => self.device.bytes.max(bytes.next_power_of_two().max(BYTES)),
+        }
+    }
+
     /// Bytes in use.
     pub(super) fn used(&self) -> usize {
         self.used

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::context::{Context, check};
 use crate::Result;
+use crate::backend::Place;
 
 macro_rules! modules {
     ($($module:ident: $file:literal;)*) => {
@@ -60,15 +61,22 @@ pub(super) struct Kernel {
     pub(super) name: &'static str,
     /// Bytes of dynamic shared memory that it is launched with.
     pub(super) shared_bytes: usize,
+    /// Whether it reads host memory, for who measures the link.
+    pub(super) fetches: bool,
 }
 
 impl Kernel {
     pub(super) const fn new(module: Module, name: &'static str) -> Kernel {
-        Kernel { module, name, shared_bytes: 0 }
+        Kernel { module, name, shared_bytes: 0, fetches: false }
     }
 
     pub(super) const fn with_shared(self, shared_bytes: usize) -> Kernel {
         Kernel { shared_bytes, ..self }
+    }
+
+    /// A kernel that reads entries from `place`.
+    pub(super) fn reading(self, place: Place) -> Kernel {
+        Kernel { fetches: place == Place::Pinned, ..self }
     }
 }
 

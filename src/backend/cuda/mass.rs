@@ -43,6 +43,12 @@ const TILE: usize = 32;
 const CHUNK: usize = 1024;
 const THREADS: usize = 256;
 
+/// Bytes of scratch memory for segments of `rows` rows over `tokens` tokens.
+pub(super) fn scratch_bytes(shape: &AttentionShape, rows: usize, tokens: usize) -> usize {
+    let padded = (rows.min(SLAB) * (shape.heads / shape.kv_heads)).next_multiple_of(TILE);
+    (tokens.div_ceil(CHUNK) + 1) * shape.kv_heads * padded * 8
+}
+
 /// See `Backend::attention_mass`.
 pub(super) fn mass(
     shared: &Shared,

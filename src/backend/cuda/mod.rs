@@ -21,8 +21,10 @@ mod payload;
 mod queue;
 mod rehearse;
 mod rowwise;
+mod scratch;
 mod slots;
 mod store_kv;
+mod timer;
 
 use std::sync::Arc;
 
@@ -30,8 +32,8 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
-    KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
+    KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Scratch,
+    Segment, Selected, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Timed, Timing, Visible, Work,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -212,6 +214,21 @@ impl Backend for CudaBackend {
     fn synchronize(&self, stream: &Stream) -> Result<()> {
         let (mut queue, _entered) = self.enter(stream)?;
         queue.finish()
+    }
+
+    fn set_timing(&self, stream: &Stream, timing: Timing) -> Result<()> {
+        let (mut queue, _entered) = self.enter(stream)?;
+        queue.set_timing(timing)
+    }
+
+    fn take_timed(&self, stream: &Stream) -> Result<Vec<Timed>> {
+        let (mut queue, _entered) = self.enter(stream)?;
+        Ok(queue.take_timed())
+    }
+
+    fn scratch(&self, stream: &Stream, work: Option<&Work<'_>>) -> Result<Scratch> {
+        let (queue, _entered) = self.enter(stream)?;
+        Ok(scratch::scratch(&self.shared, &queue, work))
     }
 
     fn upload(&self, stream: &Stream, source: &[u8], target: &mut Buffer, offset: usize) -> Result<()> {

@@ -6,7 +6,7 @@ use super::queue::Queue;
 use super::store_kv::{self, LastStore};
 use super::{Shared, address};
 use crate::Result;
-use crate::backend::{Buffer, DType, KvGeometry, KvRunsMut, Landing, Payload, Rows, Slot, StoredRuns};
+use crate::backend::{Buffer, DType, KvGeometry, KvRunsMut, Landing, Payload, Place, Rows, Slot, StoredRuns};
 
 plain! {
     struct Encode {
@@ -186,6 +186,7 @@ pub(super) fn decode(
         })
         .collect();
     let warps = DECODE_THREADS / 32;
+    let place = sources.first().map_or(Place::Device, Buffer::place);
     let shared_bytes = if payload == Payload::Exact { 0 } else { warps * row_bytes.next_multiple_of(16) };
     for pairs in pairs.chunks(LANDINGS) {
         queue.reserve(16 * pairs.len(), 1)?;
@@ -198,7 +199,7 @@ pub(super) fn decode(
             row_bytes: row_bytes as u32,
             unused_too: 0,
         };
-        let kernel = Kernel::new(Module::Payload, name).with_shared(shared_bytes);
+        let kernel = Kernel::new(Module::Payload, name).with_shared(shared_bytes).reading(place);
         queue.push(shared, kernel, [pairs.len().div_ceil(warps), 1, 1], DECODE_THREADS, &params)?;
     }
     Ok(())
@@ -272,7 +273,7 @@ pub(super) fn fetch(
                 Payload::Exact => (COPY_BLOCKS, 0),
                 _ => (WIDEN_BLOCKS, part_rows * row_bytes),
             };
-            let kernel = Kernel::new(Module::Payload, name).with_shared(shared_bytes);
+            let kernel = Kernel::new(Module::Payload, name).with_shared(shared_bytes).reading(from.place());
             queue.push(shared, kernel, [blocks, 1, 1], FETCH_THREADS, &params)?;
         }
     }

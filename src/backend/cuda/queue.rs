@@ -15,7 +15,7 @@ use std::sync::Arc;
 use cudarc::driver::result;
 use cudarc::driver::sys::{
     self, CUDA_KERNEL_NODE_PARAMS, CUevent, CUevent_flags, CUevent_wait_flags, CUfunction, CUgraphExec,
-    CUgraphInstantiate_flags, CUmemorytype, CUstream,
+    CUgraphInstantiate_flags, CUgraphNode, CUmemorytype, CUstream,
 };
 
 use super::Shared;
@@ -23,7 +23,8 @@ use super::block::{Block, Plain, bytes_of};
 use super::context::check;
 use super::kernels::{Kernel, Module};
 use super::memory::Raw;
-use crate::backend::Rows;
+use super::timer::{self, Label, Pair, Timer};
+use crate::backend::{Rows, Timed, Timing};
 use crate::{Error, ErrorCode, Result};
 
 /// Launches that wait at most.
@@ -72,6 +73,8 @@ struct Script {
     words: Vec<u64>,
     /// Launches of other lanes that come before a launch.
     edges: Vec<usize>,
+    /// What each launch is called, which the launch itself decides.
+    labels: Vec<Label>,
     /// The last launch of each lane.
     last: [Option<usize>; LANES],
     hash: u64,
@@ -82,6 +85,7 @@ impl Script {
         self.launches.clear();
         self.words.clear();
         self.edges.clear();
+        self.labels.clear();
         self.last = [None; LANES];
         self.hash = 0;
     }
@@ -168,7 +172,18 @@ impl Lane {
 struct Graph {
     script: Script,
     exec: CUgraphExec,
+    /// Those of its launches that are measured.
+    pairs: Vec<Pair>,
     used: u64,
+}
+
+impl Graph {
+    /// Gives it back. The context is current.
+    fn destroy(&self) {
+        // SAFETY: made by `instantiate`, destroyed once; a running launch of it keeps what it needs.
+        let _ = unsafe { result::graph::exec_destroy(self.exec) };
+        self.pairs.iter().for_each(Pair::destroy);
+    }
 }
 
 /// Memory of a stream's own that grows.
@@ -205,6 +220,7 @@ pub(super) struct Queue {
     replays: u64,
     clock: u64,
     staging: Raw,
+    timer: Timer,
     /// The last launch, if it was a store that may be extended; see `store_kv`.
     pub(super) last_store: Option<super::store_kv::LastStore>,
     /// As `last_store`; see `slots`.
@@ -247,6 +263,7 @@ impl Queue {
             replays: 0,
             clock: 0,
             staging: Raw::NONE,
+            timer: Timer::default(),
             last_store: None,
             last_admit: None,
             last_fetch: None,
@@ -328,6 +345,7 @@ impl Queue {
         let after = &mut self.lanes[self.lane].after;
         self.script.push(self.lane, after, function, grid, threads, shared_bytes, params);
         after.clear();
+        self.script.labels.push(Label { name: kernel.name, lane: self.lane, fetches: kernel.fetches });
         Ok(())
     }
 
@@ -363,6 +381,30 @@ impl Queue {
         Ok(self.lanes[self.lane].scratch[what as usize].raw.address)
     }
 
+    /// What is held, and what will be when `wanted` has been asked for: bytes by lane and use, bytes that an operation puts
+    /// into the block, and whether results are downloaded.
+    pub(super) fn scratch_bytes(
+        &self,
+        wanted: &[(usize, Use, usize)],
+        block: usize,
+        results: bool,
+    ) -> crate::backend::Scratch {
+        let wanted_of = |lane: usize, what: usize| {
+            wanted.iter().filter(|w| (w.0, w.1 as usize) == (lane, what)).map(|w| w.2).max().filter(|&bytes| bytes > 0)
+        };
+        let uses = self.lanes[0].scratch.len();
+        let device: usize = (0..LANES)
+            .flat_map(|lane| (0..uses).map(move |what| (lane, what)))
+            .map(|(lane, what)| {
+                let held = self.lanes.get(lane).map_or(0, |lane| lane.scratch[what].raw.bytes);
+                held.max(wanted_of(lane, what).map_or(0, usize::next_power_of_two))
+            })
+            .sum();
+        let block = self.block.bytes(block);
+        let staging = if results { STAGING } else { self.staging.bytes };
+        crate::backend::Scratch { device: device + block, pinned: block + staging }
+    }
+
     /// Sends everything that waits; as a graph when `replay` says that a whole step is there.
     pub(super) fn launch(&mut self, replay: bool) -> Result<()> {
         self.last_alone();
@@ -374,7 +416,8 @@ impl Queue {
         for (lane, pending) in self.lanes.iter_mut().zip(&mut pending) {
             lane.after.drain(..).for_each(|before| pending[self.script.launches[before].lane] = true);
         }
-        let result = self.block.send(self.lanes[0].stream).and_then(|()| {
+        let main = self.lanes[0].stream;
+        let result = self.timer.start(main).and_then(|()| self.block.send(main)).and_then(|()| {
             match replay && self.script.launches.len() >= LEAST_GRAPH && self.graph()? {
                 true => Ok(()),
                 false => self.launch_each(),
@@ -407,6 +450,7 @@ impl Queue {
             for &before in self.script.edges_of(i) {
                 wait_for(stream, events[before].expect("an event for every launch that is waited for"))?;
             }
+            let pair = self.timer.begin(self.script.labels[i], stream)?;
             let mut params = [self.script.words[launch.params..].as_mut_ptr().cast::<c_void>()];
             let [x, y, z] = launch.grid;
             // SAFETY: the kernel takes one struct by value, which lies at `params`; its addresses were valid when it was
@@ -421,6 +465,7 @@ impl Queue {
                     &mut params,
                 )
             })?;
+            self.timer.end(pair, stream)?;
             if let Some(event) = &mut events[i] {
                 *event = self.record(used, launch.lane)?;
                 used += 1;
@@ -469,12 +514,10 @@ impl Queue {
                 if self.graphs.len() >= MOST_GRAPHS {
                     let (oldest, _) =
                         self.graphs.iter().enumerate().min_by_key(|(_, g)| g.used).expect("there are some");
-                    let graph = self.graphs.swap_remove(oldest);
-                    // SAFETY: made by `instantiate`, destroyed once; a running launch of it keeps what it needs.
-                    let _ = unsafe { result::graph::exec_destroy(graph.exec) };
+                    self.graphs.swap_remove(oldest).destroy();
                 }
-                let exec = self.instantiate()?;
-                self.graphs.push(Graph { script: std::mem::take(&mut self.script), exec, used: 0 });
+                let (exec, pairs) = self.instantiate()?;
+                self.graphs.push(Graph { script: std::mem::take(&mut self.script), exec, pairs, used: 0 });
                 self.graphs.len() - 1
             }
             None => {
@@ -490,21 +533,28 @@ impl Queue {
         // SAFETY: the graph names memory that is alive: its parameters equal those of operations enqueued just now.
         check("launch a graph", unsafe { result::graph::launch(self.graphs[at].exec, self.lanes[0].stream) })?;
         self.lanes[1..].iter_mut().for_each(|lane| lane.behind[0] = true);
+        self.timer.launched(&self.graphs[at].pairs);
         self.replays += 1;
         Ok(true)
     }
 
-    /// The waiting script as a graph: a chain for each lane, and edges between them.
-    fn instantiate(&mut self) -> Result<CUgraphExec> {
+    /// The waiting script as a graph: a chain for each lane, and edges between them. With what is measured of it.
+    fn instantiate(&mut self) -> Result<(CUgraphExec, Vec<Pair>)> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: writes a new graph to a local; destroyed below.
         check("make a graph", unsafe { sys::cuGraphCreate(&mut graph, 0) }.result())?;
-        let mut nodes = Vec::with_capacity(self.script.launches.len());
-        let mut last = [None; LANES];
+        let mut nodes: Vec<CUgraphNode> = Vec::with_capacity(self.script.launches.len());
+        let mut last: [Option<CUgraphNode>; LANES] = [None; LANES];
+        let mut pairs = Vec::new();
         let added = (0..self.script.launches.len()).try_for_each(|i| {
             let launch = self.script.launches[i];
-            let before: Vec<_> =
-                last[launch.lane].iter().chain(self.script.edges_of(i)).map(|&before: &usize| nodes[before]).collect();
+            let edges = self.script.edges_of(i).iter().map(|&before| nodes[before]);
+            let mut before: Vec<_> = last[launch.lane].into_iter().chain(edges).collect();
+            let pair = self.timer.pair(self.script.labels[i])?;
+            if let Some(pair) = pair {
+                pairs.push(pair);
+                before = vec![timer::add_node(graph, &pair, false, &before)?];
+            }
             let mut params = [self.script.words[launch.params..].as_mut_ptr().cast::<c_void>()];
             let [x, y, z] = launch.grid;
             let node_params = CUDA_KERNEL_NODE_PARAMS {
@@ -524,9 +574,14 @@ impl Queue {
             // the same: one of the own lane, others of other lanes.
             let added =
                 unsafe { sys::cuGraphAddKernelNode(&mut node, graph, before.as_ptr(), before.len(), &node_params) };
+            check("build a graph", added.result())?;
             nodes.push(node);
-            last[launch.lane] = Some(i);
-            check("build a graph", added.result())
+            // Other lanes do not wait for what is measured.
+            last[launch.lane] = Some(match pair {
+                Some(pair) => timer::add_node(graph, &pair, true, &[node])?,
+                None => node,
+            });
+            Ok(())
         });
         let exec = added.and_then(|()| {
             // SAFETY: `graph` is complete.
@@ -534,7 +589,13 @@ impl Queue {
         });
         // SAFETY: made above, destroyed once.
         let _ = unsafe { result::graph::destroy(graph) };
-        exec
+        match exec {
+            Ok(exec) => Ok((exec, pairs)),
+            Err(error) => {
+                pairs.iter().for_each(Pair::destroy);
+                Err(error)
+            }
+        }
     }
 
     /// Launches everything and waits for it.
@@ -543,7 +604,23 @@ impl Queue {
         // SAFETY: the stream is alive.
         let waited = check("finish its work", unsafe { result::stream::synchronize(self.lanes[0].stream) });
         self.block.reset();
-        launched.and(waited)
+        launched.and(waited).and_then(|()| self.timer.read())
+    }
+
+    /// See `Backend::set_timing`.
+    pub(super) fn set_timing(&mut self, timing: Timing) -> Result<()> {
+        if self.timer.timing() != timing {
+            self.finish()?;
+            self.timer.set(timing);
+            // They measure something else. A script that was seen is still worth a graph.
+            self.graphs.drain(..).for_each(|graph| graph.destroy());
+        }
+        Ok(())
+    }
+
+    /// See `Backend::take_timed`.
+    pub(super) fn take_timed(&mut self) -> Vec<Timed> {
+        self.timer.take()
     }
 
     /// See `Backend::record`: where the lane is.
@@ -691,13 +768,12 @@ impl Queue {
             for lane in &self.lanes {
                 let _ = result::stream::synchronize(lane.stream);
             }
-            for graph in self.graphs.drain(..) {
-                let _ = result::graph::exec_destroy(graph.exec);
-            }
             for event in self.events.drain(..) {
                 let _ = result::event::destroy(event);
             }
         }
+        self.graphs.drain(..).for_each(|graph| graph.destroy());
+        self.timer.free();
         self.block.free();
         self.staging.free();
         self.staging = Raw::NONE;

@@ -9,7 +9,7 @@ use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
 use super::{Shared, address};
 use crate::Result;
-use crate::backend::{Buffer, DType, Place, Rehearsal, Rows, Selected, Selection};
+use crate::backend::{Buffer, DType, Place, Rehearsal, Replay, Rows, Selected, Selection};
 
 plain! {
     struct Sequence {
@@ -20,6 +20,7 @@ plain! {
         counted: u64,
         out_rows: u64,
         out_counts: u64,
+        replay: u64,
         row: u32,
         rows: u32,
         from: u32,
@@ -34,6 +35,17 @@ plain! {
         seed: u32,
         step: u32,
         period: u32,
+    }
+
+    struct Replayed {
+        table: u64,
+        lists: u64,
+        heads: u32,
+        first: u32,
+        narrow: u32,
+        wide: u32,
+        shift: u32,
+        unused: u32,
     }
 
     struct Rehearse {
@@ -86,8 +98,11 @@ struct Layout {
 
 impl Layout {
     fn new(rehearsal: &Rehearsal<'_>, heads: usize) -> Layout {
-        let kv_heads = rehearsal.runs.geometry().kv_heads;
-        let chunks = rehearsal.rows.div_ceil(CHUNK).next_power_of_two();
+        Layout::of(rehearsal.rows, heads, rehearsal.runs.geometry().kv_heads)
+    }
+
+    fn of(rows: usize, heads: usize, kv_heads: usize) -> Layout {
+        let chunks = rows.div_ceil(CHUNK).next_power_of_two();
         let stats = 4 * heads * chunks * CHUNK;
         let histograms = stats + 8 * heads * chunks;
         let counted = histograms + 4 * kv_heads * BINS;
@@ -98,6 +113,12 @@ impl Layout {
     fn chunks(&self) -> usize {
         self.stride / CHUNK
     }
+}
+
+/// Bytes of scratch memory for rehearsals of `count` sequences over `rows` rows each.
+pub(super) fn scratch_bytes(rows: usize, heads: usize, kv_heads: usize, count: usize) -> usize {
+    let each = Layout::of(rows, heads, kv_heads).bytes;
+    each * count.min((MOST_SCRATCH / each).max(1))
 }
 
 /// As `Backend::rehearse`, with the lists into device memory. Enqueues launches only. What changes from step to step lies
@@ -146,8 +167,9 @@ fn launch(
     let mut scratch = queue.scratch(Use::Rehearsals, layouts.iter().map(|l| l.bytes).sum())?;
     let tables: Vec<Vec<u64>> =
         rehearsals.iter().map(|r| extent_table((0..r.runs.extents()).map(|i| r.runs.extent(i)))).collect();
-    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>() + rehearsals.len() * size_of::<Sequence>();
-    queue.reserve(bytes, rehearsals.len() + 1)?;
+    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
+        + rehearsals.len() * (size_of::<Sequence>() + size_of::<Replayed>());
+    queue.reserve(bytes, 2 * rehearsals.len() + 1)?;
     let sequences: Vec<Sequence> = rehearsals
         .iter()
         .zip(&tables)
@@ -156,7 +178,11 @@ fn launch(
             let at = scratch;
             scratch += layout.bytes as u64;
             let extents = queue.block.push_table(bytes_of(table));
-            describe(rehearsal, extents, layout, at, out)
+            let replay = match &rehearsal.selection {
+                Selection::Replay { replay, .. } => queue.block.push(bytes_of(&[replayed(replay)])),
+                _ => 0,
+            };
+            Sequence { replay, ..describe(rehearsal, extents, layout, at, out) }
         })
         .collect();
 
@@ -200,6 +226,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         Selection::Probability { below, least, most } => (1, below, number(least), number(most)),
         Selection::Paper { alpha, most } => (2, alpha, 1, number(most)),
         Selection::Random { count, .. } => (3, 0.0, number(count), number(count)),
+        Selection::Replay { most, .. } => (4, 0.0, 0, number(most)),
     };
     let (seed, step, period) = match rehearsal.selection {
         Selection::Random { seed, step, period, .. } => (seed, step, period),
@@ -213,6 +240,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         counted: scratch + layout.counted as u64,
         out_rows: out.rows,
         out_counts: out.counts,
+        replay: 0,
         row: rehearsal.row as u32,
         rows: rehearsal.rows as u32,
         from: rehearsal.from as u32,
@@ -228,6 +256,13 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         step,
         period,
     }
+}
+
+/// A replay as the kernels know it.
+fn replayed(replay: &Replay<'_>) -> Replayed {
+    let &Replay { table, lists, heads, first, narrow, wide, shift } = replay;
+    let table = address(table.address());
+    Replayed { table, lists: table + 4 * lists as u64, heads, first, narrow, wide, shift, unused: 0 }
 }
 
 /// The kernel by bits of a column, words that are loaded at a time, and query heads that a block takes.
@@ -263,7 +298,8 @@ pub(super) fn rehearse(
             Selection::Count { count: most }
             | Selection::Probability { most, .. }
             | Selection::Paper { most, .. }
-            | Selection::Random { count: most, .. } => most,
+            | Selection::Random { count: most, .. }
+            | Selection::Replay { most, .. } => most,
         };
         most.min(r.to - r.from)
     };

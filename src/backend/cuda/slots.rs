@@ -8,8 +8,8 @@ use super::rehearse::{self, Lists};
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{
-    Admission, DType, IndexGeometry, KvGeometry, KvRuns, KvRunsMut, Prefetch, Rehearsal, Rows, SlotGeometry, Slots,
-    SlotsMut,
+    Admission, DType, IndexGeometry, KvGeometry, KvRuns, KvRunsMut, Place, Prefetch, Rehearsal, Rows, SlotGeometry,
+    Slots, SlotsMut,
 };
 
 plain! {
@@ -189,13 +189,19 @@ pub(super) fn prefetch(
                 list_stride: 2 * u64::from(tables.most),
             })
             .collect();
-        gather(shared, queue, &gathered, sequences[0].from.geometry())?;
+        gather(shared, queue, &gathered, sequences[0].from.geometry(), sequences[0].from.place())?;
     }
     Ok(())
 }
 
-/// Copies entries. The block was asked whether it has room.
-fn gather(shared: &Shared, queue: &mut Queue, sequences: &[Gathered], geometry: &KvGeometry) -> Result<()> {
+/// Copies entries from `place`. The block was asked whether it has room.
+fn gather(
+    shared: &Shared,
+    queue: &mut Queue,
+    sequences: &[Gathered],
+    geometry: &KvGeometry,
+    place: Place,
+) -> Result<()> {
     let row_bytes = geometry.row_bytes();
     let params = Gather {
         sequences: queue.block.push(bytes_of(sequences)),
@@ -206,7 +212,7 @@ fn gather(shared: &Shared, queue: &mut Queue, sequences: &[Gathered], geometry: 
     };
     // A row of two halves of at least two bytes each is a multiple of four bytes, and so is its place in an extent.
     let name = if row_bytes.is_multiple_of(16) { "slots_gather_16" } else { "slots_gather_4" };
-    queue.push(shared, Kernel::new(Module::Slots, name), [GATHER_BLOCKS, 1, 1], THREADS, &params)
+    queue.push(shared, Kernel::new(Module::Slots, name).reading(place), [GATHER_BLOCKS, 1, 1], THREADS, &params)
 }
 
 /// See `Backend::refill`.
@@ -232,7 +238,7 @@ pub(super) fn refill(
         step: 1,
         list_stride: g.table_words() as u64,
     };
-    gather(shared, queue, &[all], from.geometry())
+    gather(shared, queue, &[all], from.geometry(), from.place())
 }
 
 /// See `Backend::admit`.

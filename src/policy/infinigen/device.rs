@@ -17,7 +17,7 @@ use crate::policy::InfinigenOptions;
 use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
-use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
+use super::{Ahead, DeviceParts, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
 
 /// Rows of the smallest tables.
 const LEAST_ROWS: usize = 1024;
@@ -186,7 +186,11 @@ impl Policy for OnDevice {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        if step.layer == 0 { self.cache.grow(step.backend, step.stream) } else { Ok(()) }
+        if step.layer > 0 {
+            return Ok(());
+        }
+        self.plan.begin(step)?;
+        self.cache.grow(step.backend, step.stream)
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
@@ -338,6 +342,10 @@ impl Policy for OnDevice {
             Place::Pinned => TierBytes { device, pinned: stored, file },
             Place::Device => TierBytes { device: device + stored, pinned: 0, file },
         }
+    }
+
+    fn device_parts(&self) -> DeviceParts {
+        DeviceParts { index: self.index.bytes(), cache: self.cache.bytes() }
     }
 
     fn count(&mut self, step: &Step<'_>) -> Result<()> {

@@ -19,6 +19,7 @@ mod device;
 mod evict;
 mod plan;
 mod prompt;
+mod replay;
 mod room;
 mod select;
 mod tail;
@@ -30,7 +31,10 @@ use crate::backend::{
 use crate::kv::{self, Eviction, HotCache, KvTier, Payload, SequenceIndex, SequenceKv, Store};
 use crate::{Error, Result};
 
-use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes, TraceWriter};
+use super::{
+    Ahead, DeviceParts, Effort, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes,
+    TraceWriter,
+};
 use correct::Correction;
 pub(super) use device::OnDevice;
 use evict::Held;
@@ -178,6 +182,7 @@ impl Policy for Infinigen {
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
         if step.layer == 0 && step.phase == Phase::Decode {
             self.cache.next_token();
+            self.plan.begin(step)?;
         }
         Ok(())
     }
@@ -392,6 +397,10 @@ impl Policy for Infinigen {
         TierBytes { device, pinned: host, file }
     }
 
+    fn device_parts(&self) -> DeviceParts {
+        DeviceParts { index: self.index.bytes(), cache: self.cache.bytes() }
+    }
+
     fn counters(&self) -> KvCounters {
         let (now, before) = (self.store.counters(), self.fetched_before);
         KvCounters {
@@ -449,6 +458,19 @@ pub(super) fn estimate(
     } else {
         TierBytes { device: device + host, pinned: 0, file }
     }
+}
+
+/// See `policy::effort`; `whole` is that of layers attended in full, of which there are some.
+pub(super) fn effort(options: &PolicyOptions, geometry: &KvGeometry, whole: Effort) -> Effort {
+    if geometry.layers < 2 {
+        return whole; // no such session can be made
+    }
+    let own = &options.infinigen;
+    let (_, stored) = split(geometry, plan::resident_layers(own, geometry.layers));
+    let index = index_geometry(&stored, plan::columns(own, geometry.head_dim), plan::bits(own));
+    // A sequence that fits the cache is not rehearsed.
+    let rehearsed = plan::slots(own, whole.attended) < whole.attended || options.eviction != Eviction::Off;
+    Effort { ranked: prompt::RANKING_QUERIES, index: rehearsed.then_some(index), ..whole }
 }
 
 /// Models that this policy cannot serve.

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use crate::backend::{HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
 use crate::kv::{Eviction, Guard};
 use crate::policy::{
-    Budget, IndexBasis, InfinigenOptions, Lookahead, PolicyOptions, Predictor, QuerySource, Rule, Setting,
+    Budget, IndexBasis, InfinigenOptions, Lookahead, Phase, PolicyOptions, Predictor, QuerySource, Rule, Setting, Step,
 };
 use crate::speculate::{IndexMaps, Speculation};
 use crate::{Error, Result};
 
 use super::columns::Columns;
 use super::evict::Held;
+use super::replay::Trace;
 use super::unsupported;
 
 pub(super) struct Plan {
@@ -26,6 +27,8 @@ pub(super) struct Plan {
     scale: f32,
     speculation: Arc<Speculation>,
     basis: Basis,
+    /// What is replayed, and the KV heads of the session.
+    trace: Option<(Trace, usize)>,
 }
 
 enum Basis {
@@ -55,7 +58,15 @@ impl Plan {
                 Basis::Chosen(Columns::new(setting, &speculation, resident_layers, skewed, chosen)?)
             }
         };
+        let trace = match (&own.rule, &own.replay) {
+            (Rule::Replay { .. }, Some(path)) => {
+                let stored = layers - resident_layers;
+                Some((Trace::read(path, &*setting.backend, stored, own.sinks, own.window)?, setting.geometry.kv_heads))
+            }
+            _ => None,
+        };
         Ok(Plan {
+            trace,
             resident_layers,
             columns: columns(&own, d),
             bits: bits(&own),
@@ -123,12 +134,29 @@ impl Plan {
         Budget::Share(self.options.correct).tokens(after).min(room.saturating_sub(selected))
     }
 
+    /// A decode step begins.
+    pub(super) fn begin(&mut self, step: &Step<'_>) -> Result<()> {
+        match &mut self.trace {
+            Some((trace, _)) if step.phase == Phase::Decode => trace.begin(step),
+            _ => Ok(()),
+        }
+    }
+
+    /// The rows that a prompt of `length` tokens puts into the cache of a layer and KV head of the store, the most valuable
+    /// first: those `ranked`, unless a trace is replayed.
+    pub(super) fn first(&self, layer: usize, head: usize, ranked: Vec<u32>, length: usize) -> Vec<u32> {
+        match &self.trace {
+            Some((trace, kv_heads)) => trace.first((layer, head), *kv_heads, ranked, length),
+            None => ranked,
+        }
+    }
+
     /// The rehearsal of a layer with this index for the token at `position`.
     ///
     /// Out of order the window lies anywhere, so it may be selected too: `Held` drops it from what is selected, and as
     /// many rows more may be. A full pool keeps a row that is neither guarded nor selected: the victim.
     pub(super) fn rehearsal_held<'a>(
-        &self,
+        &'a self,
         runs: IndexRuns<'a>,
         layer: usize,
         position: usize,
@@ -148,7 +176,12 @@ impl Plan {
     }
 
     /// The rehearsal of a layer with this index for the token at `position`, where row t is the token at position t.
-    pub(super) fn rehearsal_in_order<'a>(&self, runs: IndexRuns<'a>, layer: usize, position: usize) -> Rehearsal<'a> {
+    pub(super) fn rehearsal_in_order<'a>(
+        &'a self,
+        runs: IndexRuns<'a>,
+        layer: usize,
+        position: usize,
+    ) -> Rehearsal<'a> {
         let guard = self.guard(position + 1);
         let from = (guard.below as usize).min(position);
         let to = (guard.from as usize).clamp(from, position);
@@ -156,7 +189,7 @@ impl Plan {
     }
 
     fn rehearsal<'a>(
-        &self,
+        &'a self,
         runs: IndexRuns<'a>,
         layer: usize,
         position: usize,
@@ -170,6 +203,10 @@ impl Plan {
             Rule::Random { renewed, .. } => {
                 let period = (1.0 / renewed).round().clamp(1.0, 1e6) as u32;
                 Selection::Random { count: most, seed: layer as u32, step: position as u32, period }
+            }
+            Rule::Replay { .. } => {
+                let (trace, _) = self.trace.as_ref().expect("the options were checked");
+                Selection::Replay { most, replay: trace.replay(layer, position) }
             }
         };
         Rehearsal { row: 0, runs, rows, from, to, scale: self.scale, selection }
@@ -224,7 +261,7 @@ pub(super) fn bits(options: &InfinigenOptions) -> IndexBits {
 pub(super) fn most_selected(options: &InfinigenOptions, length: usize, more: usize) -> usize {
     let most = match options.rule {
         Rule::Share(share) => Budget::Share(share),
-        Rule::Probability { most, .. } | Rule::Paper { most, .. } => Budget::Share(most),
+        Rule::Probability { most, .. } | Rule::Paper { most, .. } | Rule::Replay { most } => Budget::Share(most),
         Rule::Random { count, .. } => count,
     };
     let wanted = most.tokens(length).saturating_add(more);

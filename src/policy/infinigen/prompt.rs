@@ -13,7 +13,7 @@ use crate::policy::Step;
 use super::plan::Plan;
 
 /// Queries at the end of a prompt whose attention ranks entries for the cache.
-const RANKING_QUERIES: usize = 32;
+pub(super) const RANKING_QUERIES: usize = 32;
 
 /// The state of a prompt under way.
 pub(super) struct Prompt {
@@ -220,7 +220,10 @@ pub(super) fn fill(
             rows.dedup();
             cache.request(layer, head, &rows, slots, guard, moves);
         }
-        None => cache.load(layer, head, &first_load(&ranked, length, slots, guard), moves),
+        None => {
+            let ranked = plan.first(layer, head, ranked, length);
+            cache.load(layer, head, &first_load(&ranked, length, slots, guard), moves);
+        }
     }
 }
 

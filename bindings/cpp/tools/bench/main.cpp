@@ -30,6 +30,11 @@ int run(const Options& options) {
   const kva::Model model = options.model.load();
   if (!options.interactive) check_lengths(model, options);
   if (!options.json.empty()) files::check_writable(options.json);
+  if (!options.timeline.empty()) {
+    files::check_writable(options.timeline);
+    model.set_timing(kva::Timing::operations).value();  // an error where the device cannot
+    model.set_timing(kva::Timing::off).value();
+  }
   warm_up(model, options);
   if (options.interactive) {
     Interactive(model, options).serve(std::cin, std::cout);

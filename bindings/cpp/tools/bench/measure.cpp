@@ -61,14 +61,48 @@ class Contestant {
   }
 
   /// Returns the seconds of all steps.
-  double decode(const Show& show) {
+  double decode(const Show& show) { return decode_some(options_->steps, show); }
+
+  /// Share of the steps' time in which entries were on their way from host memory, in steps that measure it; absent where
+  /// nothing can be.
+  std::optional<double> link_busy(const Show& show) {
+    if (!model_->set_timing(kva::Timing::fetches)) return {};
+    cut_back();
+    decode_some(1, show);  // what is measured is captured anew
+    cut_back();
+    decode_some(options_->steps, show);
+    const kva::Statistics s = sessions_.front().statistics().value();
+    model_->set_timing(kva::Timing::off).value();
+    if (!(s.decode_seconds > 0)) return {};
+    return s.kv_link_seconds / s.decode_seconds;
+  }
+
+  /// Writes the timeline of a step that has been replayed, where --gen lets that be.
+  void timeline(const Show& show) {
+    model_->set_timing(kva::Timing::operations).value();
+    cut_back();
+    decode_some(std::min<std::uint64_t>(options_->steps, 4), show);
+    model_->write_timeline(options_->timeline).value();
+    model_->set_timing(kva::Timing::off).value();
+  }
+
+  /// Adds the counters of the last decode; the KV is what is held now.
+  void count(kva::Statistics& total) const {
+    total.kv_device_bytes = total.kv_pinned_bytes = total.kv_file_bytes = 0;
+    total.kv_index_bytes = total.kv_cache_bytes = 0;
+    for (const kva::Session& session : sessions_) total = traffic::sum(total, session.statistics().value());
+  }
+
+ private:
+  /// Returns the seconds of all of them.
+  double decode_some(std::uint64_t steps, const Show& show) {
     std::vector<kva::Session*> all;
     for (kva::Session& session : sessions_) {
       session.reset_statistics().value();
       all.push_back(&session);
     }
     double time = 0;
-    for (std::uint64_t step = 0; step < options_->steps; ++step) {
+    for (std::uint64_t step = 0; step < steps; ++step) {
       show("decode");
       const auto tokens = random_tokens(all.size(), vocabulary_, options_->seed + step);
       time += seconds([&] { kva::decode_batch(all, tokens, logits_).value(); });
@@ -76,13 +110,6 @@ class Contestant {
     return time;
   }
 
-  /// Adds the counters of the last decode; the KV is what is held now.
-  void count(kva::Statistics& total) const {
-    total.kv_device_bytes = total.kv_pinned_bytes = total.kv_file_bytes = 0;
-    for (const kva::Session& session : sessions_) total = traffic::sum(total, session.statistics().value());
-  }
-
- private:
   const kva::Model* model_;
   const Options* options_;
   kva::SessionOptions session_options_;
@@ -154,6 +181,14 @@ std::vector<Row> measure(const kva::Model& model, const Options& options, std::u
       rows[i].ratio.samples.push_back(rows[i].decode.samples.back() / rows[0].decode.samples.back());
       contestants[i].count(rows[i].statistics);
     }
+  }
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const auto show = [&](const std::string& doing) {
+      check_interrupt();
+      progress(1, rows[i].policy->label + ", " + doing + " to measure the link");
+    };
+    if (rows[i].statistics.kv_host_fetched_bytes != 0) rows[i].link_busy = contestants[i].link_busy(show);
+    if (!options.timeline.empty()) contestants[i].timeline(show);
   }
   for (Row& row : rows) row.peak_memory_bytes = machine::peak_memory_bytes();
   return rows;

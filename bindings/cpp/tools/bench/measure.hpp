@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,7 @@ struct Row {
   Spread decode;   ///< tokens per second of the whole batch
   Spread ratio;    ///< of decode, to the first policy's in the same repetition
   kva::Statistics statistics;  ///< counters: of all decode steps; KV: of the last repetition's end
+  std::optional<double> link_busy;  ///< share of the steps' time in which entries came from host memory, in further steps
   std::uint64_t peak_memory_bytes = 0;  ///< of all policies that are measured together
 
   [[nodiscard]] std::uint64_t kv_bytes() const;

@@ -28,6 +28,10 @@ bool parse(int argc, char** argv, Options& options) {
                   compare);
   parser.option("--seed", "N", "of the prompts (default 0)", options.seed);
   parser.option("--json", "FILE", "write the results to FILE as well", options.json);
+  parser.option("--timeline", "FILE",
+                "on a GPU: write when each operation of one more decode step began and ended to FILE, in Chrome's trace format "
+                "(tools/timeline.py draws it)",
+                options.timeline);
   parser.flag("--interactive", "be told what to measure, a line of JSON at a time (see below)", options.interactive);
 
   parser.epilog(
@@ -35,7 +39,8 @@ bool parse(int argc, char** argv, Options& options) {
       "the whole batch per second: the median of the repetitions, with the least and the greatest.\n"
       "\n"
       "What a policy selected, found on the device, fetched and kept is over the decode steps of all repetitions; reads\n"
-      "are hidden as far as no step stood still for them.\n"
+      "are hidden as far as no step stood still for them. How long the link was busy is measured in further steps, which\n"
+      "the rates leave out: from events before and behind what fetches entries, so a few microseconds a layer are the events'.\n"
       "\n"
       "With --interactive each line of standard input is a request, and its answer is one line:\n"
       "  {\"op\": \"describe\"}                           machine, model, options\n"
@@ -60,6 +65,10 @@ bool parse(int argc, char** argv, Options& options) {
     options.policies = grid::expand(compare, options.policy);
   }
 
+  if (!options.timeline.empty() &&
+      (options.interactive || options.policies.size() * options.contexts.size() * options.batches.size() != 1)) {
+    throw args::UsageError("--timeline is of one step: one --context, one --batch, one policy, and not --interactive");
+  }
   const auto zero = [](std::uint64_t value) { return value == 0; };
   if (options.steps == 0) throw args::UsageError("--gen must be at least 1");
   if (options.repetitions == 0) throw args::UsageError("--repeat must be at least 1");

@@ -24,6 +24,7 @@ struct Options {
   bool fill = false;
   std::uint64_t seed = 0;
   std::string json;
+  std::string timeline;
   bool interactive = false;
 };
 

@@ -48,6 +48,8 @@ nlohmann::json to_json(const kva::Model& model, const Row& row, const Options& o
                            {"decode_tokens_per_second", to_json(row.decode)},
                            {"decode_ratio_to_first", to_json(row.ratio)},
                            {"step_seconds", 1 / steps_per_second(row)},
+                           {"link_busy", row.link_busy ? nlohmann::json(*row.link_busy) : nlohmann::json()},
+                           {"host_bytes_per_second", each_step(s.kv_host_fetched_bytes, row, options) * steps_per_second(row)},
                            {"peak_memory_bytes", row.peak_memory_bytes},
                            {"selected_per_step_and_head", selected ? nlohmann::json(*selected) : nlohmann::json()},
                            {"bytes_fetched_per_step",
@@ -94,7 +96,7 @@ void print(const kva::Model& model, const Row& row, const Options& options) {
   if (options.policies.size() > 1) std::printf("%6.2f  ", row.ratio.median());
   std::printf("%10s  %11s\n", program::bytes(row.kv_bytes()).c_str(), program::bytes(row.peak_memory_bytes).c_str());
   if (row.policy->flags.policy != kva::Policy::full || row.policy->flags.tier != kva::KvTier::device) {
-    std::string line = "KV: " + traffic::where(s);
+    std::string line = program::format("a step takes %.2f ms; KV: ", 1e3 / steps_per_second(row)) + traffic::where(s);
     if (const auto selected = traffic::selected_per_head(s, selecting_heads(model, row.policy->flags))) {
       line += program::format("; a step selects %.1f tokens a head", *selected);
     }
@@ -104,6 +106,7 @@ void print(const kva::Model& model, const Row& row, const Options& options) {
                             program::bytes(static_cast<std::uint64_t>(from_host)).c_str(),
                             from_host * steps_per_second(row) / 1e9,
                             program::bytes(static_cast<std::uint64_t>(each_step(s.kv_file_read_bytes, row, options))).c_str());
+    if (row.link_busy) line += ", link busy " + traffic::percent(row.link_busy) + " of the time";
     if (const auto hidden = traffic::hidden(s)) line += ", " + traffic::percent(hidden) + " of read time hidden";
     std::printf("%17s%s\n", "", line.c_str());
   }

@@ -42,7 +42,7 @@ Words<kva::Predictor> predictors() {
           {"exact", kva::Predictor::exact}};
 }
 Words<kva::Rule> rules() {
-  return {{"share", kva::Rule::share}, {"probability", kva::Rule::probability}, {"paper", kva::Rule::paper}, {"random", kva::Rule::random}};
+  return {{"share", kva::Rule::share}, {"probability", kva::Rule::probability}, {"paper", kva::Rule::paper}, {"random", kva::Rule::random}, {"replay", kva::Rule::replay}};
 }
 
 /// The words of an enum, for a flag that may be absent.
@@ -89,6 +89,10 @@ kva::InfinigenOptions infinigen(const Flags& flags) {
   if (flags.probability) options.rule = kva::Rule::probability;
   if (flags.alpha) options.rule = kva::Rule::paper;
   if (flags.random) options.rule = kva::Rule::random;
+  if (!flags.replay.empty()) {
+    options.rule = kva::Rule::replay;
+    options.replay_path = flags.replay;
+  }
   take(flags.select, options.select_share);
   take(flags.probability, options.select_below);
   take(flags.alpha, options.alpha);
@@ -145,9 +149,12 @@ void Flags::declare(args::Parser& parser) {
   parser.option("--select", "SHARE", "select this share of the tokens", select);
   parser.option("--probability", "B", "instead: select every token whose log-probability is above -B (default 7)", probability);
   parser.option("--alpha", "A", "instead: the paper's rule, within A of the greatest score (default 4 in paper mode)", alpha);
-  parser.option("--cap", "SHARE", "most that --probability and --alpha select (default 0.2)", cap);
+  parser.option("--cap", "SHARE", "most that --probability, --alpha and --replay select (default 0.2)", cap);
   tokens("--random", "instead, for measuring: this many random tokens, whatever their scores", random);
   parser.option("--renew", "SHARE", "share of --random that are others in the next step (default 1)", renew);
+  parser.option("--replay", "TRACE",
+                "instead, for measuring: what --trace has written of another model or text, stretched to this model and sequence",
+                replay);
   parser.choice("--index", "basis of the index (default balanced; skewed in paper mode)", optional(bases()), index);
   parser.option("--ratio", "R", "columns of the index, as a share of the head dimension (default 0.5; 0.3 in paper mode)", ratio);
   parser.choice("--index-bits", "bits of a number in the index (default 4; 32 in paper mode)",
@@ -194,6 +201,7 @@ void Flags::check() const {
       needs_infinigen("--alpha", alpha.has_value()),
       needs_infinigen("--cap", cap.has_value()),
       needs_infinigen("--random", random.has_value()),
+      needs_infinigen("--replay", !replay.empty()),
       {"--renew", renew.has_value(), random.has_value(), "--random"},
       needs_infinigen("--index", index.has_value()),
       needs_infinigen("--ratio", ratio.has_value()),
@@ -207,16 +215,16 @@ void Flags::check() const {
       needs_infinigen("--correct", correct.has_value()),
       needs_infinigen("--eviction", eviction != kva::Eviction::off),
       needs_infinigen("--pool-tokens", pool_tokens != 0),
-      {"--cap", cap.has_value(), settings.rule == kva::Rule::probability || settings.rule == kva::Rule::paper,
-       "--probability or --alpha"},
+      {"--cap", cap.has_value(), settings.rule != kva::Rule::share && settings.rule != kva::Rule::random,
+       "--probability, --alpha or --replay"},
       {"--kv-file", !file.empty(), in_file, "--kv-tier file"},
       {"--kv-file-limit", file_limit != 0, in_file, "--kv-tier file"},
       {"--kv-keep", file_keep, in_file && !file.empty(), "--kv-tier file and --kv-file PATH"},
       {"--kv-buffered", file_buffered, in_file, "--kv-tier file"},
       {"--kv-checksum", file_checksum, in_file, "--kv-tier file"},
   });
-  if (int{select.has_value()} + int{probability.has_value()} + int{alpha.has_value()} + int{random.has_value()} > 1) {
-    throw args::UsageError("--select, --probability, --alpha and --random exclude each other: each is a rule of its own");
+  if (int{select.has_value()} + int{probability.has_value()} + int{alpha.has_value()} + int{random.has_value()} + int{!replay.empty()} > 1) {
+    throw args::UsageError("--select, --probability, --alpha, --random and --replay exclude each other: each is a rule of its own");
   }
 }
 
@@ -283,6 +291,7 @@ nlohmann::json Flags::json() const {
     result["renew"] = program::rounded(infinigen.random_renewed);
   } else {
     result["cap"] = program::rounded(infinigen.select_cap);
+    if (infinigen.rule == kva::Rule::replay) result["replay"] = replay;
     if (infinigen.rule == kva::Rule::paper) result["alpha"] = program::rounded(infinigen.alpha);
     if (infinigen.rule == kva::Rule::probability) result["probability"] = program::rounded(infinigen.select_below);
   }

@@ -37,6 +37,7 @@ struct Flags {
   std::optional<float> alpha;
   std::optional<float> cap;
   std::optional<kva::Budget> random;
+  std::string replay;
   std::optional<float> renew;
   std::optional<float> ratio;
   std::optional<kva::IndexBasis> index;

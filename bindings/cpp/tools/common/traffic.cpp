@@ -50,6 +50,9 @@ kva::Statistics sum(const kva::Statistics& a, const kva::Statistics& b) {
   total.kv_wait_seconds += b.kv_wait_seconds;
   total.kv_evicted += b.kv_evicted;
   total.kv_corrected += b.kv_corrected;
+  total.kv_link_seconds += b.kv_link_seconds;
+  total.kv_index_bytes += b.kv_index_bytes;
+  total.kv_cache_bytes += b.kv_cache_bytes;
   return total;
 }
 
@@ -75,7 +78,11 @@ std::string percent(const std::optional<double>& share) {
 
 std::string where(const kva::Statistics& s) {
   std::string list;
-  if (s.kv_device_bytes != 0) append(list, program::bytes(s.kv_device_bytes) + " device");
+  if (s.kv_device_bytes != 0) {
+    std::string device = program::bytes(s.kv_device_bytes) + " device";
+    if (s.kv_index_bytes != 0) device += " (index " + program::bytes(s.kv_index_bytes) + ", cache " + program::bytes(s.kv_cache_bytes) + ")";
+    append(list, device);
+  }
   if (s.kv_pinned_bytes != 0) append(list, program::bytes(s.kv_pinned_bytes) + " RAM");
   if (s.kv_file_bytes != 0) append(list, program::bytes(s.kv_file_bytes) + " file");
   return list.empty() ? "nothing" : list;
@@ -100,7 +107,12 @@ nlohmann::json json(const kva::Statistics& s) {
           {"read_hidden", optional(hidden(s))},
           {"evicted", s.kv_evicted},
           {"corrected", s.kv_corrected},
-          {"kv_bytes", {{"device", s.kv_device_bytes}, {"host", s.kv_pinned_bytes}, {"file", s.kv_file_bytes}}}};
+          {"kv_bytes",
+           {{"index", s.kv_index_bytes},
+            {"cache", s.kv_cache_bytes},
+            {"device", s.kv_device_bytes},
+            {"host", s.kv_pinned_bytes},
+            {"file", s.kv_file_bytes}}}};
 }
 
 }  // namespace traffic

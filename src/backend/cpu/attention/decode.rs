@@ -43,6 +43,13 @@ impl Layout {
     }
 }
 
+/// Floats of scratch memory for `segments` segments that attend `rows` rows each.
+pub(super) fn floats(shape: &AttentionShape, segments: usize, rows: usize) -> usize {
+    let (head_dim, padded) = (shape.head_dim, shape.head_dim.next_multiple_of(LANES));
+    let layout = Layout { group: shape.heads / shape.kv_heads, head_dim, padded };
+    segments * (shape.heads * padded + rows.div_ceil(CHUNK) * shape.kv_heads * layout.partial())
+}
+
 /// The chunks of one segment, among those of all. Where KV heads attend different numbers of rows, a piece past the last
 /// chunk of its head does nothing, and nobody reads its partial result.
 struct Plan<'a> {

@@ -33,6 +33,14 @@ struct Layout {
     queries: usize,
 }
 
+/// Floats of scratch memory for segments of `rows` rows over `tokens` tokens.
+pub(super) fn floats(threads: usize, shape: &AttentionShape, rows: usize, tokens: usize) -> usize {
+    let (kv_heads, padded) = (shape.kv_heads, shape.head_dim.next_multiple_of(LANES));
+    let queries = (rows.min(SLAB) * (shape.heads / kv_heads)).next_multiple_of(TOGETHER);
+    let shared = kv_heads * queries * (padded + 2 * tokens.div_ceil(CHUNK) + 1);
+    shared.next_multiple_of(LANES) + threads * (padded + 2 * queries) * LANES
+}
+
 /// Adds the masses of one segment to `out`.
 pub(super) fn mass<E: Element>(
     cpu: &CpuBackend,
@@ -59,6 +67,10 @@ pub(super) fn mass<E: Element>(
     let own = (padded + 2 * queries) * LANES;
     let layout = Layout { group, padded, queries };
     let floats = threads + cpu.pool.threads() * own;
+    debug_assert_eq!(
+        floats,
+        self::floats(cpu.pool.threads(), shape, segment.rows, (0..kv_heads).map(end).max().unwrap_or(0))
+    );
     let mut scratch = cpu.scratch.take(floats * 4, "the mass of attention")?;
     let scratch = Shared(scratch.address_mut());
     // SAFETY: `at` ≤ floats.

@@ -16,7 +16,7 @@ use super::CpuBackend;
 use super::simd::for_dtype;
 use super::unit::for_unit;
 use crate::Result;
-use crate::backend::{AttentionShape, DType, Rows, RowsMut, Segment};
+use crate::backend::{AttentionShape, DType, Rows, RowsMut, Segment, Work};
 
 /// A score below any real one, and finite: differences of two of it are no NaN.
 const LEAST: f32 = -1e30;
@@ -41,6 +41,14 @@ pub(super) fn attend(
         for_unit!(cpu.level, dtype, (unit, E) => prefill::attend::<E, _>(cpu, unit, q, shape, segment, &out))?;
     }
     Ok(())
+}
+
+/// Bytes of scratch memory for the largest of the steps.
+pub(super) fn scratch_bytes(cpu: &CpuBackend, work: &Work<'_>) -> usize {
+    let (shape, threads) = (&work.attention, cpu.pool.threads());
+    let tile = for_unit!(cpu.level, work.kv, (unit, E) => prefill::tile_bytes::<E, _>(unit, shape, work.rows));
+    let ranked = if work.ranked == 0 { 0 } else { mass::floats(threads, shape, work.ranked, work.tokens) };
+    (threads * tile).max(4 * decode::floats(shape, work.sequences, work.attended)).max(4 * ranked)
 }
 
 /// First position that the token at `position` sees.

@@ -76,6 +76,12 @@ impl Layout {
     }
 }
 
+/// Bytes of a thread's scratch memory for segments of `rows` rows.
+pub(super) fn tile_bytes<E: Element, R: Runner<E>>(unit: R, shape: &AttentionShape, rows: usize) -> usize {
+    let group = shape.heads / shape.kv_heads;
+    Layout::new::<E, R>(unit, tile_tokens(group).min(rows) * group, shape.head_dim).bytes
+}
+
 /// Attention of one segment.
 pub(super) fn attend<E: Element, R: Runner<E>>(
     cpu: &CpuBackend,

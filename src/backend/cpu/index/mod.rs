@@ -19,7 +19,7 @@ use super::simd::{LANES, Proven};
 use super::view::{Shared, row};
 use crate::Result;
 use crate::backend::index::random_row;
-use crate::backend::{IndexBits, IndexRunsMut, Rehearsal, Rows, Selected, Selection};
+use crate::backend::{IndexBits, IndexRunsMut, Rehearsal, Replay, Rows, Selected, Selection};
 use dots::Dots;
 use layout::{BLOCK, GROUP_BYTES};
 use parking_lot::Mutex;
@@ -127,6 +127,13 @@ impl Queries {
             }
         }
     }
+}
+
+/// Floats of scratch memory for `count` rehearsals over `rows` rows of `heads` query heads.
+pub(super) fn floats(threads: usize, heads: usize, count: usize, rows: usize) -> usize {
+    let (chunks, stride) = (rows.div_ceil(CHUNK), rows.next_multiple_of(BLOCK));
+    let own = 3 * stride + (stride / BLOCK).next_multiple_of(LANES);
+    count * (heads * (stride + 2 * chunks)).next_multiple_of(LANES) + threads * own
 }
 
 /// See `Backend::rehearse`.
@@ -238,6 +245,7 @@ pub(super) fn rehearse(
     let outcomes: Vec<Mutex<Outcome<'_>>> =
         selected.iter_mut().flat_map(|s| Outcome::of_heads(s)).map(Mutex::new).collect();
     cpu.pool.split_indexed(kv_heads, grain, &|thread, range| {
+        let mut given = Vec::new(); // where a trace is replayed
         for (at, plan, head) in range.map(plan_of) {
             let mut outcome = outcomes[plan.first_kv_head + head].lock();
             let Rehearsal { from, to, selection, .. } = *plan.rehearsal;
@@ -275,6 +283,11 @@ pub(super) fn rehearse(
                     ((2 * sum + heads) / (2 * heads)).max(1).min(most)
                 }
                 Selection::Random { count, .. } => count,
+                Selection::Replay { most, replay } => {
+                    given.clear();
+                    replay.stretched(list_of(&replay, head, plan.kv_heads), from, to, most, &mut given);
+                    given.len()
+                }
             };
             let work = Workspace { ranks, largest: blocks, values, rows: numbers, first };
             select::best(cpu.level, work, from, to, count, outcome.rows);
@@ -283,6 +296,9 @@ pub(super) fn rehearse(
                 let row = |j| random_row(seed, head as u32, j, count, step, period, from as u32, to as u32);
                 outcome.rows.clear();
                 outcome.rows.extend((0..count).map(row));
+            }
+            if let Selection::Replay { .. } = selection {
+                outcome.rows.clone_from(&given);
             }
             outcome.keep_absent(ranks, numbers, first);
             if outcome.tail.is_empty() {
@@ -301,6 +317,15 @@ pub(super) fn rehearse(
         }
     });
     Ok(())
+}
+
+/// What the trace selected for the KV head that `head` of `kv_heads` replays.
+fn list_of<'a>(replay: &Replay<'a>, head: usize, kv_heads: usize) -> &'a [u32] {
+    let table = replay.table;
+    // SAFETY: as many initialised bytes, aligned to 64; any bytes are a u32; nobody writes while the buffer is borrowed.
+    let words = unsafe { std::slice::from_raw_parts(table.address().cast::<u32>(), table.bytes() / 4) };
+    let ends = replay.lists + 2 * replay.head(head, kv_heads);
+    &words[words[ends] as usize..words[ends + 1] as usize]
 }
 
 /// What a rehearsal finds out for one KV head.

@@ -104,7 +104,7 @@ fn reference(index: &Index, query: &[f32], heads: usize, rehearsal: &Rehearsal<'
                     .map(|(x, m)| x[selectable.clone()].iter().filter(|&&s| s > m - f64::from(alpha)).count());
                 ((above.sum::<usize>() as f64 / heads as f64).round() as usize).max(1).min(most)
             }
-            Selection::Random { .. } => unreachable!("there is nothing to rank"),
+            Selection::Random { .. } | Selection::Replay { .. } => unreachable!("there is nothing to rank"),
         })
         .map(|count| count.min(selectable.len()))
         .collect();
@@ -120,7 +120,7 @@ fn assert_best(case: &str, rows: &[u32], ranks: &[f64], rehearsal: &Rehearsal<'_
             ranks.iter().filter(|&&r| (r + f64::from(below)).abs() < tolerance).count()
         }
         Selection::Paper { .. } => 1,
-        Selection::Random { .. } => unreachable!("there is nothing to rank"),
+        Selection::Random { .. } | Selection::Replay { .. } => unreachable!("there is nothing to rank"),
     };
     assert!(rows.len().abs_diff(want) <= slack, "{case}: {} rows, not {want}", rows.len());
     assert!(rows.windows(2).all(|w| w[0] < w[1]), "{case}: not ascending: {rows:?}");
@@ -175,7 +175,7 @@ const SHAPES: [(usize, usize, usize, usize, usize); 6] = [
     (2, 2, 8, 1088, 2500),
 ];
 
-fn selections(rows: usize) -> Vec<Selection> {
+fn selections(rows: usize) -> Vec<Selection<'static>> {
     vec![
         Selection::Count { count: 0 },
         Selection::Count { count: 1 },

@@ -1,0 +1,37 @@
+//! How much scratch memory the largest steps take, before they run.
+
+use super::queue::{Queue, Use};
+use super::{Shared, attention, mass, rehearse};
+use crate::backend::{DType, Scratch, Work};
+
+/// Lanes of a step: its own, and the one that fetches.
+const MAIN: usize = 0;
+const FETCH: usize = 1;
+
+/// Bytes of parameters, at most, that an operation has for each sequence beside its tables of extents.
+const PARAMETERS: usize = 512;
+
+/// Tokens of an extent, and tables of extents that one operation has for each sequence.
+const EXTENT_TOKENS: usize = 256;
+const TABLES: usize = 3;
+
+/// See `Backend::scratch`.
+pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -> Scratch {
+    let Some(work) = work else { return queue.scratch_bytes(&[], 0, false) };
+    let Work { attention: shape, kv, rows, sequences, tokens, attended, ranked, index, products } = work;
+    let [partials, counters] = attention::scratch_bytes(shape, *kv, *sequences, *attended);
+    let masses = if *ranked == 0 { 0 } else { mass::scratch_bytes(shape, *ranked, *tokens) };
+    // Where it was looked for in vain, cuBLAS multiplies nothing.
+    let blas = !matches!(*shared.blas.lock(), Some(None));
+    let sixteen = products.iter().filter(|product| product.dtype != DType::F32 && blas);
+    let converted = sixteen.map(|product| rows * product.inputs.next_multiple_of(8) * 2).max().unwrap_or(0);
+    let rehearsals = index.map_or(0, |index| rehearse::scratch_bytes(*tokens, shape.heads, index.kv_heads, *sequences));
+    let wanted = [
+        (MAIN, Use::Partials, partials.max(masses)),
+        (MAIN, Use::Counters, counters),
+        (MAIN, Use::Converted, converted),
+        (FETCH, Use::Rehearsals, rehearsals),
+    ];
+    let table = 8 * tokens.div_ceil(EXTENT_TOKENS).next_power_of_two().max(16);
+    queue.scratch_bytes(&wanted, sequences * (TABLES * table + PARAMETERS), true)
+}
