@@ -749,6 +749,7 @@ typedef struct {
    * Must be 0.
    */
   uint32_t reserved;
+  /**
    * `KVA_RULE_REPLAY`: the trace, a file that `trace_path` of a session has made; NULL (the default) for none.
    */
   const char *replay_path;
@@ -1003,6 +1004,7 @@ typedef struct {
    * Selected entries that a correction has added (`kva_infinigen_options.correct`).
    */
   uint64_t kv_corrected;
+  /**
    * Seconds of decode steps in which entries were on their way from host memory, where that is measured
    * (`kva_model_set_timing`); a batch counts whole for each of its sessions.
    */
