@@ -167,7 +167,7 @@ fn what_cannot_be_replayed_is_said() {
     refused(None, ErrorCode::InvalidArgument, "replay names none");
     refused(Some(&path), ErrorCode::NotFound, "trace");
     std::fs::write(&path, "no trace at all, though long enough").unwrap();
-    refused(Some(&path), ErrorCode::InvalidFormat, "no trace of version 1");
+    refused(Some(&path), ErrorCode::InvalidFormat, "no trace of version 2");
     drop(policy::TraceWriter::create(&path, 2, 3).unwrap());
     refused(Some(&path), ErrorCode::InvalidFormat, "no step");
 }
