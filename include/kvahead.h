@@ -510,9 +510,11 @@ typedef struct {
    */
   int32_t log_level;
   /**
-   * Must be 0.
+   * 0 (the default): matrices that a Hugging Face folder holds in the type they are wanted in stay in its files, which are
+   * mapped into memory where the device is the processor; whoever changes or shortens these files while the model lives
+   * changes its weights, or ends the process. 1: everything is read into memory of the library's own.
    */
-  uint32_t reserved;
+  uint32_t copy_weights;
   /**
    * Bytes of KV that all sessions of the model together may hold; 0 (the default) for no limit.
    */

@@ -449,6 +449,7 @@ struct ModelOptions {
   Device device = Device::automatic;
   DType dtype = DType::automatic;    ///< type of the weights in memory
   std::uint32_t threads = 0;         ///< 0: every processor that the process may use
+  bool copy_weights = false;         ///< read all weights; else matrices of a folder stay in its mapped files
   std::uint64_t kv_limit_bytes = 0;  ///< KV of all sessions together; 0: no limit
   ProgressCallback progress;
   LogCallback log;
@@ -812,6 +813,7 @@ class Model {
     c->device = static_cast<std::int32_t>(options.device);
     c->dtype = static_cast<std::int32_t>(options.dtype);
     c->threads = options.threads;
+    c->copy_weights = options.copy_weights ? 1 : 0;
     c->kv_limit_bytes = options.kv_limit_bytes;
     c->log_level = static_cast<std::int32_t>(options.log_level);
     if (!options.speculation_cache_path.empty()) c->speculation_cache_path = options.speculation_cache_path.c_str();

@@ -48,6 +48,9 @@ func newModel(what, name string, options *ModelOptions,
 		c.device = C.int32_t(options.Device)
 		c.dtype = C.int32_t(options.DType)
 		c.threads = C.uint32_t(options.Threads)
+		if options.CopyWeights {
+			c.copy_weights = 1
+		}
 		c.kv_limit_bytes = C.uint64_t(options.KVLimitBytes)
 		c.log_level = C.int32_t(options.LogLevel)
 		cache, err := a.optionalText("SpeculationCachePath", options.SpeculationCachePath)

@@ -81,6 +81,7 @@ type ModelOptions struct {
 	Device       Device
 	DType        DType  // type of the weights in memory
 	Threads      uint32 // 0: every processor that the process may use
+	CopyWeights  bool   // read all weights; else matrices of a folder stay in its mapped files
 	KVLimitBytes uint64 // KV of all sessions together; 0: no limit
 
 	// Progress is called while loading with the fraction loaded. An error stops the loading, which returns it.

@@ -71,8 +71,8 @@ impl Buffer {
     /// Wraps memory that a backend has obtained. `release` gets the same address and size back, once.
     ///
     /// # Safety
-    /// `address` must point to `bytes` bytes, initialised, aligned to at least 64, which nothing else refers to and which stay
-    /// valid until `release` runs.
+    /// `address` must point to `bytes` bytes, initialised, aligned to at least 64 (weights that lie in a mapped file: to their
+    /// elements), which nothing else refers to and which stay valid until `release` runs.
     pub unsafe fn from_raw(address: *mut u8, bytes: usize, place: Place, release: Release) -> Buffer {
         Buffer { address, bytes, place, release: Some(release) }
     }

@@ -65,6 +65,11 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// Whether weights may lie in any memory of the host: a mapped file's. They are aligned to their elements there.
+    fn has_mapped_weights(&self) -> bool {
+        false
+    }
+
     /// Rows of a prompt that it runs at once unless told otherwise: enough to fill it, few enough for scratch memory.
     fn prefill_chunk(&self) -> usize {
         512

@@ -57,6 +57,8 @@ pub struct ModelOptions {
     pub dtype: Option<DType>,
     /// Threads, 0 for all processors that this process may use.
     pub threads: usize,
+    /// Read all weights into memory of our own, also those that could stay in a mapped file.
+    pub copy_weights: bool,
     /// Bytes of KV that all sessions together may hold, 0 for no limit.
     pub kv_limit: usize,
     /// Called with the fraction loaded; returns whether to go on.
@@ -129,7 +131,12 @@ impl Model {
         let backend = options.device.open(options.threads, options.logger.as_ref())?;
         let decoder = load(
             &*backend,
-            LoadOptions { dtype: options.dtype, threads: options.threads, progress: options.progress },
+            LoadOptions {
+                dtype: options.dtype,
+                threads: options.threads,
+                map: !options.copy_weights,
+                progress: options.progress,
+            },
         )?;
         let dimensions = Dimensions::new(&config, &decoder);
         let workspace = Mutex::new(Workspace::new(&*backend, &dimensions)?);

@@ -80,8 +80,10 @@ pub struct kva_model_options {
     pub threads: u32,
     /// Most detailed level that `log` is called with, one of `KVA_LOG_...`; 0 (the default) for `KVA_LOG_INFO`.
     pub log_level: i32,
-    /// Must be 0.
-    pub reserved: u32,
+    /// 0 (the default): matrices that a Hugging Face folder holds in the type they are wanted in stay in its files, which are
+    /// mapped into memory where the device is the processor; whoever changes or shortens these files while the model lives
+    /// changes its weights, or ends the process. 1: everything is read into memory of the library's own.
+    pub copy_weights: u32,
     /// Bytes of KV that all sessions of the model together may hold; 0 (the default) for no limit.
     pub kv_limit_bytes: u64,
     /// Called while loading; may be NULL (the default).
@@ -117,7 +119,7 @@ impl Options for kva_model_options {
             dtype: KVA_DTYPE_AUTO,
             threads: 0,
             log_level: 0,
-            reserved: 0,
+            copy_weights: 0,
             kv_limit_bytes: 0,
             progress: None,
             progress_user_data: std::ptr::null_mut(),
@@ -253,7 +255,6 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
     let progress_data = UserData::new(options.progress_user_data, options.progress_free_user_data);
     let log_data = UserData::new(options.log_user_data, options.log_free_user_data);
     given.unknown?;
-    options::check_reserved(options.reserved, "options")?;
     // SAFETY: the caller's promise.
     let (cache, calibration) = unsafe {
         (
@@ -281,6 +282,7 @@ unsafe fn model_options(pointer: *const kva_model_options) -> Result<ModelOption
         },
         dtype: dtype(options.dtype, "options.dtype")?,
         threads: options.threads as usize,
+        copy_weights: options::switch(options.copy_weights, "options.copy_weights")?,
         kv_limit: usize::try_from(options.kv_limit_bytes).unwrap_or(usize::MAX),
         // Without a callback the data has no use, and is freed here.
         progress: options.progress.map(|callback| -> crate::model::load::Progress {

@@ -224,6 +224,14 @@ macro_rules! sized32 {
 }
 pub(super) use sized32;
 
+pub(super) fn switch(value: u32, name: &str) -> Result<bool> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Error::invalid_argument(format!("{name} is {other}, not 0 or 1"))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

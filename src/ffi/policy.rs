@@ -256,15 +256,6 @@ fn tokens(value: u64) -> usize {
 fn budget(share: f32, tokens: u64) -> Budget {
     if tokens == 0 { Budget::Share(share) } else { Budget::Tokens(self::tokens(tokens)) }
 }
-
-fn switch(value: u32, name: &str) -> Result<bool> {
-    match value {
-        0 => Ok(false),
-        1 => Ok(true),
-        other => Err(Error::invalid_argument(format!("{name} is {other}, not 0 or 1"))),
-    }
-}
-
 fn infinigen_mode(value: i32, name: &str) -> Result<InfinigenMode> {
     match value {
         KVA_INFINIGEN_DEFAULT => Ok(InfinigenMode::Default),
@@ -311,8 +302,8 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
             resident_layers: options.resident_layers as usize,
             cache: budget(options.cache_share, options.cache_tokens),
             cache_least: tokens(options.cache_least),
-            attend_cache: switch(options.attend_cache, "options.infinigen.attend_cache")?,
-            tail: switch(options.tail, "options.infinigen.tail")?,
+            attend_cache: options::switch(options.attend_cache, "options.infinigen.attend_cache")?,
+            tail: options::switch(options.tail, "options.infinigen.tail")?,
             correct: options.correct,
             replay: None, // a pointer, which only an unsafe function can read
         })

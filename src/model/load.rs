@@ -26,6 +26,9 @@ pub struct LoadOptions {
     pub dtype: Option<DType>,
     /// Threads that read and convert, 0 for all processors that this process may use.
     pub threads: usize,
+    /// Leave matrices that a file holds as they are wanted where they are, on a backend that can use them there
+    /// ([`Backend::has_mapped_weights`]).
+    pub map: bool,
     /// Told how far loading has come; may cancel it.
     pub progress: Option<Progress>,
 }
@@ -65,7 +68,7 @@ pub fn survey(checkpoint: &dyn Checkpoint, dtype: Option<DType>, blocks: bool) -
 pub fn decoder(checkpoint: &dyn Checkpoint, backend: &dyn Backend, options: LoadOptions) -> Result<Decoder> {
     let survey = survey(checkpoint, options.dtype, backend.has_blocks())?;
     let threads = threads(options.threads);
-    let mut weights = Weights::load(checkpoint, options.dtype, backend, threads, &survey, options.progress)?;
+    let mut weights = Weights::load(checkpoint, &survey, backend, LoadOptions { threads, ..options })?;
     let decoder = architecture::build(checkpoint.config(), &mut weights)?;
     weights.finish()?;
     Ok(decoder)

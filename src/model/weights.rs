@@ -16,12 +16,15 @@ use parking_lot::Mutex;
 use crate::backend::{Backend, Blocks, Buffer, DType, Linear, Norm, NormKind, Place, Stream, Vector};
 use crate::model::checkpoint::quant::{self, Encoding};
 use crate::model::checkpoint::{Checkpoint, RowOrder, TensorRef};
-use crate::model::load::Progress;
+use crate::model::load::{LoadOptions, Progress};
 use crate::{Error, ErrorCode, Result};
 
 /// About how many bytes of f32 a thread decodes at a time: enough to make a read worth it, and small enough for a
 /// second-level cache.
 const CHUNK_BYTES: usize = 1 << 19;
+
+/// Bytes of the smallest tensor that stays in its file: a page.
+const LEAST_MAPPED: usize = 4 << 10;
 
 /// Values of the tile that random matrices repeat. A prime, so that rows of no matrix line up with it and repeat.
 const TILE: usize = 262_147;
@@ -53,6 +56,8 @@ struct Sink<'a> {
     backend: &'a dyn Backend,
     stream: Stream,
     threads: usize,
+    /// Whether matrices may stay in a mapped file.
+    map: bool,
     progress: Meter,
 }
 
@@ -79,13 +84,14 @@ impl<'a> Weights<'a> {
     /// Reads a checkpoint, whose survey is given, into memory of `backend`.
     pub fn load(
         checkpoint: &'a dyn Checkpoint,
-        dtype: Option<DType>,
-        backend: &'a dyn Backend,
-        threads: usize,
         survey: &Survey,
-        progress: Option<Progress>,
+        backend: &'a dyn Backend,
+        options: LoadOptions,
     ) -> Result<Weights<'a>> {
-        let sink = Sink { backend, stream: backend.stream()?, threads, progress: Meter::new(survey.bytes, progress)? };
+        let LoadOptions { dtype, threads, map, progress } = options;
+        let map = map && backend.has_mapped_weights();
+        let sink =
+            Sink { backend, stream: backend.stream()?, threads, map, progress: Meter::new(survey.bytes, progress)? };
         Ok(Weights::new(Source::Checkpoint(checkpoint), dtype, Some(sink)))
     }
 
@@ -99,7 +105,7 @@ impl<'a> Weights<'a> {
         progress: Option<Progress>,
     ) -> Result<Weights<'a>> {
         let progress = Meter::new(survey.bytes, progress)?;
-        let sink = Sink { backend, stream: backend.stream()?, threads: 1, progress };
+        let sink = Sink { backend, stream: backend.stream()?, threads: 1, map: false, progress };
         Ok(Weights::new(Source::Random { seed, tile: Vec::new() }, dtype, Some(sink)))
     }
 
@@ -208,14 +214,24 @@ impl<'a> Weights<'a> {
             }
             Source::Random { .. } => (Vec::new(), dtype.unwrap_or(DType::BF16), None, 1),
         };
+        // In place once: whoever asks for a tensor again gets a copy.
+        let first = found.iter().all(|piece| !self.used.contains(piece.tensor.name));
         self.used.extend(found.iter().map(|piece| piece.tensor.name.to_string()));
         // No overflow: the configuration's limits hold for both factors.
         let bytes = blocks.map_or(rows * columns * dtype.bytes(), |blocks| blocks.bytes(rows, columns));
         self.bytes += bytes as u64;
         let Some(sink) = &mut self.sink else { return Ok((dtype, blocks, nothing())) };
+        let transfer = Transfer::new(&found, dtype, blocks, columns, head_dim);
+        if sink.map && first && bytes >= LEAST_MAPPED && transfer.keeps_bytes() {
+            let (one, others) = found.split_first().expect("some bytes");
+            if let Some(data) = one.tensor.in_place(others.iter().map(|piece| &piece.tensor), dtype.bytes())? {
+                transfer.run(sink, None)?;
+                return Ok((dtype, blocks, data));
+            }
+        }
         let mut data = sink.backend.allocate(bytes, Place::Device, &pieces[0].0)?;
         match &mut self.source {
-            Source::Checkpoint(_) => Transfer::new(&found, dtype, blocks, columns, head_dim).run(sink, &mut data)?,
+            Source::Checkpoint(_) => transfer.run(sink, Some(&mut data))?,
             Source::Random { seed, tile } => {
                 if tile.is_empty() {
                     *tile = random_tile(*seed);
@@ -325,7 +341,15 @@ impl<'a> Transfer<'a> {
         Transfer { pieces, dtype, blocks, columns, head_dim, jobs }
     }
 
-    fn run(&self, sink: &mut Sink<'_>, target: &mut Buffer) -> Result<()> {
+    /// Whether the bytes in memory are those of the file, in its order.
+    fn keeps_bytes(&self) -> bool {
+        let plain =
+            |piece: &Piece<'_>| piece.encoding.plain() == Some(self.dtype) && piece.tensor.order == RowOrder::Halves;
+        self.blocks.is_none() && self.pieces.iter().all(plain)
+    }
+
+    /// Reads and checks every value, and puts it into `target`, if there is one.
+    fn run(&self, sink: &mut Sink<'_>, target: Option<&mut Buffer>) -> Result<()> {
         let next = AtomicUsize::new(0);
         let stopped = AtomicBool::new(false);
         let moved = AtomicU64::new(0);
@@ -338,7 +362,9 @@ impl<'a> Transfer<'a> {
             while !stopped.load(Ordering::Relaxed) {
                 let Some(job) = self.jobs.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
                 let result = self.decode(job, &mut scratch).and_then(|bytes| {
-                    backend.upload(stream, bytes, &mut target.lock(), job.offset)?;
+                    if let Some(target) = &mut *target.lock() {
+                        backend.upload(stream, bytes, target, job.offset)?;
+                    }
                     moved.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     after()
                 });

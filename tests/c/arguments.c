@@ -155,8 +155,8 @@ static void unknown_values(const kva_model *model, kva_session *session) {
     options.log_level = unknown[i];
     FAILS(kva_model_load(TEST_MODEL, &options, &loaded), KVA_ERROR_INVALID_ARGUMENT, "options.log_level");
     OK(kva_model_options_init(&options, sizeof options));
-    options.reserved = (uint32_t)unknown[i];
-    FAILS(kva_model_load(TEST_MODEL, &options, &loaded), KVA_ERROR_INVALID_ARGUMENT, "reserved");
+    options.copy_weights = (uint32_t)unknown[i];
+    FAILS(kva_model_load(TEST_MODEL, &options, &loaded), KVA_ERROR_INVALID_ARGUMENT, "copy_weights");
     CHECK(loaded == NULL);
 
     kva_session_options session_options;

@@ -104,7 +104,7 @@ static void model_callbacks(void) {
   FREED_ONCE(options.device = 99, kva_model_load(TEST_MODEL, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
   FREED_ONCE(options.dtype = 99, kva_model_load(TEST_MODEL, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
   FREED_ONCE(options.log_level = 99, kva_model_load(TEST_MODEL, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
-  FREED_ONCE(options.reserved = 1, kva_model_load(TEST_MODEL, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
+  FREED_ONCE(options.copy_weights = 2, kva_model_load(TEST_MODEL, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
   FREED_ONCE(, kva_model_create_random(NULL, 1, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
   FREED_ONCE(, kva_model_create_random("no such shape", 1, &options, &model), KVA_ERROR_INVALID_ARGUMENT);
 

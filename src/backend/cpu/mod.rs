@@ -155,6 +155,10 @@ impl Backend for CpuBackend {
         true
     }
 
+    fn has_mapped_weights(&self) -> bool {
+        true
+    }
+
     fn activation(&self) -> DType {
         DType::F32
     }

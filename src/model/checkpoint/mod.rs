@@ -2,12 +2,13 @@
 //!
 //! A [`Checkpoint`] offers tensors under Hugging Face names, whatever the file calls them; architectures know no other.
 //!
-//! Files are read with `pread` into bounded buffers, not mapped into memory: weights are converted, and copied into
-//! memory of the backend, anyway; a mapping would add nothing but the danger that a file truncated by another process
-//! kills the host with SIGBUS. A short read is an ordinary error.
+//! Files are read with `pread` into bounded buffers: a short read is an ordinary error. Matrices that a safetensors file has
+//! as they are wanted may stay there (`mapping`): nothing is copied, and all processes share one copy. The price is that
+//! a file which another process truncates later kills this one with SIGBUS, so it can be turned off.
 
 pub mod folder;
 pub mod gguf;
+mod mapping;
 pub mod quant;
 pub mod safetensors;
 
@@ -90,6 +91,8 @@ pub struct TensorRef<'a> {
     /// Order of the rows.
     pub order: RowOrder,
     source: &'a File,
+    /// Where the file may be mapped.
+    mapping: Option<&'a mapping::Mapping>,
     offset: u64,
     bytes: u64,
 }

@@ -17,6 +17,7 @@ use ::safetensors::Dtype;
 use ::safetensors::tensor::TensorInfo;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
+use super::mapping::Mapping;
 use super::quant::Encoding;
 use super::{RowOrder, Stored, TensorRef};
 use crate::{Error, Result};
@@ -29,6 +30,7 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 pub struct Safetensors {
     path: PathBuf,
     file: File,
+    mapping: Mapping,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -81,7 +83,7 @@ impl Safetensors {
                 length - start
             )));
         }
-        Ok(Safetensors { path: path.to_path_buf(), file, entries })
+        Ok(Safetensors { path: path.to_path_buf(), file, mapping: Mapping::default(), entries })
     }
 
     /// The file.
@@ -104,6 +106,7 @@ impl Safetensors {
             stored: &entry.stored,
             order: RowOrder::Halves,
             source: &self.file,
+            mapping: Some(&self.mapping),
             offset: entry.offset,
             bytes: entry.bytes,
         })

@@ -107,6 +107,57 @@ fn every_golden_folder_loads_whole() {
     }
 }
 
+/// Where a matrix lies, by the lines of `/proc/self/maps`: the file's name, if it is a file's.
+#[cfg(target_os = "linux")]
+fn file_of(matrix: &Linear) -> Option<String> {
+    let address = matrix.data.address() as u64;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| {
+        let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+        (u64::from_str_radix(from, 16).unwrap()..u64::from_str_radix(to, 16).unwrap()).contains(&address)
+    })?;
+    line.split_once('/').map(|(_, path)| format!("/{path}"))
+}
+
+/// What stays in the file is what a copy would be, outlives the file's name, and is counted alike.
+#[test]
+#[cfg(target_os = "linux")]
+fn matrices_stay_in_a_mapped_file() {
+    let (mut mapped, mut copied) = (0, 0);
+    for entry in std::fs::read_dir(data("golden")).unwrap() {
+        let original = entry.unwrap().path();
+        let folder = tempfile::tempdir().unwrap();
+        for file in std::fs::read_dir(&original).unwrap() {
+            let file = file.unwrap().path();
+            std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+        }
+        let checkpoint = load::open(folder.path()).unwrap();
+        let load = |dtype| {
+            let options = LoadOptions { map: true, dtype, ..LoadOptions::default() };
+            load::decoder(&*checkpoint, &backend(), options).unwrap()
+        };
+        let (whole, converted) = (load(None), load(Some(DType::BF16)));
+        drop(checkpoint);
+        folder.close().unwrap();
+        assert_eq!(contents(&whole), contents(&self::load(&original, None)), "{}", original.display());
+        assert_eq!(bytes(&whole), bytes(&self::load(&original, None)));
+        for matrix in parts(&whole).0 {
+            match file_of(matrix) {
+                Some(file) => {
+                    assert!(file.contains(".safetensors"), "{file}");
+                    mapped += 1;
+                }
+                None => copied += 1,
+            }
+        }
+        if whole.embedding.dtype != DType::BF16 {
+            assert!(parts(&converted).0.into_iter().all(|matrix| file_of(matrix).is_none()));
+        }
+    }
+    // Embeddings, outputs and MLPs stay; q, k and v lie apart in the files and are stacked.
+    assert!(mapped > copied && copied > 0, "{mapped} in files, {copied} not");
+}
+
 #[test]
 fn rows_are_stacked_in_order() {
     let file = data("golden/qwen2/model.safetensors");
@@ -317,6 +368,16 @@ fn a_file_may_shrink_while_it_is_open() {
     let checkpoint = load::open(&path).unwrap();
     std::fs::File::options().write(true).open(&path).unwrap().set_len(9000).unwrap();
     let error = load::decoder(&*checkpoint, &backend(), LoadOptions::default()).unwrap_err();
+    assert!(error.message().contains("has become shorter"), "{error}");
+    // Where matrices stay in the file, too, as long as it is being loaded.
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(data("golden/smollm2").join(name), folder.path().join(name)).unwrap();
+    }
+    let checkpoint = load::open(folder.path()).unwrap();
+    let weights = std::fs::File::options().write(true).open(folder.path().join("model.safetensors")).unwrap();
+    weights.set_len(weights.metadata().unwrap().len() / 2).unwrap();
+    let error =
+        load::decoder(&*checkpoint, &backend(), LoadOptions { map: true, ..LoadOptions::default() }).unwrap_err();
     assert!(error.message().contains("has become shorter"), "{error}");
 }
 

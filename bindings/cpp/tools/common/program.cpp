@@ -76,6 +76,7 @@ void ModelFlags::declare(args::Parser& parser, bool shapes) {
   }
   parser.choice("--dtype", "type of the weights in memory; auto: as stored, quantized ones kept in blocks on the CPU where that can be, else as bf16 (default auto)", dtypes(), dtype);
   parser.choice("--device", "where to compute; auto: cuda where it works, cpu otherwise (default auto)", devices(), device);
+  parser.flag("--copy-weights", "read all weights of a folder into memory, rather than map its files", copy_weights);
   parser.option("--threads", "N", "threads to compute with; 0: all processors (default 0)", threads);
   parser.option("--speculation-cache", "FOLDER",
                 "keep what infinigen learns from the calibration text there (default: next to the model)", speculation_cache);
@@ -96,6 +97,7 @@ kva::Model ModelFlags::load() const {
   options.device = device;
   options.threads = threads;
   options.dtype = dtype;
+  options.copy_weights = copy_weights;
   options.speculation_cache_path = speculation_cache;
   if (!calibration.empty()) options.calibration_text = files::read(calibration);
   options.progress = [&](float fraction) {

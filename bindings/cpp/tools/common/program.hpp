@@ -52,6 +52,7 @@ struct ModelFlags {
   kva::Device device = kva::Device::automatic;
   kva::DType dtype = kva::DType::automatic;
   std::string speculation_cache;
+  bool copy_weights = false;
   std::string calibration;
 
   /// Declares --model, and --shape with --random-weights where `shapes`.

@@ -63,6 +63,7 @@ impl Checkpoint for GgufCheckpoint {
                 RowOrder::Halves
             },
             source: self.gguf.file(),
+            mapping: None,
             offset: entry.offset,
             bytes: entry.bytes,
         })
