@@ -14,7 +14,8 @@ use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
 /// 3. for every layer and KV head its table: the step in which each slot was used last, the row in each slot, the slot of
 ///    each row (`NONE` for none), and the journal: [`SlotGeometry::CHANGE`] words for each change of the last step;
 /// 4. for every KV head what the last rehearsal selected: a count, then room for rows; and the moves that it made: a
-///    count, then room for pairs of row and slot.
+///    count, then room for pairs of row and slot. All layers share these lists, unless [`SlotGeometry::lists`] says that
+///    each has its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotGeometry {
     /// Layers that have tables.
@@ -27,6 +28,8 @@ pub struct SlotGeometry {
     pub rows: usize,
     /// Most rows that a step selects.
     pub selected: usize,
+    /// Layers whose lists of a step are kept: `layers` where somebody reads them when the step is over, else 1.
+    pub lists: usize,
 }
 
 /// Words of a table's header.
@@ -101,29 +104,39 @@ impl SlotGeometry {
         self.slots_at(table) + self.rows
     }
 
-    /// Where the counts of selected rows begin, one a KV head.
-    pub const fn selected_counts_at(&self) -> usize {
+    /// Where the lists of all layers begin.
+    pub const fn lists_at(&self) -> usize {
         self.used_at(self.tables())
     }
 
-    /// Where the selected rows begin: `selected` words a KV head.
-    pub const fn selected_rows_at(&self) -> usize {
-        self.selected_counts_at() + self.kv_heads
+    /// Which lists are a layer's first KV head's.
+    const fn list(&self, layer: usize) -> usize {
+        layer % self.lists * self.kv_heads
     }
 
-    /// Where the counts of moves begin, one a KV head.
-    pub const fn move_counts_at(&self) -> usize {
-        self.selected_rows_at() + self.kv_heads * self.selected
+    /// Where a layer's counts of selected rows begin, one a KV head.
+    pub const fn selected_counts_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.list(layer)
     }
 
-    /// Where the moves begin: `2 · selected` words a KV head.
-    pub const fn moves_at(&self) -> usize {
-        self.move_counts_at() + self.kv_heads
+    /// Where a layer's selected rows begin: `selected` words a KV head.
+    pub const fn selected_rows_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.lists * self.kv_heads + self.list(layer) * self.selected
+    }
+
+    /// Where a layer's counts of moves begin, one a KV head.
+    pub const fn move_counts_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.lists * self.kv_heads * (1 + self.selected) + self.list(layer)
+    }
+
+    /// Where a layer's moves begin: `2 · selected` words a KV head.
+    pub const fn moves_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.lists * self.kv_heads * (2 + self.selected) + 2 * self.list(layer) * self.selected
     }
 
     /// Words of the whole buffer.
     pub const fn words(&self) -> usize {
-        self.moves_at() + 2 * self.kv_heads * self.selected
+        self.lists_at() + self.lists * self.kv_heads * (2 + 3 * self.selected)
     }
 
     /// Bytes of the whole buffer.

@@ -11,7 +11,7 @@ use crate::backend::{
     Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Place, SlotGeometry, Slots, SlotsMut, Stream,
 };
 
-use super::{HotCache, Pool, RamStore, SequenceKv};
+use super::{DeviceLists, HotCache, Pool, RamStore, SequenceKv};
 
 /// What the tables' memory is for.
 const TABLES: &str = "the hot cache's tables";
@@ -50,9 +50,12 @@ pub struct CacheTotals {
 }
 
 impl DeviceCache {
-    /// An empty cache of the layers of `kv`, without room.
-    pub fn new(backend: &dyn Backend, pool: Arc<Pool>, kv: KvGeometry) -> Result<DeviceCache> {
-        let geometry = SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots: 0, rows: 0, selected: 0 };
+    /// An empty cache of the layers of `kv`, without room. `listed`: what each layer selects is kept until the step is over
+    /// ([`DeviceCache::lists`]).
+    pub fn new(backend: &dyn Backend, pool: Arc<Pool>, kv: KvGeometry, listed: bool) -> Result<DeviceCache> {
+        let KvGeometry { layers, kv_heads, .. } = kv;
+        let lists = if listed { layers } else { 1 };
+        let geometry = SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists };
         Ok(DeviceCache {
             tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
@@ -256,6 +259,13 @@ impl DeviceCache {
             totals.attended += total(header, Header::AllAttended as usize);
         }
         Ok(totals)
+    }
+
+    /// What every layer's last rehearsal selected and missed.
+    pub fn lists(&self, backend: &dyn Backend, stream: &Stream) -> Result<DeviceLists> {
+        let g = self.geometry;
+        let lists = self.tables.rows(DType::U32, 1, g.words()).col_range(g.lists_at(), g.words() - g.lists_at());
+        Ok(DeviceLists::new(g, download(backend, stream, lists)?))
     }
 
     fn empty(&self) -> Vec<u32> {

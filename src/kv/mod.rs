@@ -8,6 +8,7 @@
 //! - What may not enter: what a layer attends (that is `policy`), and how (that is `backend`).
 
 mod device_cache;
+mod device_lists;
 mod extents;
 mod hot;
 mod kept;
@@ -24,6 +25,7 @@ mod victim;
 
 pub use crate::backend::{Guard, Payload};
 pub use device_cache::{CacheTotals, DeviceCache};
+pub use device_lists::DeviceLists;
 pub use extents::Extents;
 pub use hot::HotCache;
 pub use kept::{Entries, Kept};

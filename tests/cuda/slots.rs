@@ -25,7 +25,7 @@ impl Shape {
         Shape {
             kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
-            slots: SlotGeometry { layers, kv_heads, slots, rows, selected },
+            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS },
             group,
         }
     }
@@ -119,7 +119,17 @@ fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
         let journal = shape.journal_at(table);
         words[journal + SlotGeometry::CHANGE * changes..journal + SlotGeometry::CHANGE * (shape.selected + 1)].fill(0);
     }
-    words.truncate(shape.selected_counts_at());
+    for layer in 0..shape.layers {
+        for head in 0..shape.kv_heads {
+            for (count, list, length) in [
+                (shape.selected_counts_at(layer), shape.selected_rows_at(layer), 1),
+                (shape.move_counts_at(layer), shape.moves_at(layer), 2),
+            ] {
+                let (used, room) = (length * words[count + head] as usize, length * shape.selected);
+                words[list + head * room + used..list + (head + 1) * room].fill(0);
+            }
+        }
+    }
     words
 }
 

@@ -8,7 +8,7 @@ use kvahead::ErrorCode;
 use kvahead::backend::DType;
 use kvahead::engine::{Model, Session, SessionOptions, decode_batch};
 use kvahead::kv::{KvTier, Payload};
-use kvahead::policy::{self, Budget, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
+use kvahead::policy::{self, Budget, InfinigenOptions, PolicyKind, PolicyOptions, Rule, TraceReader};
 
 use crate::common::{Golden, data, load};
 use crate::failing::Failing;
@@ -25,6 +25,15 @@ fn options(cache: usize, rule: Rule) -> SessionOptions {
     };
     let policy = PolicyOptions { kind: PolicyKind::Infinigen, infinigen: own, ..PolicyOptions::default() };
     SessionOptions { policy, kv_dtype: Some(DType::F32), ..SessionOptions::default() }
+}
+
+/// As [`on_device`], with the host's own or what this backend has.
+fn failing(model: &Model, options: &SessionOptions, left: &Arc<AtomicUsize>) -> Session {
+    Session::with_policy(model, options, |setting| {
+        let inner = policy::create(&options.policy, setting)?;
+        Ok(Box::new(Failing { inner, left: left.clone() }))
+    })
+    .unwrap()
 }
 
 fn on_device(model: &Model, options: &SessionOptions, left: &Arc<AtomicUsize>) -> Session {
@@ -120,6 +129,49 @@ fn batches_of_both_equal_each_alone() {
     }
 }
 
+/// The same file, record by record, with what was undone in it; and a trace changes nothing.
+#[test]
+fn traces_of_both_are_the_same() {
+    let folder = data().join("golden").join("qwen3");
+    let model = load(&folder, Some(DType::F32));
+    let tokens = tokens(&model, &Golden::read(&folder, ""), 60);
+    let files = tempfile::tempdir().unwrap();
+    for (cache, rule) in [(14, Rule::Share(0.1)), (16, Rule::Probability { below: 4.0, most: 0.2 })] {
+        let left = Arc::new(AtomicUsize::new(0));
+        let traced = |name: &str| {
+            let mut options = options(cache, rule);
+            options.policy.trace = Some(files.path().join(name));
+            options
+        };
+        let mut untraced = on_device(&model, &options(cache, rule), &left);
+        let mut device = on_device(&model, &traced("device"), &left);
+        let mut host = failing(&model, &traced("host"), &left);
+        for session in [&mut untraced, &mut device, &mut host] {
+            session.prefill(&tokens[..20]).unwrap();
+        }
+        for (i, &token) in tokens[20..].iter().enumerate() {
+            for fail in [2 + 5 * i % 31, 0] {
+                for session in [&mut device, &mut host] {
+                    left.store(fail, Ordering::Relaxed);
+                    let failed = session.decode(token).is_err();
+                    assert_eq!(failed, fail > 0 && left.swap(0, Ordering::Relaxed) == 0);
+                    if !failed && fail > 0 {
+                        session.truncate(20 + i).unwrap();
+                    }
+                }
+            }
+            untraced.decode(token).unwrap();
+        }
+        let counters = untraced.kv_counters().unwrap();
+        drop((device, host));
+        let of = |name: &str| std::fs::read(files.path().join(name)).unwrap();
+        assert!(of("device") == of("host"), "{cache} slots, {rule:?}");
+        let records = TraceReader::open(&files.path().join("device")).unwrap().map(Result::unwrap);
+        let missed = records.map(|record| record.missed.len() as u64).sum::<u64>();
+        assert!(missed > counters.misses && counters.misses > 0, "{missed} of {}", counters.misses);
+    }
+}
+
 #[test]
 fn what_the_device_cannot_do_is_refused() {
     let model = load(&data().join("golden").join("smollm2"), Some(DType::F32));
@@ -134,5 +186,4 @@ fn what_the_device_cannot_do_is_refused() {
     refused(&|policy| policy.payload = Payload::Int8, "payload");
     refused(&|policy| policy.tier = KvTier::File(Default::default()), "file");
     refused(&|policy| policy.infinigen.attend_cache = false, "attended whole");
-    refused(&|policy| policy.trace = Some("/tmp/never".into()), "trace");
 }

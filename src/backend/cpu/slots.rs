@@ -72,6 +72,19 @@ impl<'a> Table<'a> {
         *self.slot_of(row) = slot;
     }
 
+    /// Writes down what this step selected, and the moves that it made.
+    fn list(&mut self, selected: &[u32], moves: &[Move]) {
+        let g = self.geometry;
+        let (layer, head) = (self.at / g.kv_heads, self.at % g.kv_heads);
+        self.words[g.selected_counts_at(layer) + head] = selected.len() as u32;
+        self.words[g.selected_rows_at(layer) + head * g.selected..][..selected.len()].copy_from_slice(selected);
+        self.words[g.move_counts_at(layer) + head] = moves.len() as u32;
+        let at = g.moves_at(layer) + 2 * head * g.selected;
+        for (i, m) in moves.iter().enumerate() {
+            self.words[at + 2 * i..at + 2 * i + 2].copy_from_slice(&[m.from, m.to]);
+        }
+    }
+
     /// The `count` slots unused for longest, ascending.
     fn victims(&self, count: usize) -> Vec<u32> {
         let (used, rows) = (self.geometry.used_at(self.at), self.geometry.rows_at(self.at));
@@ -111,6 +124,7 @@ pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], m
         table.put(i, slot, row);
         moves.push(Move { head: head as u32, from: row, to: slot });
     }
+    table.list(selected, &moves[moves.len() - missed.len()..]);
     let (all, missed) = (selected.len() as u32, missed.len() as u32);
     table.set(Header::Changes, all);
     table.set(Header::Selected, all);

@@ -12,11 +12,11 @@ use crate::backend::{
 use crate::kv::{self, DeviceCache, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
 use crate::Result;
-use crate::policy::InfinigenOptions;
 
 use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
+use super::traced::Traced;
 use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
 
 /// Rows of the smallest tables.
@@ -41,6 +41,7 @@ pub(in crate::policy) struct OnDevice {
     /// What the cache has counted, and had counted when our counters were last reset.
     totals: kv::CacheTotals,
     reset_at: kv::CacheTotals,
+    trace: Option<Traced>,
     row_bytes: usize,
     /// Where the store's memory is.
     place: Place,
@@ -54,6 +55,7 @@ impl OnDevice {
         crate::policy::refuse_window("infinigen", &setting)?;
         refuse(options)?;
         let plan = Plan::new(options, &setting)?;
+        let trace = Traced::create(options, &setting)?;
         let Setting { backend, pool, geometry, capacity, .. } = setting;
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
@@ -62,7 +64,7 @@ impl OnDevice {
             resident: SequenceKv::new(pool.clone(), resident),
             store: RamStore::new(pool.clone(), &*backend, stored, Payload::Exact, place),
             index: SequenceIndex::new(pool.clone(), index),
-            cache: DeviceCache::new(&*backend, pool.clone(), stored)?,
+            cache: DeviceCache::new(&*backend, pool.clone(), stored, trace.is_some())?,
             prompt: Prompt::new(pool, stored),
             whole: true,
             whole_before: true,
@@ -72,6 +74,7 @@ impl OnDevice {
             counted: KvCounters::default(),
             totals: kv::CacheTotals::default(),
             reset_at: kv::CacheTotals::default(),
+            trace,
             row_bytes: stored.row_bytes(),
             place,
             capacity,
@@ -133,6 +136,11 @@ impl OnDevice {
         };
         step.backend.admit(step.stream, keys, values, admission)
     }
+
+    /// Writes down what the last token has selected, where that is asked for.
+    fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
+        self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache))
+    }
 }
 
 /// Rows of the tables of a sequence of `length` tokens: they grow seldom, because that takes a while, and not directly
@@ -142,10 +150,11 @@ fn table_rows(length: usize, capacity: usize) -> usize {
 }
 
 /// Bytes of the tables of a session when it is full.
-pub(super) fn table_bytes(options: &InfinigenOptions, stored: &KvGeometry, capacity: usize) -> usize {
-    let rows = table_rows(capacity, capacity);
-    let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows, 0));
-    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected }.bytes()
+pub(super) fn table_bytes(options: &PolicyOptions, stored: &KvGeometry, capacity: usize) -> usize {
+    let (own, rows) = (&options.infinigen, table_rows(capacity, capacity));
+    let (slots, selected) = (plan::slots(own, rows), plan::most_selected(own, rows, 0));
+    let lists = if options.trace.is_some() { stored.layers } else { 1 };
+    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, lists }.bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
@@ -158,8 +167,6 @@ fn refuse(options: &PolicyOptions) -> Result<()> {
         "the file tier"
     } else if !options.infinigen.attend_cache {
         "a cache that is not attended whole (paper mode)"
-    } else if options.trace.is_some() {
-        "a trace"
     } else {
         return Ok(());
     };
@@ -184,7 +191,11 @@ impl Policy for OnDevice {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        if step.layer == 0 { self.cache.grow(step.backend, step.stream) } else { Ok(()) }
+        if step.layer > 0 {
+            return Ok(());
+        }
+        self.write_trace(step)?;
+        self.cache.grow(step.backend, step.stream)
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
@@ -203,6 +214,9 @@ impl Policy for OnDevice {
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         if let Some(layer) = self.stored(step.layer) {
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
+            if let Some(trace) = &mut self.trace {
+                trace.rehearsed(step, layer, step.position);
+            }
         }
         Ok(())
     }
@@ -271,7 +285,7 @@ impl Policy for OnDevice {
         if step.phase == Phase::Decode && !self.prompt.ended() {
             self.whole &= self.fits(length);
             self.counters.steps += 1;
-            return Ok(());
+            return self.write_trace(step);
         }
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.choose(step)?;
@@ -299,6 +313,8 @@ impl Policy for OnDevice {
         // What is under way on the side stream writes where the undo will, and into what is given back.
         step.backend.synchronize(step.stream)?;
         self.fetches.iter_mut().for_each(|fetch| *fetch = None);
+        // What was undone is in a trace too; one that cannot be written keeps no step from being undone.
+        let _ = self.write_trace(step);
         self.prompt.roll_back();
         self.counters = self.counted;
         self.whole = self.whole_before;

@@ -20,6 +20,7 @@ mod plan;
 mod prompt;
 mod room;
 mod tail;
+mod traced;
 
 use crate::backend::{
     AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, RowsMut,
@@ -485,7 +486,7 @@ pub(super) fn estimate(
     if !backend.selects_on_device() {
         return TierBytes { device, pinned: host, file };
     }
-    let device = device + device::table_bytes(own, &stored, capacity);
+    let device = device + device::table_bytes(options, &stored, capacity);
     if options.tier == KvTier::Host {
         TierBytes { device, pinned: host, file }
     } else {
