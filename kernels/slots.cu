@@ -4,6 +4,7 @@
 // A block a KV head and sequence. Misses, victims and journal have one order whatever the threads do: rows ascending,
 // slots ascending.
 #include "index.cuh"
+#include "slots.cuh"
 
 constexpr u32 NONE = 0xffffffffu;
 
@@ -61,30 +62,6 @@ struct Table {
         header[CHANGES] = header[SELECTED] = header[MISSED] = header[ATTENDED] = 0;
     }
 };
-
-constexpr u32 THREADS = 512, WARPS = THREADS / WARP;
-
-// Sum of what the threads before this one have, and of all. Every thread calls it.
-__device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 sum = x;
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u32 before = __shfl_up_sync(FULL, sum, step);
-        if (lane >= step) sum += before;
-    }
-    __syncthreads();  // the last call's totals have been read
-    if (lane == WARP - 1) totals[warp] = sum;
-    __syncthreads();
-    u32 before = 0;
-    total = 0;
-#pragma unroll
-    for (u32 w = 0; w < WARPS; w++) {
-        before += w < warp ? totals[w] : 0;
-        total += totals[w];
-    }
-    return before + sum - x;
-}
 
 // Whether a slot may be given away in this step.
 __device__ __forceinline__ bool gives_way(const Tables &t, u32 used, u32 row) {
@@ -201,97 +178,6 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     }
 }
 
-// Where entries lie, by row or by slot.
-struct Runs {
-    const u64 *extents;
-    u64 layer_offset;
-    u64 run_bytes;
-    u64 extent_tokens;
-};
-
-__device__ __forceinline__ u64 row_of(const Runs &runs, u32 head, u32 row, u32 bytes) {
-    const u32 tokens = u32(runs.extent_tokens);
-    return runs.extents[row / tokens] + runs.layer_offset + head * runs.run_bytes + u64(row % tokens) * bytes;
-}
-
-struct Gathered {
-    const u32 *counts;  // moves of each KV head, `count_stride` words apart
-    const u32 *rows;    // of the first KV head; `list_stride` words from head to head, `step` from move to move
-    const u32 *slots;   // null: move i goes to slot i
-    Runs from;
-    Runs to;
-    u32 count_stride;
-    u32 step;
-    u64 list_stride;
-};
-
-struct Gather {
-    const Gathered *sequences;
-    u32 count;  // sequences
-    u32 kv_heads;
-    u32 row_bytes;
-    u32 unused;
-};
-
-constexpr u32 LISTS = 1024;  // that are counted together
-constexpr u32 IN_FLIGHT = 4;  // rows of a warp
-
-// A few blocks copy all rows that are wanted, a warp a row, list by list in ascending order: neighbours are read together.
-template <class Unit> __device__ void gather(const Gather &p) {
-    __shared__ u32 ends[LISTS], totals[WARPS];
-    const u32 lists = p.count * p.kv_heads, tid = threadIdx.x;
-    const u32 warp = blockIdx.x * WARPS + tid / WARP, warps = gridDim.x * WARPS, lane = tid % WARP;
-    for (u32 first = 0; first < lists; first += LISTS) {
-        const u32 here = min(LISTS, lists - first);
-        u32 all = 0;
-        for (u32 l0 = 0; l0 < here; l0 += THREADS) {
-            const u32 list = first + l0 + tid;
-            const bool real = l0 + tid < here;
-            u32 count = 0;
-            if (real) {
-                const Gathered &g = p.sequences[list / p.kv_heads];
-                count = g.counts[list % p.kv_heads * g.count_stride];
-            }
-            u32 total;
-            const u32 before = all + scan(count, totals, total);
-            if (real) ends[l0 + tid] = before + count;
-            all += total;
-        }
-        __syncthreads();
-        // All warps move through the rows together: what is read at a time lies in few pages.
-        const u32 units = p.row_bytes / sizeof(Unit);
-        u32 list = 0;
-        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
-            const Unit *from[IN_FLIGHT];
-            Unit *to[IN_FLIGHT];
-#pragma unroll
-            for (u32 k = 0; k < IN_FLIGHT; k++) {
-                const u32 i = min(begin + k * warps + warp, all - 1);
-                while (ends[list] <= i) list++;
-                const Gathered &g = p.sequences[(first + list) / p.kv_heads];
-                const u32 head = (first + list) % p.kv_heads, at = i - (list ? ends[list - 1] : 0);
-                const u64 move = head * g.list_stride + u64(at) * g.step;
-                const u32 slot = g.slots ? g.slots[move] : at;
-                from[k] = reinterpret_cast<const Unit *>(row_of(g.from, head, g.rows[move], p.row_bytes));
-                to[k] = reinterpret_cast<Unit *>(row_of(g.to, head, slot, p.row_bytes));
-            }
-            for (u32 u = lane; u < units; u += WARP) {
-                Unit values[IN_FLIGHT];
-#pragma unroll
-                for (u32 k = 0; k < IN_FLIGHT; k++) values[k] = from[k][u];
-#pragma unroll
-                for (u32 k = 0; k < IN_FLIGHT; k++) {
-                    if (begin + k * warps + warp < all) to[k][u] = values[k];
-                }
-            }
-        }
-        __syncthreads();
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(512) slots_gather_16(Gather p) { gather<uint4>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_gather_4(Gather p) { gather<u32>(p); }
-
 // A new token of one sequence.
 struct Token {
     Tables tables;
@@ -300,6 +186,7 @@ struct Token {
     const u64 *store;  // addresses of extents
     const u64 *cache;
     const u64 *index;
+    const u64 *saved;  // where what lies in the token's slot is kept, as the cache: in row `most` of its tables; or null
 };
 
 struct Admit {
@@ -312,13 +199,14 @@ struct Admit {
     u64 cache_run_bytes;
     u32 extent_tokens;  // of store and cache
     u32 head_dim;
-    u32 row_bytes;
-    u32 unused;
+    u32 row_bytes;     // of the cache
+    u32 stored_bytes;  // of the store
 };
 
 // grid: sequences × KV heads. A slot for the new token, its entry into slot and store, its partial key into the index.
-template <class T> __device__ void admit(const Admit &p) {
-    extern __shared__ __align__(16) float partial[];  // columns
+// P is how entries are stored.
+template <class P, class T> __device__ void admit(const Admit &p) {
+    extern __shared__ __align__(16) float partial[];  // columns; behind them, aligned to 16, a stored row
     __shared__ u64 best[WARPS];
     __shared__ u32 taken;
     const Token &token = p.tokens[blockIdx.x];
@@ -386,17 +274,39 @@ template <class T> __device__ void admit(const Admit &p) {
     const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
     const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
     T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));
-    T *store = reinterpret_cast<T *>(row_of(stored, head, t.row, p.row_bytes));
+    u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, t.row, p.stored_bytes));
+    constexpr bool exact = is_exact<P>;
+    if (!exact && token.saved) {
+        const Runs saves = {token.saved, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
+        T *saved = reinterpret_cast<T *>(row_of(saves, head, t.most, p.row_bytes));
+        for (u32 c = tid; c < p.head_dim; c += THREADS) {
+            saved[c] = cache[c];
+            saved[p.head_dim + c] = cache[p.head_dim + c];
+        }
+    }
     for (u32 c = tid; c < p.head_dim; c += THREADS) {
         const T k = narrow<T>(key[c]), v = narrow<T>(value[c]);
         cache[c] = k;
         cache[p.head_dim + c] = v;
-        store[c] = k;
-        store[p.head_dim + c] = v;
+        if (exact) {
+            reinterpret_cast<T *>(store)[c] = k;
+            reinterpret_cast<T *>(store)[p.head_dim + c] = v;
+        }
+    }
+    if (!exact && warp == 1) {
+        u8 *row = reinterpret_cast<u8 *>(partial + (p.index.columns + 3) / 4 * 4);
+        P::encode(key, value, p.head_dim, lane, row);
+        __syncwarp();
+        copy_bytes(row, store, p.stored_bytes, lane, WARP);
     }
     if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, t.row), t.row % p.index.extent_tokens, partial);
 }
 
-extern "C" __global__ void __launch_bounds__(512) slots_admit_f32(Admit p) { admit<float>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_admit_f16(Admit p) { admit<f16>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_admit_bf16(Admit p) { admit<bf16>(p); }
+// slots_admit_STORED_TYPE.
+#define ADMIT(NAME, P, T) \
+    extern "C" __global__ void __launch_bounds__(512) slots_admit_##NAME(Admit p) { admit<P, T>(p); }
+#define ADMITS(NAME, T) ADMIT(exact_##NAME, Exact<T>, T) ADMIT(int8_##NAME, Int8, T) ADMIT(int4_##NAME, Int4, T)
+
+ADMITS(f32, float)
+ADMITS(f16, f16)
+ADMITS(bf16, bf16)

@@ -18,7 +18,7 @@ mod weights;
 use crate::{Error, Result};
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
-pub use payload::{Landing, Payload, Slot, StoredRuns};
+pub use payload::{Landing, Payload, Slot, StoredRuns, StoredRunsMut};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
@@ -254,7 +254,7 @@ pub trait Backend: Send + Sync {
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()>;
 
     /// Copies the entry of every row that has a slot into it.
-    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
 
     /// Whether [`Backend::rehearse`] finds out tails, and [`Backend::blend`] and [`Backend::add_tail`] work.
     fn has_tail(&self) -> bool {

@@ -4,7 +4,7 @@
 //! it between steps only ([`SlotGeometry`] says where what lies); within a step [`super::Backend::prefetch`] and
 //! [`super::Backend::admit`] do.
 
-use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
+use super::{Buffer, HeadMaps, IndexRunsMut, KvRunsMut, Rehearsal, StoredRuns, StoredRunsMut};
 
 /// The shape of a sequence's tables.
 ///
@@ -199,9 +199,12 @@ pub struct Prefetch<'a> {
     /// Where it is looked up.
     pub slots: SlotsMut<'a>,
     /// Entries of the layer, by row: host memory that the device reads in place.
-    pub from: KvRuns<'a>,
+    pub from: StoredRuns<'a>,
     /// Entries of the layer, by slot.
     pub to: KvRunsMut<'a>,
+    /// Where what lay in the slots of this step's misses is kept, where the store would not give back the same bits: for each
+    /// KV head that of the i-th move in row i.
+    pub saved: Option<KvRunsMut<'a>>,
 }
 
 /// One token in [`super::Backend::admit`].
@@ -212,9 +215,11 @@ pub struct Admission<'a> {
     /// Where it gets a slot.
     pub slots: SlotsMut<'a>,
     /// Entries of the layer, by row.
-    pub store: KvRunsMut<'a>,
-    /// Entries of the layer, by slot.
+    pub store: StoredRunsMut<'a>,
+    /// Entries of the layer, by slot: the new one is exact here, however it is stored.
     pub cache: KvRunsMut<'a>,
+    /// As in [`Prefetch`]: what lay in the token's slot, in row [`SlotGeometry::selected`].
+    pub saved: Option<KvRunsMut<'a>>,
     /// Partial keys of the layer, by row.
     pub index: IndexRunsMut<'a>,
     /// From keys to partial keys.

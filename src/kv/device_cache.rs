@@ -2,16 +2,18 @@
 //!
 //! Within a step `Backend::prefetch` and `Backend::admit` change the tables. What happens seldom (a prompt that fills the
 //! cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
-//! changes them, they go back, and the entries are copied anew from the store.
+//! changes them, they go back, and entries are fetched from the store.
 
 use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Place, SlotGeometry, Slots, SlotsMut, Stream,
+    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Move, Place, SlotGeometry, Slots, SlotsMut,
+    Stream,
 };
 
-use super::{DeviceLists, HotCache, Pool, RamStore, SequenceKv};
+use super::device_saved::Saved;
+use super::{DeviceLists, HotCache, Pool, RamStore, SequenceKv, Store};
 
 /// What the tables' memory is for.
 const TABLES: &str = "the hot cache's tables";
@@ -33,7 +35,19 @@ pub struct DeviceCache {
     host: HotCache,
     /// The tables before this step edited them, if it has; nothing inside where there were none.
     before: Option<Option<Vec<u32>>>,
+    /// Entries that a step has overwritten, where the store would not give back the same bits: see [`Saved`].
+    saved: Option<Saved>,
     refilled: u64,
+}
+
+/// The cache of a layer in one step.
+pub struct CacheMut<'a> {
+    /// Its tables.
+    pub slots: SlotsMut<'a>,
+    /// Entries, by slot.
+    pub entries: KvRunsMut<'a>,
+    /// See [`Prefetch::saved`](crate::backend::Prefetch::saved).
+    pub saved: Option<KvRunsMut<'a>>,
 }
 
 /// What all steps did together.
@@ -50,9 +64,15 @@ pub struct CacheTotals {
 }
 
 impl DeviceCache {
-    /// An empty cache of the layers of `kv`, without room. `listed`: what each layer selects is kept until the step is over
-    /// ([`DeviceCache::lists`]).
-    pub fn new(backend: &dyn Backend, pool: Arc<Pool>, kv: KvGeometry, listed: bool) -> Result<DeviceCache> {
+    /// An empty cache of the layers of `kv`, without room. `exact`: the store gives back the bits that it was given.
+    /// `listed`: what each layer selects is kept until the step is over ([`DeviceCache::lists`]).
+    pub fn new(
+        backend: &dyn Backend,
+        pool: Arc<Pool>,
+        kv: KvGeometry,
+        exact: bool,
+        listed: bool,
+    ) -> Result<DeviceCache> {
         let KvGeometry { layers, kv_heads, .. } = kv;
         let lists = if listed { layers } else { 1 };
         let geometry = SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists };
@@ -65,6 +85,7 @@ impl DeviceCache {
             step: 1,
             host: HotCache::new(pool.clone(), kv),
             before: None,
+            saved: (!exact).then(|| Saved::new(pool.clone(), kv)),
             refilled: 0,
             kv: SequenceKv::new(pool, kv),
         })
@@ -84,6 +105,9 @@ impl DeviceCache {
     /// `selected`. On an error nothing has changed.
     pub fn reserve_tables(&mut self, backend: &dyn Backend, rows: usize, slots: usize, selected: usize) -> Result<()> {
         let geometry = SlotGeometry { slots, rows, selected, ..self.geometry };
+        if let Some(saved) = &mut self.saved {
+            saved.reserve(selected)?;
+        }
         self.grown = Some((geometry, backend.allocate(geometry.bytes(), Place::Device, TABLES)?));
         Ok(())
     }
@@ -113,6 +137,9 @@ impl DeviceCache {
     /// Gives back the room past the first `slots` slots, and that of tables that were reserved in vain.
     pub fn shrink(&mut self, slots: usize) {
         self.grown = None;
+        if let Some(saved) = &mut self.saved {
+            saved.shrink(self.geometry.selected);
+        }
         self.kv.truncate(slots);
     }
 
@@ -121,7 +148,7 @@ impl DeviceCache {
         let other =
             [self.grown.as_ref().map(|(_, tables)| tables), self.outgrown.as_ref().map(|(_, tables, _)| tables)];
         let other = other.into_iter().flatten().map(Buffer::bytes).sum::<usize>();
-        self.kv.bytes() + self.tables.bytes() + other
+        self.kv.bytes() + self.tables.bytes() + other + self.saved.as_ref().map_or(0, Saved::bytes)
     }
 
     /// A new step begins; the last one can no longer be undone.
@@ -129,6 +156,9 @@ impl DeviceCache {
         self.step += 1;
         self.before = None;
         self.outgrown = None;
+        if let Some(saved) = &mut self.saved {
+            saved.begin();
+        }
     }
 
     /// The entries of a layer.
@@ -141,10 +171,13 @@ impl DeviceCache {
         Slots { tables: &self.tables, geometry: self.geometry, layer, limit }
     }
 
-    /// The tables of a layer in this step, of which `limit` slots may be used, and its entries.
-    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> (SlotsMut<'_>, KvRunsMut<'_>) {
+    /// The tables of a layer in this step, of which `limit` slots may be used, its entries, and where those are kept that
+    /// the step overwrites.
+    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> CacheMut<'_> {
         let DeviceCache { geometry, step, .. } = *self;
-        (SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step }, self.kv.layer_mut(layer))
+        let slots = SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step };
+        let saved = self.saved.as_mut().map(|saved| saved.layer_mut(layer));
+        CacheMut { slots, entries: self.kv.layer_mut(layer), saved }
     }
 
     /// Makes the tables of an empty cache, where nothing has yet.
@@ -155,58 +188,95 @@ impl DeviceCache {
         Ok(())
     }
 
-    /// Lets `change` work on the tables, and fetches every entry that is in them afterwards.
+    /// Keeps all entries, for an [`DeviceCache::edit`] that may be undone.
+    pub fn keep(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        match &mut self.saved {
+            Some(saved) if self.ready => saved.keep(backend, stream, self.kv.buffers()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets `change` work on the tables of each layer, and fetches what it asks for.
     pub fn edit(
         &mut self,
         backend: &dyn Backend,
         stream: &Stream,
-        store: &RamStore,
-        change: impl FnOnce(&mut HotCache),
+        store: &mut RamStore,
+        mut change: impl FnMut(&mut HotCache, usize, &mut Vec<Move>),
     ) -> Result<()> {
         self.grow(backend, stream)?;
         let before = if self.ready { Some(self.get(backend, stream)?) } else { None };
         let mut words = before.clone().unwrap_or_else(|| self.empty());
         self.before.get_or_insert(before);
         self.load_host(&words);
-        change(&mut self.host);
+        let mut moves = vec![Vec::new(); self.geometry.layers];
+        moves.iter_mut().enumerate().for_each(|(layer, moves)| change(&mut self.host, layer, moves));
         self.store_host(&mut words);
         self.put(backend, stream, &words)?;
-        let g = &self.geometry;
-        self.refilled += (0..g.tables()).map(|table| u64::from(words[g.count_at(table)])).sum::<u64>();
-        self.refill(backend, stream, store)
+        for (layer, mut moves) in moves.into_iter().enumerate() {
+            // Some may have given way to others since.
+            moves.retain(|m| self.host.slot(layer, m.head as usize, m.from) == Some(m.to));
+            moves.sort_unstable_by_key(|m| (m.head, m.from));
+            moves.dedup();
+            self.refilled += moves.len() as u64;
+            if moves.len() == self.host.counts(layer).iter().map(|&count| count as usize).sum::<usize>() {
+                self.refill(backend, stream, store, layer)?;
+            } else {
+                store.begin_fetch(layer, &moves)?;
+                store.finish_fetch(backend, stream, layer, &mut self.kv.layer_mut(layer))?;
+            }
+        }
+        Ok(())
     }
 
-    /// Takes back what this step has changed, and fetches what was there before.
+    /// Takes back what this step has changed, entries and all.
     pub fn undo(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
+        if self.saved.is_some() {
+            self.restore(backend, stream)?;
+        }
         if let Some((geometry, tables, ready)) = self.outgrown.take() {
             // The step had done nothing yet when it moved.
             (self.geometry, self.tables, self.ready, self.before) = (geometry, tables, ready, None);
-            return if ready { self.refill(backend, stream, store) } else { Ok(()) };
+        } else {
+            let before = match self.before.take() {
+                Some(before) => before,
+                None if self.ready => Some(self.get(backend, stream)?),
+                None => None,
+            };
+            self.ready = before.is_some();
+            if let Some(mut words) = before {
+                for table in 0..self.geometry.tables() {
+                    self.undo_table(&mut words, table);
+                }
+                self.put(backend, stream, &words)?;
+            }
         }
-        let before = match self.before.take() {
-            Some(before) => before,
-            None if self.ready => Some(self.get(backend, stream)?),
-            None => None,
-        };
-        let Some(mut words) = before else {
-            self.ready = false;
-            return Ok(());
-        };
-        for table in 0..self.geometry.tables() {
-            self.undo_table(&mut words, table);
-        }
-        self.put(backend, stream, &words)?;
-        self.refill(backend, stream, store)
-    }
-
-    /// Fetches every entry that is in the tables.
-    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
-        for layer in 0..self.geometry.layers {
-            let (tables, geometry) = (&self.tables, self.geometry);
-            let slots = Slots { tables, geometry, layer, limit: geometry.slots };
-            backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))?;
+        if self.ready && self.saved.is_none() {
+            for layer in 0..self.geometry.layers {
+                self.refill(backend, stream, store, layer)?;
+            }
         }
         Ok(())
+    }
+
+    /// Brings back the entries that this step has overwritten.
+    fn restore(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        let words = if self.ready && self.before.is_none() { Some(self.get(backend, stream)?) } else { None };
+        let (g, step, saved) = (self.geometry, self.step, self.saved.as_mut().expect("entries are kept"));
+        match words {
+            Some(words) => (0..g.layers).try_for_each(|layer| {
+                let moves = saved.overwritten(&g, &words, layer, step);
+                backend.copy_kv_rows(stream, &saved.layer(layer), &mut self.kv.layer_mut(layer), &moves)
+            }),
+            None => saved.restore(backend, stream, self.kv.buffers_mut()),
+        }
+    }
+
+    /// Fetches every entry that is in the tables of a layer.
+    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore, layer: usize) -> Result<()> {
+        let (tables, geometry) = (&self.tables, self.geometry);
+        let slots = Slots { tables, geometry, layer, limit: geometry.slots };
+        backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))
     }
 
     fn undo_table(&self, words: &mut [u32], table: usize) {

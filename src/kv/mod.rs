@@ -9,6 +9,7 @@
 
 mod device_cache;
 mod device_lists;
+mod device_saved;
 mod extents;
 mod hot;
 mod kept;
@@ -24,7 +25,7 @@ mod tier;
 mod victim;
 
 pub use crate::backend::{Guard, Payload};
-pub use device_cache::{CacheTotals, DeviceCache};
+pub use device_cache::{CacheMut, CacheTotals, DeviceCache};
 pub use device_lists::DeviceLists;
 pub use extents::Extents;
 pub use hot::HotCache;

@@ -3,8 +3,8 @@
 
 use kvahead::backend::{
     Admission, AttentionShape, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
-    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Place, Prefetch, Rehearsal, Segment, Selection, SlotGeometry, Slots,
-    SlotsMut, Visible,
+    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Payload, Place, Prefetch, Rehearsal, Segment, Selection, Slot,
+    SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, Visible,
 };
 
 use crate::rig::*;
@@ -17,6 +17,7 @@ struct Shape {
     index: IndexGeometry,
     slots: SlotGeometry,
     group: usize,
+    payload: Payload,
 }
 
 impl Shape {
@@ -27,7 +28,13 @@ impl Shape {
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
             slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS },
             group,
+            payload: Payload::Exact,
         }
+    }
+
+    /// With entries that are stored so.
+    fn stored(self, payload: Payload) -> Shape {
+        Shape { payload, ..self }
     }
 }
 
@@ -35,6 +42,8 @@ impl Shape {
 struct Sequence {
     store: Vec<Buffer>,
     cache: Vec<Buffer>,
+    /// What the cache held before the step, where the store is not exact.
+    saved: Vec<Buffer>,
     index: Vec<Buffer>,
     tables: Buffer,
     length: usize,
@@ -49,8 +58,13 @@ impl Sequence {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         rig.b.upload(&rig.stream, &bytes, &mut tables, 0).unwrap();
         Sequence {
-            store: extents(shape.slots.rows.div_ceil(64), shape.kv.extent_bytes(), Place::Pinned),
+            store: extents(
+                shape.slots.rows.div_ceil(64),
+                shape.slots.tables() * 64 * shape.payload.row_bytes(&shape.kv),
+                Place::Pinned,
+            ),
             cache: extents(shape.slots.slots.div_ceil(64), shape.kv.extent_bytes(), Place::Device),
+            saved: extents(shape.slots.selected / 64 + 1, shape.kv.extent_bytes(), Place::Device),
             index: extents(shape.slots.rows.div_ceil(64), shape.index.extent_bytes(), Place::Device),
             tables,
             length,
@@ -156,6 +170,7 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
     let At { layer, limit, step } = at;
     let width = shape.group * shape.kv.kv_heads * shape.index.columns;
     let queries = rig.buffer(DType::F32, q);
+    let saves = shape.payload != Payload::Exact;
     let mut all: Vec<Prefetch<'_>> = sequences
         .iter_mut()
         .enumerate()
@@ -170,8 +185,9 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
             Prefetch {
                 rehearsal: Rehearsal { row, runs, rows: position, from: 3.min(to), to, scale: 0.3, selection },
                 slots: Sequence::slots_mut(&mut s.tables, shape, layer, position + 1, limit, step),
-                from: KvRuns::new(&s.store, shape.kv, layer),
+                from: StoredRuns::new(&s.store, shape.kv, shape.payload, layer),
                 to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+                saved: saves.then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
             }
         })
         .collect();
@@ -188,8 +204,9 @@ fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &
         let admission = Admission {
             row: s.length,
             slots: Sequence::slots_mut(&mut s.tables, shape, layer, s.length + 1, limit, step),
-            store: KvRunsMut::new(&mut s.store, shape.kv, layer),
+            store: StoredRunsMut::new(&mut s.store, shape.kv, shape.payload, layer),
             cache: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+            saved: (shape.payload != Payload::Exact).then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
             index: IndexRunsMut::new(&mut s.index, shape.index, layer),
             maps,
         };
@@ -205,6 +222,12 @@ fn steps_leave_what_the_cpu_leaves() {
             (Shape::new(1, 8, 128, DType::BF16, 40, 11), 37, 20),
             (Shape::new(5, 1, 80, DType::F16, 320, 120), 300, 290),
             (Shape::new(2, 4, 62, DType::BF16, 200, 64), 180, 180),
+            (Shape::new(3, 3, 64, DType::F32, 90, 20).stored(Payload::Int8), 90, 60),
+            (Shape::new(2, 8, 128, DType::BF16, 40, 11).stored(Payload::Int8), 37, 20),
+            (Shape::new(2, 2, 128, DType::F16, 140, 70).stored(Payload::Int4), 120, 110),
+            (Shape::new(5, 1, 80, DType::BF16, 320, 120).stored(Payload::Int4), 300, 290),
+            (Shape::new(2, 4, 61, DType::BF16, 200, 64).stored(Payload::Int8), 180, 180),
+            (Shape::new(2, 4, 61, DType::F32, 200, 64).stored(Payload::Int4), 180, 180),
         ];
         for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
             let mut random = Random(77 + number as u64);
@@ -228,14 +251,18 @@ fn steps_leave_what_the_cpu_leaves() {
                         let s = sequences.last_mut().unwrap();
                         let (k, v) = (rig.buffer(DType::F32, &keys), rig.buffer(DType::F32, &values));
                         let (k, v) = (k.rows(DType::F32, length, width), v.rows(DType::F32, length, width));
-                        let runs = &mut KvRunsMut::new(&mut s.store, shape.kv, layer);
-                        rig.b.store_kv(&rig.stream, k, v, runs, 0).unwrap();
+                        let mut runs = StoredRunsMut::new(&mut s.store, shape.kv, shape.payload, layer);
+                        let places: Vec<Slot> = (0..length * shape.kv.kv_heads)
+                            .map(|i| runs.runs().slot(i % shape.kv.kv_heads, i / shape.kv.kv_heads))
+                            .collect();
+                        let store = runs.buffers_mut();
+                        rig.b.encode_kv(&rig.stream, k, v, shape.payload, &shape.kv, &places, store).unwrap();
                         let p = rig.buffer(DType::F32, &partial);
                         let p = p.rows(DType::F32, length, partial.len() / length);
                         let runs = &mut IndexRunsMut::new(&mut s.index, shape.index, layer);
                         rig.b.index_append(&rig.stream, p, runs, 0).unwrap();
                         let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit };
-                        let from = KvRuns::new(&s.store, shape.kv, layer);
+                        let from = StoredRuns::new(&s.store, shape.kv, shape.payload, layer);
                         let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
                         rig.b.refill(&rig.stream, slots, &from, to).unwrap();
                     }
@@ -261,6 +288,7 @@ fn steps_leave_what_the_cpu_leaves() {
                     assert_eq!(differs, None, "{case}: word {differs:?} of the tables");
                     assert!(entries(cuda, &a.cache) == entries(cpu, &b.cache), "{case}: entries in slots differ");
                     assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
+                    assert!(entries(cuda, &a.saved) == entries(cpu, &b.saved), "{case}: what was kept differs");
                 }
                 both.iter_mut().flatten().for_each(|s| s.length += 1);
             }

@@ -62,18 +62,20 @@ fn the_device_does_what_the_host_does() {
             .chain((27..40).map(|i| (i, i + 1)))
             .chain([(40, 8), (8, 9), (9, 10), (10, 45), (45, 46)])
             .chain((46..58).map(|i| (i, i + 1)));
-        for (cache, rule) in [
-            (14, Rule::Share(0.1)),
-            (16, Rule::Probability { below: 4.0, most: 0.2 }),
-            (11, Rule::Paper { alpha: 2.0, most: 0.1 }),
-            (60, Rule::Share(0.1)),
+        for (cache, rule, payload) in [
+            (14, Rule::Share(0.1), Payload::Exact),
+            (16, Rule::Probability { below: 4.0, most: 0.2 }, Payload::Int8),
+            (11, Rule::Paper { alpha: 2.0, most: 0.1 }, Payload::Exact),
+            (13, Rule::Share(0.2), Payload::Int4),
+            (60, Rule::Share(0.1), Payload::Int8),
         ] {
-            let options = options(cache, rule);
+            let mut options = options(cache, rule);
+            options.policy.payload = payload;
             let left = Arc::new(AtomicUsize::new(0));
             let mut device = on_device(&model, &options, &left);
             let mut host = Session::new(&model, &options).unwrap();
             for (number, (from, to)) in calls.clone().enumerate() {
-                let case = format!("{name}, {cache} slots, {rule:?}, tokens {from}..{to}");
+                let case = format!("{name}, {cache} slots, {rule:?}, {payload:?}, tokens {from}..{to}");
                 let make = |session: &mut Session| match to {
                     to if to < from => session.truncate(to).map(|()| Vec::new()),
                     to if to == from + 1 => session.decode(tokens[from]).and_then(|()| Ok(session.logits()?.to_vec())),
@@ -107,7 +109,8 @@ fn batches_of_both_equal_each_alone() {
     let model = load(&folder, Some(DType::F32));
     let tokens = tokens(&model, &Golden::read(&folder, ""), 60);
     let left = Arc::default();
-    let kinds = [options(14, Rule::Share(0.1)), options(11, Rule::Share(0.1)), options(30, Rule::Share(0.2))];
+    let mut kinds = [options(14, Rule::Share(0.1)), options(11, Rule::Share(0.1)), options(30, Rule::Share(0.2))];
+    kinds[1].policy.payload = Payload::Int8;
     let make = |device: bool| -> Vec<Session> {
         let of = |options: &SessionOptions| match device {
             true => on_device(&model, options, &left),
@@ -183,7 +186,6 @@ fn what_the_device_cannot_do_is_refused() {
         assert_eq!(error.code(), ErrorCode::Unsupported);
         assert!(error.message().contains(says), "{error}");
     };
-    refused(&|policy| policy.payload = Payload::Int8, "payload");
     refused(&|policy| policy.tier = KvTier::File(Default::default()), "file");
     refused(&|policy| policy.infinigen.attend_cache = false, "attended whole");
 }

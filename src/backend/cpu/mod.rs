@@ -83,6 +83,13 @@ impl CpuBackend {
         Ok(CpuBackend { level, pool: Pool::new(threads)?, scratch: ScratchPool::default() })
     }
 
+    /// Widens rows of stored runs into others.
+    fn land(&self, stream: &Stream, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()> {
+        let landing = |m: &Move| Landing { from: from.slot(m.head as usize, m.from as usize), head: m.head, to: m.to };
+        let landings: Vec<Landing> = moves.iter().map(landing).collect();
+        self.decode_kv_rows(stream, from.payload(), from.buffers(), &landings, to)
+    }
+
     /// The instruction set in use.
     pub fn level(&self) -> Level {
         self.level.level()
@@ -477,20 +484,33 @@ impl Backend for CpuBackend {
         let mut selected = vec![Selected::default(); sequences.len()];
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
         for (sequence, selected) in sequences.iter_mut().zip(&selected) {
-            let mut moves = Vec::new();
+            let (mut moves, mut saves) = (Vec::new(), Vec::new());
             for (head, rows) in selected.rows.iter().enumerate() {
+                let first = moves.len();
                 slots::request(&mut sequence.slots, head, rows, &mut moves);
+                saves.extend((0..).zip(&moves[first..]).map(|(to, m)| Move { from: m.to, to, ..*m }));
             }
-            self.copy_kv_rows(stream, &sequence.from, &mut sequence.to, &moves)?;
+            if let Some(saved) = &mut sequence.saved {
+                self.copy_kv_rows(stream, &sequence.to.runs(), saved, &saves)?;
+            }
+            self.land(stream, &sequence.from, &mut sequence.to, &moves)?;
         }
         Ok(())
     }
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
-        let Admission { row, mut slots, mut store, mut cache, mut index, maps } = admission;
+        let Admission { row, mut slots, mut store, mut cache, saved, mut index, maps } = admission;
         let heads = slots.geometry.kv_heads;
         let admitted: Vec<u32> = (0..heads).map(|head| slots::admit(&mut slots, head, row as u32)).collect();
-        self.store_kv(stream, keys, values, &mut store, row)?;
+        if let Some(mut saved) = saved {
+            let to = slots.geometry.selected as u32;
+            let saves = (0..).zip(&admitted).map(|(head, &from)| Move { head, from, to });
+            self.copy_kv_rows(stream, &cache.runs(), &mut saved, &saves.collect::<Vec<_>>())?;
+        }
+        let runs = store.runs();
+        let (geometry, payload) = (*runs.geometry(), runs.payload());
+        let places: Vec<Slot> = (0..heads).map(|head| runs.slot(head, row)).collect();
+        self.encode_kv(stream, keys, values, payload, &geometry, &places, store.buffers_mut())?;
         self.store_kv_rows(stream, keys, values, &mut cache, &admitted)?;
         let columns = heads * maps.outputs;
         let mut partial = self.allocate(4 * columns, Place::Device, "a partial key")?;
@@ -498,8 +518,8 @@ impl Backend for CpuBackend {
         self.index_append(stream, partial.rows(DType::F32, 1, columns), &mut index, row)
     }
 
-    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
-        self.copy_kv_rows(stream, from, to, &slots::held(&slots))
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
+        self.land(stream, from, to, &slots::held(&slots))
     }
 
     fn has_tail(&self) -> bool {

@@ -38,6 +38,7 @@ modules! {
     AttendPrefill: "attend_prefill";
     AttendPrefillMma: "attend_prefill_mma";
     Embed: "embed";
+    Gather: "gather";
     Gemm: "gemm";
     Index: "index";
     LogProbability: "log_probability";

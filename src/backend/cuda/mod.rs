@@ -168,6 +168,14 @@ fn assert_tables(tables: &Buffer, geometry: &SlotGeometry, layer: usize) {
     assert!(tables.bytes() >= geometry.bytes() && layer < geometry.layers, "tables that are too short");
 }
 
+/// Asserts that what is kept of a step's changes lies as the cache does, and has room.
+fn assert_saved(geometry: &SlotGeometry, cache: &KvRunsMut<'_>, saved: &Option<KvRunsMut<'_>>) {
+    if let Some(saved) = saved {
+        assert_eq!((saved.geometry(), saved.layer_offset()), (cache.geometry(), cache.layer_offset()));
+        assert!(saved.capacity() > geometry.selected, "no room for what a step changes");
+    }
+}
+
 impl Backend for CudaBackend {
     fn description(&self) -> String {
         let Context { name, capability, .. } = &self.shared.context;
@@ -544,13 +552,14 @@ impl Backend for CudaBackend {
 
     fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
         assert_activations!(queries);
-        for Prefetch { rehearsal, slots, from, to } in &*sequences {
+        for Prefetch { rehearsal, slots, from, to, saved } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
             let (a, b) = (from.geometry(), to.geometry());
             assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
             assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
+            assert_saved(&slots.geometry, to, saved);
         }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::prefetch(&self.shared, &mut queue, queries, sequences)
@@ -558,8 +567,10 @@ impl Backend for CudaBackend {
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
         assert_activations!(keys, values);
-        let Admission { row, slots, store, cache, index, maps } = &admission;
+        let Admission { row, slots, store, cache, saved, index, maps } = &admission;
+        let store = store.runs();
         assert_tables(slots.tables, &slots.geometry, slots.layer);
+        assert_saved(&slots.geometry, cache, saved);
         let (a, b) = (store.geometry(), cache.geometry());
         assert_eq!(
             (a.kv_heads, a.head_dim, a.dtype, a.extent_tokens),
@@ -577,7 +588,7 @@ impl Backend for CudaBackend {
         slots::admit(&self.shared, &mut queue, keys, values, admission)
     }
 
-    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
         assert_tables(slots.tables, &slots.geometry, slots.layer);
         let (a, b) = (from.geometry(), to.geometry());
         assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));

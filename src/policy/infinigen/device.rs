@@ -56,15 +56,16 @@ impl OnDevice {
         refuse(options)?;
         let plan = Plan::new(options, &setting)?;
         let trace = Traced::create(options, &setting)?;
+        let exact = options.payload == Payload::Exact;
         let Setting { backend, pool, geometry, capacity, .. } = setting;
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
         let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
         Ok(OnDevice {
             resident: SequenceKv::new(pool.clone(), resident),
-            store: RamStore::new(pool.clone(), &*backend, stored, Payload::Exact, place),
+            store: RamStore::new(pool.clone(), &*backend, stored, options.payload, place),
             index: SequenceIndex::new(pool.clone(), index),
-            cache: DeviceCache::new(&*backend, pool.clone(), stored, trace.is_some())?,
+            cache: DeviceCache::new(&*backend, pool.clone(), stored, exact, trace.is_some())?,
             prompt: Prompt::new(pool, stored),
             whole: true,
             whole_before: true,
@@ -75,7 +76,7 @@ impl OnDevice {
             totals: kv::CacheTotals::default(),
             reset_at: kv::CacheTotals::default(),
             trace,
-            row_bytes: stored.row_bytes(),
+            row_bytes: options.payload.row_bytes(&stored),
             place,
             capacity,
             backend,
@@ -125,12 +126,13 @@ impl OnDevice {
     fn admit(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
         self.cache.prepare(step.backend, step.stream)?;
         let length = step.position + 1;
-        let (slots, cache) = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
+        let cache = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
         let admission = Admission {
             row: step.position,
-            slots,
+            slots: cache.slots,
             store: self.store.entries_mut(layer),
-            cache,
+            cache: cache.entries,
+            saved: cache.saved,
             index: self.index.layer_mut(layer),
             maps: self.plan.key_maps(step.layer),
         };
@@ -149,20 +151,20 @@ fn table_rows(length: usize, capacity: usize) -> usize {
     (length + LEAST_ROWS / 2).next_power_of_two().max(LEAST_ROWS).min(capacity)
 }
 
-/// Bytes of the tables of a session when it is full.
+/// Bytes that the tables of a full session take, and what a step that is undone brings back.
 pub(super) fn table_bytes(options: &PolicyOptions, stored: &KvGeometry, capacity: usize) -> usize {
     let (own, rows) = (&options.infinigen, table_rows(capacity, capacity));
     let (slots, selected) = (plan::slots(own, rows), plan::most_selected(own, rows, 0));
     let lists = if options.trace.is_some() { stored.layers } else { 1 };
-    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, lists }.bytes()
+    let tables = SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, lists };
+    let saved = if options.payload == Payload::Exact { 0 } else { stored.extents(selected + 1) };
+    tables.bytes() + saved * stored.extent_bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
 fn refuse(options: &PolicyOptions) -> Result<()> {
     let what = if options.eviction != Eviction::Off {
         "eviction from a full pool"
-    } else if options.payload != Payload::Exact {
-        "a quantized payload"
     } else if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
     } else if !options.infinigen.attend_cache {
@@ -206,9 +208,10 @@ impl Policy for OnDevice {
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
         let length = position + 1;
-        let (slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
+        let cache = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
+        let (slots, to, saved) = (cache.slots, cache.entries, cache.saved);
         let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
-        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to }))
+        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, saved }))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
@@ -291,13 +294,12 @@ impl Policy for OnDevice {
             columns.choose(step)?;
         }
         let recent = self.prompt.recent(step.position, step.rows);
-        let (layers, heads) = (self.fetches.len(), self.kv_heads());
+        let heads = self.kv_heads();
         let (plan, prompt) = (&self.plan, &mut self.prompt);
-        self.cache.edit(step.backend, step.stream, &self.store, |cache| {
-            let mut moves = Vec::new(); // all of them are fetched
-            for (layer, head) in (0..layers).flat_map(|layer| (0..heads).map(move |head| (layer, head))) {
-                moves.clear();
-                prompt::fill(cache, plan, (layer, head), prompt.take_ranked(layer, head), recent, length, &mut moves);
+        self.cache.keep(step.backend, step.stream)?;
+        self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
+            for head in 0..heads {
+                prompt::fill(cache, plan, (layer, head), prompt.take_ranked(layer, head), recent, length, moves);
             }
         })?;
         self.whole = match recent {
@@ -329,14 +331,10 @@ impl Policy for OnDevice {
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.cache.begin();
-        let (plan, layers, heads) = (&self.plan, self.fetches.len(), self.kv_heads());
-        self.cache.edit(step.backend, step.stream, &self.store, |cache| {
-            let mut moves = Vec::new(); // all of them are fetched
-            for layer in 0..layers {
-                moves.clear();
-                cache.truncate(layer, length as u32, &mut moves);
-                prompt::restock(cache, plan, layer, heads, length, &mut moves);
-            }
+        let (plan, heads) = (&self.plan, self.kv_heads());
+        self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
+            cache.truncate(layer, length as u32, moves);
+            prompt::restock(cache, plan, layer, heads, length, moves);
         })?;
         self.cache.begin();
         self.whole |= self.fits(length + 1);
