@@ -3,8 +3,7 @@
 //
 // A block a KV head and sequence. Misses, victims and journal have one order whatever the threads do: rows ascending,
 // slots ascending.
-#include "index.cuh"
-#include "slots.cuh"
+#include "evict.cuh"
 
 constexpr u32 NONE = 0xffffffffu;
 
@@ -26,10 +25,11 @@ struct Tables {
     u32 rows;
     u32 most;      // room for selected rows
     u32 limit;     // slots that may be used
-    u32 below;     // guarded rows: below this, and from that on
+    u32 below;     // guarded tokens: below this, and from that on
     u32 from;
     u32 step;
     u32 row;       // of a new token
+    Pool pool;
 };
 
 struct Table {
@@ -64,8 +64,9 @@ struct Table {
 };
 
 // Whether a slot may be given away in this step.
-__device__ __forceinline__ bool gives_way(const Tables &t, u32 used, u32 row) {
-    return used < t.step && row >= t.below && row < t.from;
+__device__ __forceinline__ bool gives_way(const Tables &t, const Held &held, u32 used, u32 row) {
+    const u32 token = held.token(row);
+    return used < t.step && token >= t.below && token < t.from;
 }
 
 struct Request {
@@ -74,13 +75,18 @@ struct Request {
 
 // grid: KV heads × sequences.
 extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
-    __shared__ u32 totals[WARPS], histogram[256], found[2];
+    __shared__ u32 totals[WARPS + 1], histogram[256], found[2];
     const Tables t = p.sequences[blockIdx.y];
     const u32 head = blockIdx.x, tid = threadIdx.x;
     Table table(t, head);
+    const Held pool(t.pool, head);
     if (tid == 0) table.begin(t.step);
-    const u32 count = min(t.selected_counts[head], t.most);
-    const u32 *selected = t.selected + head * t.most;
+    u32 count = min(t.selected_counts[head], t.most);
+    u32 *selected = t.selected + head * t.most;
+    if (t.pool.tables) {
+        count = use_selected(t.pool, pool, t.below, t.from, selected, count, totals);
+        if (tid == 0) t.selected_counts[head] = count;
+    }
     u32 *moves = t.moves + 2 * head * t.most;
 
     // Hits are marked; misses move up: their row, and for now their place among the selected.
@@ -113,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
             __syncthreads();
             for (u32 slot = tid; slot < held; slot += THREADS) {
                 const u32 used = table.used[slot];
-                if (gives_way(t, used, table.rows[slot]) && (shift == 24 || used >> (shift + 8) == prefix)) {
+                if (gives_way(t, pool, used, table.rows[slot]) && (shift == 24 || used >> (shift + 8) == prefix)) {
                     atomicAdd(&histogram[used >> shift & 255], 1);
                 }
             }
@@ -137,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
         for (u32 first = 0; first < held; first += THREADS) {
             const u32 slot = first + tid;
             const u32 used = slot < held ? table.used[slot] : NONE;
-            const bool may = slot < held && gives_way(t, used, table.rows[slot]);
+            const bool may = slot < held && gives_way(t, pool, used, table.rows[slot]);
             const bool old = may && used < prefix, same = may && used == prefix;
             u32 both;
             const u32 before = scan(u32(old) | u32(same) << 16, totals, both);
@@ -203,6 +209,29 @@ struct Admit {
     u32 stored_bytes;  // of the store
 };
 
+// A block notes that the token in a row is lost, and keeps what will be overwritten: what a call that is given up brings back.
+__device__ void keep(const Admit &p, const Token &token, const Held &held, u32 head, u32 row, const u8 *entry) {
+    const Pool &pool = token.tables.pool;
+    const u32 victim = held.token(row), tid = threadIdx.x;
+    const u32 kept = held.header[BEGUN] == pool.begun + 1 ? held.header[KEPT] : 0, lost = held.header[LOST];
+    const bool there = victim < pool.begun;
+    if (there) {
+        const Lost to(pool, head, p.stored_bytes, p.index.words);
+        copy_bytes(entry, to.entry(kept), p.stored_bytes, tid, THREADS);
+        const u64 run = run_of(p.index, token.index, head, row);
+        for (u32 w = tid; w < to.key_words; w += THREADS) {
+            to.key(kept)[w] = *key_word(p.index, run, row % p.index.extent_tokens, w);
+        }
+        if (tid == 0) to.rows[kept] = row;
+    }
+    __syncthreads();  // everyone has read the header
+    if (tid == 0) {
+        held.header[LOST] = lost ? min(lost, victim + 1) : victim + 1;
+        held.header[KEPT] = kept + there;
+        held.header[BEGUN] = pool.begun + 1;
+    }
+}
+
 // grid: sequences × KV heads. A slot for the new token, its entry into slot and store, its partial key into the index.
 // P is how entries are stored.
 template <class P, class T> __device__ void admit(const Admit &p) {
@@ -214,19 +243,27 @@ template <class P, class T> __device__ void admit(const Admit &p) {
     const u32 head = blockIdx.y, tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
     const float *key = token.keys + head * p.head_dim, *value = token.values + head * p.head_dim;
     Table table(t, head);
+    const Held pool(t.pool, head);
     const u32 held = table.count;
+    const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
+    u32 row = t.row, own = NONE;
+    if (t.pool.full) {
+        row = find_victim(t.pool, pool, t.below, t.from, table.used, table.slots, t.step);
+        own = table.slots[row];
+        keep(p, token, pool, head, row, reinterpret_cast<const u8 *>(row_of(stored, head, row, p.stored_bytes)));
+    }
     // What one thread will need is on its way while the others search.
     u32 header[HEADER];
     if (tid == 0) {
 #pragma unroll
         for (u32 i = 0; i < HEADER; i++) header[i] = table.header[i];
     }
-    if (held >= t.limit) {
+    if (held >= t.limit && own == NONE) {
         u64 oldest = ~0ull;
 #pragma unroll 4
         for (u32 slot = tid; slot < held; slot += THREADS) {
             const u32 used = table.used[slot];
-            if (gives_way(t, used, table.rows[slot])) oldest = min(oldest, u64(used) << 32 | slot);
+            if (gives_way(t, pool, used, table.rows[slot])) oldest = min(oldest, u64(used) << 32 | slot);
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) oldest = min(oldest, __shfl_xor_sync(FULL, oldest, step));
@@ -247,7 +284,11 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         }
         const u32 change = header[CHANGES]++;
         u32 slot = held, now = held + 1;
-        if (held < t.limit) {
+        if (own != NONE) {
+            slot = own;
+            now = held;
+            table.change(change, slot, row, table.used[slot]);
+        } else if (held < t.limit) {
             table.change(change, slot, NONE, 0);
             table.count = now;
         } else {
@@ -259,9 +300,13 @@ template <class P, class T> __device__ void admit(const Admit &p) {
             table.change(change, slot, gone, u32(oldest >> 32));
             table.slots[gone] = NONE;
         }
-        table.rows[slot] = t.row;
+        table.rows[slot] = row;
         table.used[slot] = t.step;
-        table.slots[t.row] = slot;
+        table.slots[row] = slot;
+        if (t.pool.tables) {
+            pool.tokens[row] = t.pool.token + 1;
+            pool.uses[row] = 0;
+        }
         const u64 attended = (u64(header[ALL_ATTENDED + 1]) << 32 | header[ALL_ATTENDED]) + now;
         header[ALL_ATTENDED] = u32(attended);
         header[ALL_ATTENDED + 1] = u32(attended >> 32);
@@ -272,9 +317,8 @@ template <class P, class T> __device__ void admit(const Admit &p) {
     }
     __syncthreads();
     const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
-    const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
     T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));
-    u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, t.row, p.stored_bytes));
+    u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, row, p.stored_bytes));
     constexpr bool exact = is_exact<P>;
     if (!exact && token.saved) {
         const Runs saves = {token.saved, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
@@ -294,12 +338,12 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         }
     }
     if (!exact && warp == 1) {
-        u8 *row = reinterpret_cast<u8 *>(partial + (p.index.columns + 3) / 4 * 4);
-        P::encode(key, value, p.head_dim, lane, row);
+        u8 *encoded = reinterpret_cast<u8 *>(partial + (p.index.columns + 3) / 4 * 4);
+        P::encode(key, value, p.head_dim, lane, encoded);
         __syncwarp();
-        copy_bytes(row, store, p.stored_bytes, lane, WARP);
+        copy_bytes(encoded, store, p.stored_bytes, lane, WARP);
     }
-    if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, t.row), t.row % p.index.extent_tokens, partial);
+    if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, row), row % p.index.extent_tokens, partial);
 }
 
 // slots_admit_STORED_TYPE.

@@ -9,6 +9,7 @@
 mod buffer;
 pub mod cpu;
 pub mod cuda;
+mod evicting;
 mod index;
 mod payload;
 mod runs;
@@ -17,6 +18,7 @@ mod weights;
 
 use crate::{Error, Result};
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
+pub use evicting::{Lost, PoolGeometry, PoolHeader, PoolMut, VictimRule};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
 pub use payload::{Landing, Payload, Slot, StoredRuns, StoredRunsMut};
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
@@ -246,12 +248,20 @@ pub trait Backend: Send + Sync {
 
     /// Rehearses attention as [`Backend::rehearse`] does, looks the selected rows up in each sequence's tables, marks them
     /// as used, gives those that are not there the slots of the rows unused for longest (ties: the lower slot; both rows
-    /// and slots in ascending order), and copies their entries. The host learns of none of it.
+    /// and slots in ascending order), and copies their entries. The host learns of none of it. With a pool, rows whose tokens
+    /// are guarded are left out of what is selected, and the use of the others is noted.
     fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()>;
 
     /// Takes a new token's keys and values (one row): into its row of the store, into a slot of the cache (a free one, or
     /// that of the row unused for longest), and its partial key into the index.
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()>;
+
+    /// Copies a buffer to another of the same size.
+    fn copy(&self, stream: &Stream, from: &Buffer, to: &mut Buffer) -> Result<()>;
+
+    /// Brings back what [`Backend::admit`] has overwritten in a full pool, in the call that is given up: entries and partial
+    /// keys. What is known of the rows stays as it is.
+    fn take_back(&self, stream: &Stream, lost: Lost<'_>) -> Result<()>;
 
     /// Copies the entry of every row that has a slot into it.
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;

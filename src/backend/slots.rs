@@ -4,7 +4,7 @@
 //! it between steps only ([`SlotGeometry`] says where what lies); within a step [`super::Backend::prefetch`] and
 //! [`super::Backend::admit`] do.
 
-use super::{Buffer, HeadMaps, IndexRunsMut, KvRunsMut, Rehearsal, StoredRuns, StoredRunsMut};
+use super::{Buffer, HeadMaps, IndexRunsMut, KvRunsMut, PoolMut, Rehearsal, StoredRuns, StoredRunsMut};
 
 /// The shape of a sequence's tables.
 ///
@@ -172,10 +172,12 @@ pub struct SlotsMut<'a> {
     pub layer: usize,
     /// Slots that may be used: enough for what is guarded, what is selected, and one more.
     pub limit: usize,
-    /// What never gives way.
+    /// What never gives way: tokens.
     pub guard: Guard,
     /// The step's number, from 1, higher in every step.
     pub step: u32,
+    /// The pool whose rows these are, where it may be full; elsewhere row t is token t.
+    pub pool: Option<PoolMut<'a>>,
 }
 
 /// The tables of one layer, for attention.
@@ -210,9 +212,9 @@ pub struct Prefetch<'a> {
 /// One token in [`super::Backend::admit`].
 #[derive(Debug)]
 pub struct Admission<'a> {
-    /// Its row.
+    /// Its row; where the pool is full it takes that of a victim instead.
     pub row: usize,
-    /// Where it gets a slot.
+    /// Where it gets a slot: that of the victim, if it has one.
     pub slots: SlotsMut<'a>,
     /// Entries of the layer, by row.
     pub store: StoredRunsMut<'a>,

@@ -161,6 +161,20 @@ impl DeviceCache {
         }
     }
 
+    /// The step goes on with another token: what the last one has used may give way.
+    pub fn next_token(&mut self) {
+        self.step += 1;
+    }
+
+    /// Keeps tables and entries, for a step of several tokens, whose journals tell of the last one only.
+    pub fn keep_all(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        self.keep(backend, stream)?;
+        if self.before.is_none() {
+            self.before = Some(if self.ready { Some(self.get(backend, stream)?) } else { None });
+        }
+        Ok(())
+    }
+
     /// The entries of a layer.
     pub fn runs(&self, layer: usize) -> KvRuns<'_> {
         self.kv.layer(layer)
@@ -175,7 +189,7 @@ impl DeviceCache {
     /// the step overwrites.
     pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> CacheMut<'_> {
         let DeviceCache { geometry, step, .. } = *self;
-        let slots = SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step };
+        let slots = SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step, pool: None };
         let saved = self.saved.as_mut().map(|saved| saved.layer_mut(layer));
         CacheMut { slots, entries: self.kv.layer_mut(layer), saved }
     }

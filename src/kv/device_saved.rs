@@ -77,7 +77,8 @@ impl Saved {
                 let (slot, row) = (words[at], words[at + 1]);
                 let admitted = i >= header(Header::Selected);
                 let from = if admitted { g.selected as u32 } else { missed };
-                let hit = words[g.rows_at(table) + slot as usize] == row;
+                // (A token that takes the row of a victim takes its slot, in which the row stays the same.)
+                let hit = !admitted && words[g.rows_at(table) + slot as usize] == row;
                 missed += u32::from(!hit && !admitted);
                 if !hit && row != SlotGeometry::NONE {
                     moves.push(Move { head: head as u32, from, to: slot });

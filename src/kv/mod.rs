@@ -9,6 +9,7 @@
 
 mod device_cache;
 mod device_lists;
+mod device_pool;
 mod device_saved;
 mod extents;
 mod hot;
@@ -27,6 +28,7 @@ mod victim;
 pub use crate::backend::{Guard, Payload};
 pub use device_cache::{CacheMut, CacheTotals, DeviceCache};
 pub use device_lists::DeviceLists;
+pub use device_pool::{DevicePool, PoolTokens};
 pub use extents::Extents;
 pub use hot::HotCache;
 pub use kept::{Entries, Kept};

@@ -3,8 +3,8 @@
 
 use kvahead::backend::{
     Admission, AttentionShape, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
-    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Payload, Place, Prefetch, Rehearsal, Segment, Selection, Slot,
-    SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, Visible,
+    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Lost, Payload, Place, PoolGeometry, PoolMut, Prefetch, Rehearsal,
+    Segment, Selection, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, VictimRule, Visible,
 };
 
 use crate::rig::*;
@@ -18,6 +18,8 @@ struct Shape {
     slots: SlotGeometry,
     group: usize,
     payload: Payload,
+    /// Who gives way, where the pool is full from the first step on.
+    rule: Option<VictimRule>,
 }
 
 impl Shape {
@@ -29,6 +31,24 @@ impl Shape {
             slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS },
             group,
             payload: Payload::Exact,
+            rule: None,
+        }
+    }
+
+    /// With a full pool.
+    fn evicting(self, rule: VictimRule) -> Shape {
+        Shape { rule: Some(rule), ..self }
+    }
+
+    /// The pool of a call that loses up to five rows.
+    fn pool(&self) -> PoolGeometry {
+        PoolGeometry {
+            layers: LAYERS,
+            kv_heads: self.kv.kv_heads,
+            rows: self.slots.rows,
+            lost: 5,
+            stored_bytes: self.payload.row_bytes(&self.kv),
+            index_bytes: self.index.row_bytes() + 4,
         }
     }
 
@@ -46,7 +66,19 @@ struct Sequence {
     saved: Vec<Buffer>,
     index: Vec<Buffer>,
     tables: Buffer,
+    pool: Pool,
     length: usize,
+    /// Rows that hold tokens: as many as there are tokens, but where the pool is full.
+    rows: usize,
+    /// Tokens when the call began.
+    begun: usize,
+}
+
+/// Its pool, where it has one.
+struct Pool {
+    tables: Buffer,
+    before: Buffer,
+    lost: Buffer,
 }
 
 impl Sequence {
@@ -67,8 +99,31 @@ impl Sequence {
             saved: extents(shape.slots.selected / 64 + 1, shape.kv.extent_bytes(), Place::Device),
             index: extents(shape.slots.rows.div_ceil(64), shape.index.extent_bytes(), Place::Device),
             tables,
+            pool: {
+                let pool = |bytes| rig.b.allocate(bytes, Place::Device, "a test").unwrap();
+                let (bytes, lost) = (shape.pool().bytes(), shape.pool().lost_bytes());
+                Pool { tables: pool(bytes), before: pool(bytes), lost: pool(lost) }
+            },
             length,
+            rows: length,
+            begun: length,
         }
+    }
+
+    fn take_back(&mut self, rig: &Rig<'_>, shape: &Shape) {
+        for layer in 0..LAYERS {
+            let lost = Lost {
+                tables: &self.pool.tables,
+                lost: &self.pool.lost,
+                geometry: shape.pool(),
+                layer,
+                begun: self.begun,
+                store: StoredRunsMut::new(&mut self.store, shape.kv, shape.payload, layer),
+                index: IndexRunsMut::new(&mut self.index, shape.index, layer),
+            };
+            rig.b.take_back(&rig.stream, lost).unwrap();
+        }
+        rig.b.copy(&rig.stream, &self.pool.before, &mut self.pool.tables).unwrap();
     }
 
     fn words(&self, rig: &Rig<'_>) -> Vec<u32> {
@@ -78,14 +133,18 @@ impl Sequence {
 
     fn slots_mut<'a>(
         tables: &'a mut Buffer,
+        pool: &'a mut Pool,
         shape: &Shape,
-        layer: usize,
-        length: usize,
-        limit: usize,
-        step: u32,
+        at: At,
+        (token, rows, begun): (usize, usize, usize),
     ) -> SlotsMut<'a> {
-        let guard = Guard { below: 3, from: length.saturating_sub(9) as u32 };
-        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step }
+        let At { layer, limit, step } = at;
+        let guard = Guard { below: 3, from: (token + 1).saturating_sub(9) as u32 };
+        let Pool { tables: known, lost, .. } = pool;
+        let geometry = shape.pool();
+        let pool =
+            shape.rule.map(|rule| PoolMut { tables: known, lost, geometry, rule, rows, token, full: true, begun });
+        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, pool }
     }
 }
 
@@ -121,6 +180,21 @@ fn filled(shape: &SlotGeometry, length: usize, count: usize, random: &mut Random
         words[shape.count_at(table)] = rows.len() as u32;
     }
     words
+}
+
+/// A pool in order whose rows have been used: counts that are about to saturate, or times.
+fn used(shape: &Shape, length: usize, random: &mut Random) -> Vec<u8> {
+    let g = shape.pool();
+    let mut words = vec![0u32; g.bytes() / 4];
+    for table in 0..LAYERS * shape.kv.kv_heads {
+        for used in &mut words[g.uses_at(table)..][..length] {
+            *used = match shape.rule {
+                Some(VictimRule::Counter) => 245 + random.below(10) as u32,
+                _ => 2 * random.below(length / 2) as u32,
+            };
+        }
+    }
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 /// Sets words to zero that mean nothing: room that is not in use.
@@ -167,7 +241,7 @@ struct At {
 }
 
 fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q: &[f32]) {
-    let At { layer, limit, step } = at;
+    let layer = at.layer;
     let width = shape.group * shape.kv.kv_heads * shape.index.columns;
     let queries = rig.buffer(DType::F32, q);
     let saves = shape.payload != Payload::Exact;
@@ -175,16 +249,17 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
         .iter_mut()
         .enumerate()
         .map(|(row, s)| {
-            let position = s.length;
-            let to = position.saturating_sub(8);
+            let token = (s.length, s.rows, s.begun);
+            // In a full pool the window may be anywhere.
+            let to = if shape.rule.is_some() { s.rows } else { s.length.saturating_sub(8) };
             let selection = match row % 2 {
                 0 => Selection::Count { count: shape.slots.selected },
                 _ => Selection::Probability { below: 5.0, least: 1, most: shape.slots.selected },
             };
             let runs = IndexRuns::new(&s.index, shape.index, layer);
             Prefetch {
-                rehearsal: Rehearsal { row, runs, rows: position, from: 3.min(to), to, scale: 0.3, selection },
-                slots: Sequence::slots_mut(&mut s.tables, shape, layer, position + 1, limit, step),
+                rehearsal: Rehearsal { row, runs, rows: s.rows, from: 3.min(to), to, scale: 0.3, selection },
+                slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, token),
                 from: StoredRuns::new(&s.store, shape.kv, shape.payload, layer),
                 to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
                 saved: saves.then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
@@ -195,7 +270,7 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
 }
 
 fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &[f32], maps: &HeadMaps) {
-    let At { layer, limit, step } = at;
+    let layer = at.layer;
     let width = shape.kv.kv_heads * shape.kv.head_dim;
     let rows = rig.buffer(DType::F32, kv);
     let rows = rows.rows(DType::F32, sequences.len(), 2 * width);
@@ -203,7 +278,7 @@ fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &
         let own = rows.row_range(i, 1);
         let admission = Admission {
             row: s.length,
-            slots: Sequence::slots_mut(&mut s.tables, shape, layer, s.length + 1, limit, step),
+            slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, (s.length, s.rows, s.begun)),
             store: StoredRunsMut::new(&mut s.store, shape.kv, shape.payload, layer),
             cache: KvRunsMut::new(&mut s.cache, shape.kv, layer),
             saved: (shape.payload != Payload::Exact).then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
@@ -228,6 +303,11 @@ fn steps_leave_what_the_cpu_leaves() {
             (Shape::new(5, 1, 80, DType::BF16, 320, 120).stored(Payload::Int4), 300, 290),
             (Shape::new(2, 4, 61, DType::BF16, 200, 64).stored(Payload::Int8), 180, 180),
             (Shape::new(2, 4, 61, DType::F32, 200, 64).stored(Payload::Int4), 180, 180),
+            (Shape::new(3, 3, 64, DType::F32, 90, 20).evicting(VictimRule::Fifo), 90, 60),
+            (Shape::new(2, 2, 64, DType::BF16, 90, 30).evicting(VictimRule::Lru).stored(Payload::Int8), 70, 70),
+            (Shape::new(2, 2, 128, DType::F16, 400, 40).evicting(VictimRule::Lru), 400, 300),
+            (Shape::new(3, 4, 64, DType::BF16, 120, 60).evicting(VictimRule::Counter), 110, 100),
+            (Shape::new(1, 4, 61, DType::F32, 90, 20).evicting(VictimRule::Counter).stored(Payload::Int4), 90, 60),
         ];
         for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
             let mut random = Random(77 + number as u64);
@@ -238,8 +318,11 @@ fn steps_leave_what_the_cpu_leaves() {
             let mut both: [Vec<Sequence>; 2] = [Vec::new(), Vec::new()];
             for length in lengths {
                 let words = filled(&shape.slots, length, held, &mut random);
+                let known = used(&shape, length, &mut random);
                 for (rig, sequences) in rigs.iter().zip(&mut both) {
-                    sequences.push(Sequence::new(rig, &shape, &words, length));
+                    let mut sequence = Sequence::new(rig, &shape, &words, length);
+                    rig.b.upload(&rig.stream, &known, &mut sequence.pool.tables, 0).unwrap();
+                    sequences.push(sequence);
                 }
                 for layer in 0..LAYERS {
                     let (keys, values) = (random.normals(length * width), random.normals(length * width));
@@ -268,7 +351,18 @@ fn steps_leave_what_the_cpu_leaves() {
                     }
                 }
             }
+            let mut stores: Vec<Vec<u8>> = Vec::new();
             for step in 10..42 {
+                // Calls of three tokens each.
+                if shape.rule.is_some() && step % 3 == 1 {
+                    stores = both[0].iter().map(|s| entries(cuda, &s.store)).collect();
+                    for (rig, s) in
+                        rigs.iter().zip(&mut both).flat_map(|(rig, all)| all.iter_mut().map(move |s| (rig, s)))
+                    {
+                        s.begun = s.length;
+                        rig.b.copy(&rig.stream, &s.pool.tables, &mut s.pool.before).unwrap();
+                    }
+                }
                 for layer in 0..LAYERS {
                     let at = At { layer, limit, step };
                     let q = random.normals(lengths.len() * shape.group * shape.kv.kv_heads * shape.index.columns);
@@ -289,8 +383,23 @@ fn steps_leave_what_the_cpu_leaves() {
                     assert!(entries(cuda, &a.cache) == entries(cpu, &b.cache), "{case}: entries in slots differ");
                     assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
                     assert!(entries(cuda, &a.saved) == entries(cpu, &b.saved), "{case}: what was kept differs");
+                    assert!(cuda.bytes(&a.pool.tables) == cpu.bytes(&b.pool.tables), "{case}: the pools differ");
                 }
-                both.iter_mut().flatten().for_each(|s| s.length += 1);
+                // Every other call is undone, and another one takes its place.
+                let undone = shape.rule.is_some() && step % 6 == 0;
+                for (rig, sequences) in rigs.iter().zip(&mut both).filter(|_| undone) {
+                    sequences.iter_mut().for_each(|s| s.take_back(rig, &shape));
+                }
+                for (i, (a, b)) in both[0].iter().zip(&both[1]).enumerate().filter(|_| undone) {
+                    let case = format!("shape {number}, step {step} undone, sequence {i}");
+                    assert!(entries(cuda, &a.store) == stores[i], "{case}: the store is not what it was");
+                    assert!(entries(cpu, &b.store) == stores[i], "{case}: the CPU's store is not what it was");
+                    assert!(cuda.bytes(&a.pool.tables) == cpu.bytes(&b.pool.tables), "{case}: the pools differ");
+                }
+                for s in both.iter_mut().flatten() {
+                    s.length = if undone { s.begun } else { s.length + 1 };
+                    s.rows += usize::from(shape.rule.is_none());
+                }
             }
             attends_its_slots(cuda, cpu, &shape, &both, limit, &mut random);
         }

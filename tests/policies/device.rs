@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use kvahead::ErrorCode;
 use kvahead::backend::DType;
 use kvahead::engine::{Model, Session, SessionOptions, decode_batch};
-use kvahead::kv::{KvTier, Payload};
+use kvahead::kv::{Eviction, KvTier, Payload};
 use kvahead::policy::{self, Budget, InfinigenOptions, PolicyKind, PolicyOptions, Rule, TraceReader};
 
 use crate::common::{Golden, data, load};
@@ -129,6 +129,83 @@ fn batches_of_both_equal_each_alone() {
             alone.decode(token).unwrap();
             assert_eq!(alone.logits().unwrap(), together.logits().unwrap(), "step {step}, session {i}");
         }
+    }
+}
+
+/// Prompts, decoded tokens, calls of several tokens that are decoded one by one, truncations; each call made to fail at
+/// some places before it is made.
+#[test]
+fn the_device_evicts_what_the_host_does() {
+    let folder = data().join("golden").join("smollm2");
+    let model = load(&folder, Some(DType::F32));
+    let tokens = tokens(&model, &Golden::read(&folder, ""), 90);
+    let singly = |from: usize, to: usize| (from..to).map(|i| (i, i + 1)).collect::<Vec<_>>();
+    let short = [vec![(0, 9)], singly(9, 40), vec![(40, 46)], singly(46, 60), vec![(60, 2)], singly(2, 30)].concat();
+    let long = [vec![(0, 37)], singly(37, 50), vec![(50, 62)], singly(62, 66), vec![(66, 0), (0, 30)], singly(30, 36)];
+    let back = [vec![(0, 12)], singly(12, 19), vec![(19, 14)], singly(14, 45), vec![(45, 44)], singly(45, 50)].concat();
+    for (number, (kind, pool, cache, rule, payload, calls)) in [
+        (Eviction::Fifo, 20, 12, Rule::Share(0.2), Payload::Exact, &short),
+        (Eviction::Lru, 20, 13, Rule::Share(0.2), Payload::Int8, &short),
+        (Eviction::Counter, 22, 14, Rule::Probability { below: 4.0, most: 0.3 }, Payload::Exact, &short),
+        (Eviction::Lru, 18, 60, Rule::Share(0.2), Payload::Exact, &short),
+        (Eviction::Counter, 8, 8, Rule::Share(0.2), Payload::Int4, &long.concat()),
+        (Eviction::Fifo, 24, 24, Rule::Paper { alpha: 2.0, most: 0.2 }, Payload::Int8, &long.concat()),
+        (Eviction::Counter, 20, 11, Rule::Share(0.3), Payload::Int8, &long.concat()),
+        (Eviction::Lru, 22, 12, Rule::Share(0.2), Payload::Exact, &back),
+        (Eviction::Counter, 22, 12, Rule::Share(0.2), Payload::Int8, &back),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let files = tempfile::tempdir().unwrap();
+        let traced = |name: &str| {
+            let mut options = options(cache, rule);
+            let policy = &mut options.policy;
+            (policy.eviction, policy.pool_tokens, policy.payload) = (kind, pool, payload);
+            policy.trace = Some(files.path().join(name));
+            options.prefill_chunk = 11;
+            options
+        };
+        let left = Arc::new(AtomicUsize::new(0));
+        let mut device = on_device(&model, &traced("device"), &left);
+        let mut host = failing(&model, &traced("host"), &left);
+        let mut evicted = 0;
+        for (call, &(from, to)) in calls.iter().enumerate() {
+            let case = format!("{kind:?}, {pool} rows, {cache} slots, {rule:?}, {payload:?}, tokens {from}..{to}");
+            let make = |session: &mut Session| match to {
+                to if to < from => session.truncate(to).map(|()| Vec::new()),
+                to if to == from + 1 => session.decode(tokens[from]).and_then(|()| Ok(session.logits()?.to_vec())),
+                to => session.prefill(&tokens[from..to]).and_then(|()| Ok(session.logits()?.to_vec())),
+            };
+            let first = 1 + (7 * call + number) % 5;
+            for fail in [first, 6 * first + 1, 40 * first, 113 * first, 0] {
+                let fail = if to < from { 0 } else { fail };
+                let both = [&mut device, &mut host].map(|session| {
+                    left.store(fail, Ordering::Relaxed);
+                    let made = make(session);
+                    let failed = fail > 0 && left.swap(0, Ordering::Relaxed) == 0;
+                    // A truncation that is refused is a result as well.
+                    let made = made.map_err(|error| error.to_string());
+                    assert!(made.is_err() || !failed, "{case}");
+                    (failed, made, session.tokens().len())
+                });
+                assert!(both[0] == both[1], "{case}, made to fail at {fail}: {:?}, {:?}", both[0].1, both[1].1);
+                if !both[0].0 {
+                    break;
+                }
+            }
+            let (a, b) = (device.kv_counters().unwrap(), host.kv_counters().unwrap());
+            assert_eq!(
+                (a.steps, a.selected, a.misses, a.hits, a.attended, a.candidates, a.held, a.evicted),
+                (b.steps, b.selected, b.misses, b.hits, b.attended, b.candidates, b.held, b.evicted),
+                "{case}"
+            );
+            evicted = b.evicted;
+        }
+        assert!(evicted > 0, "nothing was evicted");
+        drop((device, host));
+        let of = |name: &str| std::fs::read(files.path().join(name)).unwrap();
+        assert!(of("device") == of("host"), "{kind:?}, {pool} rows, {cache} slots, {rule:?}: traces differ");
     }
 }
 

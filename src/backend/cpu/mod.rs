@@ -13,6 +13,7 @@
 mod activation;
 mod attention;
 mod embed;
+mod evict;
 mod gemm;
 mod index;
 mod log_probability;
@@ -34,8 +35,8 @@ mod view;
 
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
-    KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
-    RowsMut, Segment, Selected, Selection, Shape, Slot, Slots, StoredRuns, Stream, Visible,
+    KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation,
+    Rows, RowsMut, Segment, Selected, Selection, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, Result};
 use memory::ScratchPool;
@@ -483,10 +484,11 @@ impl Backend for CpuBackend {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
-        for (sequence, selected) in sequences.iter_mut().zip(&selected) {
+        for (sequence, selected) in sequences.iter_mut().zip(&mut selected) {
             let (mut moves, mut saves) = (Vec::new(), Vec::new());
-            for (head, rows) in selected.rows.iter().enumerate() {
+            for (head, rows) in selected.rows.iter_mut().enumerate() {
                 let first = moves.len();
+                evict::select(&mut sequence.slots, head, rows);
                 slots::request(&mut sequence.slots, head, rows, &mut moves);
                 saves.extend((0..).zip(&moves[first..]).map(|(to, m)| Move { from: m.to, to, ..*m }));
             }
@@ -501,7 +503,14 @@ impl Backend for CpuBackend {
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
         let Admission { row, mut slots, mut store, mut cache, saved, mut index, maps } = admission;
         let heads = slots.geometry.kv_heads;
-        let admitted: Vec<u32> = (0..heads).map(|head| slots::admit(&mut slots, head, row as u32)).collect();
+        let mut rows = vec![row as u32; heads];
+        if slots.pool.is_some() {
+            for (head, row) in rows.iter_mut().enumerate() {
+                let selected = slots::has_selected(&slots, head);
+                *row = evict::place(&mut slots, head, selected, &store, &mut index);
+            }
+        }
+        let admitted: Vec<u32> = (0..).zip(&rows).map(|(head, &row)| slots::admit(&mut slots, head, row)).collect();
         if let Some(mut saved) = saved {
             let to = slots.geometry.selected as u32;
             let saves = (0..).zip(&admitted).map(|(head, &from)| Move { head, from, to });
@@ -509,13 +518,25 @@ impl Backend for CpuBackend {
         }
         let runs = store.runs();
         let (geometry, payload) = (*runs.geometry(), runs.payload());
-        let places: Vec<Slot> = (0..heads).map(|head| runs.slot(head, row)).collect();
+        let places: Vec<Slot> = (0..).zip(&rows).map(|(head, &row)| runs.slot(head, row as usize)).collect();
         self.encode_kv(stream, keys, values, payload, &geometry, &places, store.buffers_mut())?;
         self.store_kv_rows(stream, keys, values, &mut cache, &admitted)?;
         let columns = heads * maps.outputs;
         let mut partial = self.allocate(4 * columns, Place::Device, "a partial key")?;
         self.project_heads(stream, keys, maps, partial.rows_mut(DType::F32, 1, columns))?;
-        self.index_append(stream, partial.rows(DType::F32, 1, columns), &mut index, row)
+        self.index_store_rows(stream, partial.rows(DType::F32, 1, columns), &mut index, &rows)
+    }
+
+    fn copy(&self, _: &Stream, from: &Buffer, to: &mut Buffer) -> Result<()> {
+        assert_eq!(from.bytes(), to.bytes(), "buffers of two sizes");
+        // SAFETY: as many bytes of both, and `to` is borrowed mutably, so that it is another.
+        unsafe { std::ptr::copy_nonoverlapping(from.address(), to.address_mut(), from.bytes()) };
+        Ok(())
+    }
+
+    fn take_back(&self, _: &Stream, lost: Lost<'_>) -> Result<()> {
+        evict::take_back(lost);
+        Ok(())
     }
 
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Tables of a hot cache in a buffer, as [`SlotGeometry`] lays them out: what a device does by itself, here on the host.
 //! Simple rather than fast, and the oracle of every other backend. (`kv::HotCache` is what sessions on the CPU use.)
 
+use super::evict;
 use crate::backend::{Buffer, Guard, Header, Move, SlotGeometry, Slots, SlotsMut};
 
 /// One table.
@@ -11,13 +12,16 @@ struct Table<'a> {
     limit: usize,
     guard: Guard,
     step: u32,
+    /// The token in each row, where it is not the row's number.
+    tokens: Option<Vec<u32>>,
 }
 
 impl<'a> Table<'a> {
     fn new(slots: &'a mut SlotsMut<'_>, head: usize) -> Table<'a> {
         let SlotsMut { geometry, limit, guard, step, .. } = *slots;
         let at = slots.layer * geometry.kv_heads + head;
-        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step };
+        let tokens = slots.pool.as_ref().map(|pool| evict::tokens(pool, at));
+        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step, tokens };
         if table.header(Header::Step) != step {
             table.set(Header::Step, step);
             for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
@@ -50,6 +54,11 @@ impl<'a> Table<'a> {
         &mut self.words[self.geometry.slots_at(self.at) + row as usize]
     }
 
+    /// Whether a row's token never gives way.
+    fn protects(&self, row: u32) -> bool {
+        self.guard.protects(self.tokens.as_ref().map_or(row, |tokens| tokens[row as usize]))
+    }
+
     /// The `i`-th change of this step: `slot` had `row`, last used in `used`.
     fn journal(&mut self, i: usize, slot: u32, row: u32, used: u32) {
         let at = self.geometry.journal_at(self.at) + SlotGeometry::CHANGE * i;
@@ -62,7 +71,7 @@ impl<'a> Table<'a> {
         if (slot as usize) < self.held() {
             let before = self.words[rows + slot as usize];
             self.journal(change, slot, before, self.words[used + slot as usize]);
-            *self.slot_of(before) = SlotGeometry::NONE;
+            *self.slot_of(before) = SlotGeometry::NONE; // or, where its row is a new token's, again below
         } else {
             self.journal(change, slot, SlotGeometry::NONE, 0);
             self.words[self.geometry.count_at(self.at)] += 1;
@@ -89,7 +98,7 @@ impl<'a> Table<'a> {
     fn victims(&self, count: usize) -> Vec<u32> {
         let (used, rows) = (self.geometry.used_at(self.at), self.geometry.rows_at(self.at));
         let mut candidates: Vec<(u32, u32)> = (0..self.held())
-            .filter(|&slot| self.words[used + slot] < self.step && !self.guard.protects(self.words[rows + slot]))
+            .filter(|&slot| self.words[used + slot] < self.step && !self.protects(self.words[rows + slot]))
             .map(|slot| (self.words[used + slot], slot as u32))
             .collect();
         candidates.sort_unstable();
@@ -133,12 +142,23 @@ pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], m
     table.add(Header::AllMissed, missed);
 }
 
-/// Gives a new row a slot.
+/// Whether this step has selected a row.
+pub(super) fn has_selected(slots: &SlotsMut<'_>, head: usize) -> impl Fn(u32) -> bool + use<> {
+    let (g, table, step) = (slots.geometry, slots.layer * slots.geometry.kv_heads + head, slots.step);
+    let words = words(slots.tables, &g).to_vec();
+    move |row| match words[g.slots_at(table) + row as usize] {
+        SlotGeometry::NONE => false,
+        slot => words[g.used_at(table) + slot as usize] == step,
+    }
+}
+
+/// Gives a new row a slot, or a row that holds another token now the one that it has.
 pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     let mut table = Table::new(slots, head);
-    let slot = match table.held() {
-        held if held < table.limit => held as u32,
-        _ => table.victims(1)[0],
+    let slot = match (*table.slot_of(row), table.held()) {
+        (SlotGeometry::NONE, held) if held < table.limit => held as u32,
+        (SlotGeometry::NONE, _) => table.victims(1)[0],
+        (own, _) => own,
     };
     let change = table.header(Header::Changes);
     table.put(change as usize, slot, row);

@@ -38,6 +38,7 @@ modules! {
     AttendPrefill: "attend_prefill";
     AttendPrefillMma: "attend_prefill_mma";
     Embed: "embed";
+    Evict: "evict";
     Gather: "gather";
     Gemm: "gemm";
     Index: "index";

@@ -12,6 +12,7 @@ mod attention;
 mod blas;
 mod block;
 mod context;
+mod evict;
 mod index;
 mod kernels;
 mod mass;
@@ -30,8 +31,8 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
-    KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
+    KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut,
+    Segment, Selected, Shape, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, Stream, Visible,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -173,6 +174,16 @@ fn assert_saved(geometry: &SlotGeometry, cache: &KvRunsMut<'_>, saved: &Option<K
     if let Some(saved) = saved {
         assert_eq!((saved.geometry(), saved.layer_offset()), (cache.geometry(), cache.layer_offset()));
         assert!(saved.capacity() > geometry.selected, "no room for what a step changes");
+    }
+}
+
+/// Asserts that a pool, if there is one, is as long as its shape says and has the rows that are asked for.
+fn assert_pool(slots: &SlotsMut<'_>) {
+    if let Some(pool) = &slots.pool {
+        evict::assert_pool(pool.tables, pool.lost, &pool.geometry, slots.layer);
+        assert_eq!((pool.geometry.layers, pool.geometry.kv_heads), (slots.geometry.layers, slots.geometry.kv_heads));
+        let rows = pool.rows + usize::from(!pool.full);
+        assert!(rows <= pool.geometry.rows && rows <= slots.geometry.rows, "rows past the end");
     }
 }
 
@@ -404,6 +415,11 @@ impl Backend for CudaBackend {
         true
     }
 
+    /// Of `infinigen`, whose pools it keeps.
+    fn has_eviction(&self) -> bool {
+        true
+    }
+
     fn copy_kv(
         &self,
         stream: &Stream,
@@ -560,6 +576,7 @@ impl Backend for CudaBackend {
             assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
             assert_saved(&slots.geometry, to, saved);
+            assert_pool(slots);
         }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::prefetch(&self.shared, &mut queue, queries, sequences)
@@ -571,6 +588,7 @@ impl Backend for CudaBackend {
         let store = store.runs();
         assert_tables(slots.tables, &slots.geometry, slots.layer);
         assert_saved(&slots.geometry, cache, saved);
+        assert_pool(slots);
         let (a, b) = (store.geometry(), cache.geometry());
         assert_eq!(
             (a.kv_heads, a.head_dim, a.dtype, a.extent_tokens),
@@ -586,6 +604,18 @@ impl Backend for CudaBackend {
         assert!(slots.limit > 0 && slots.limit <= slots.geometry.slots.min(cache.capacity()), "slots past the end");
         let (mut queue, _entered) = self.enter(stream)?;
         slots::admit(&self.shared, &mut queue, keys, values, admission)
+    }
+
+    fn copy(&self, stream: &Stream, from: &Buffer, to: &mut Buffer) -> Result<()> {
+        assert!(from.bytes() == to.bytes() && from.bytes().is_multiple_of(8), "buffers of two sizes, or of no words");
+        let (mut queue, _entered) = self.enter(stream)?;
+        evict::copy(&self.shared, &mut queue, from, to)
+    }
+
+    fn take_back(&self, stream: &Stream, lost: Lost<'_>) -> Result<()> {
+        evict::assert_pool(lost.tables, lost.lost, &lost.geometry, lost.layer);
+        let (mut queue, _entered) = self.enter(stream)?;
+        evict::take_back(&self.shared, &mut queue, lost)
     }
 
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {

@@ -1,6 +1,7 @@
 //! The hot cache with its tables on the device: prefetch, admit, refill. Launches only; nothing waits.
 
 use super::block::{bytes_of, plain};
+use super::evict::{self, Pool};
 use super::index::{self, Layout, extent_table};
 use super::kernels::{Kernel, Module};
 use super::queue::Queue;
@@ -30,6 +31,7 @@ plain! {
         from: u32,
         step: u32,
         row: u32,
+        pool: Pool,
     }
 
     struct Request {
@@ -131,6 +133,7 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         from: guard.from,
         step,
         row: row as u32,
+        pool: evict::pool_of(slots.pool.as_ref(), layer),
     }
 }
 

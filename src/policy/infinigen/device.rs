@@ -4,12 +4,14 @@
 //! rehearsal, lookup and fetch run on the side stream ([`Step::fetch`]) from the moment its queries are predicted; its
 //! attention waits for them. The store is host memory that the device reads and writes in place.
 
+mod room;
+
 use std::sync::Arc;
 
-use crate::backend::{
-    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, SlotGeometry, Visible,
+use crate::backend::{AttentionShape, Backend, Event, KvRuns, Place, Prefetch, Rows, Visible};
+use crate::kv::{
+    self, CacheMut, DeviceCache, DevicePool, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store,
 };
-use crate::kv::{self, DeviceCache, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
 use crate::Result;
 
@@ -18,9 +20,7 @@ use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
 use super::traced::Traced;
 use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
-
-/// Rows of the smallest tables.
-const LEAST_ROWS: usize = 1024;
+pub(super) use room::table_bytes;
 
 pub(in crate::policy) struct OnDevice {
     plan: Plan,
@@ -29,8 +29,13 @@ pub(in crate::policy) struct OnDevice {
     index: SequenceIndex,
     cache: DeviceCache,
     prompt: Prompt,
-    /// Says how many tokens there may be: nothing is evicted here.
+    /// How many tokens and rows there are; the pool knows which.
     held: Held,
+    pool: Option<DevicePool>,
+    /// Tokens that the resident layers take room for at once; see [`super::Infinigen`].
+    resident_tokens: usize,
+    /// New tokens of the call under way.
+    call: usize,
     /// Whether every token held is in the cache, and whether that was so when this step began.
     whole: bool,
     whole_before: bool,
@@ -45,7 +50,7 @@ pub(in crate::policy) struct OnDevice {
     row_bytes: usize,
     /// Where the store's memory is.
     place: Place,
-    /// Most tokens of the session.
+    /// Most rows of the session.
     capacity: usize,
     backend: Arc<dyn Backend>,
 }
@@ -61,6 +66,10 @@ impl OnDevice {
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
         let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
+        let (capacity, resident_tokens) = match plan::full_rows(options, capacity) {
+            (rows, _) if options.eviction == Eviction::Off => (rows, 0),
+            full => full,
+        };
         Ok(OnDevice {
             resident: SequenceKv::new(pool.clone(), resident),
             store: RamStore::new(pool.clone(), &*backend, stored, options.payload, place),
@@ -69,7 +78,10 @@ impl OnDevice {
             prompt: Prompt::new(pool, stored),
             whole: true,
             whole_before: true,
-            held: Held::new(options, 0, &stored),
+            held: Held::on_device(options, plan::least_rows(&options.infinigen), &stored),
+            pool: DevicePool::new(&*backend, options.eviction, &stored, options.payload, &index, capacity)?,
+            resident_tokens,
+            call: 0,
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -93,79 +105,20 @@ impl OnDevice {
         layer.checked_sub(self.plan.resident_layers)
     }
 
-    /// Whether a sequence of `length` tokens fits the cache.
-    fn fits(&self, length: usize) -> bool {
-        length <= self.plan.slots(length)
-    }
-
-    /// Makes room for a sequence of `length` tokens.
-    fn make_room(&mut self, length: usize) -> Result<()> {
-        let prompt = length > self.held.now().0 + 1;
-        self.held.wanted(length, 1, 0)?;
-        self.resident.reserve(length)?;
-        self.index.reserve(length)?;
-        self.cache.reserve(self.plan.slots(length))?;
-        if length > self.cache.rows() {
-            let rows = table_rows(length, self.capacity);
-            let (slots, most) = (self.plan.slots(rows), self.plan.most_selected(rows));
-            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
-        }
-        self.store.reserve(length)?;
-        self.prompt.reserve(if prompt { length } else { 0 }, &self.store)
-    }
-
-    /// Gives back room beyond that of `length` tokens.
-    fn give_back(&mut self, length: usize) {
-        self.cache.shrink(if length == 0 { 0 } else { self.plan.slots(length) });
-        self.prompt.release();
-        self.resident.truncate(length);
-        self.index.truncate(length);
-        self.store.truncate(length);
-    }
-
-    fn admit(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
-        self.cache.prepare(step.backend, step.stream)?;
-        let length = step.position + 1;
-        let cache = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
-        let admission = Admission {
-            row: step.position,
-            slots: cache.slots,
-            store: self.store.entries_mut(layer),
-            cache: cache.entries,
-            saved: cache.saved,
-            index: self.index.layer_mut(layer),
-            maps: self.plan.key_maps(step.layer),
-        };
-        step.backend.admit(step.stream, keys, values, admission)
+    /// Whether a pool of `rows` rows fits the cache.
+    fn fits(&self, rows: usize) -> bool {
+        rows <= self.plan.slots(rows)
     }
 
     /// Writes down what the last token has selected, where that is asked for.
     fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
-        self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache))
+        self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache, self.pool.as_ref()))
     }
-}
-
-/// Rows of the tables of a sequence of `length` tokens: they grow seldom, because that takes a while, and not directly
-/// after a prompt.
-fn table_rows(length: usize, capacity: usize) -> usize {
-    (length + LEAST_ROWS / 2).next_power_of_two().max(LEAST_ROWS).min(capacity)
-}
-
-/// Bytes that the tables of a full session take, and what a step that is undone brings back.
-pub(super) fn table_bytes(options: &PolicyOptions, stored: &KvGeometry, capacity: usize) -> usize {
-    let (own, rows) = (&options.infinigen, table_rows(capacity, capacity));
-    let (slots, selected) = (plan::slots(own, rows), plan::most_selected(own, rows, 0));
-    let lists = if options.trace.is_some() { stored.layers } else { 1 };
-    let tables = SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, lists };
-    let saved = if options.payload == Payload::Exact { 0 } else { stored.extents(selected + 1) };
-    tables.bytes() + saved * stored.extent_bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
 fn refuse(options: &PolicyOptions) -> Result<()> {
-    let what = if options.eviction != Eviction::Off {
-        "eviction from a full pool"
-    } else if matches!(options.tier, KvTier::File(_)) {
+    let what = if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
     } else if !options.infinigen.attend_cache {
         "a cache that is not attended whole (paper mode)"
@@ -177,12 +130,13 @@ fn refuse(options: &PolicyOptions) -> Result<()> {
 
 impl Policy for OnDevice {
     fn reserve(&mut self, length: usize) -> Result<()> {
-        let before = self.held.now().0;
-        if let Err(error) = self.make_room(length) {
-            self.give_back(before);
-            return Err(error);
-        }
+        self.call = length - self.held.now().0;
+        let rows = self.find_room(length)?;
+        self.held.begin(rows);
         self.cache.begin();
+        if let Some(pool) = &mut self.pool {
+            pool.begin();
+        }
         self.prompt.begin();
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
@@ -197,20 +151,33 @@ impl Policy for OnDevice {
             return Ok(());
         }
         self.write_trace(step)?;
-        self.cache.grow(step.backend, step.stream)
+        self.cache.grow(step.backend, step.stream)?;
+        if step.phase == Phase::Decode {
+            self.cache.next_token();
+        }
+        match &mut self.pool {
+            Some(pool) if step.phase == Phase::Decode => {
+                if self.call > 1 {
+                    self.cache.keep_all(step.backend, step.stream)?;
+                }
+                pool.keep(step.backend, step.stream)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
-        self.stored(layer)?;
-        (!(self.whole && self.fits(position + 1))).then(|| self.plan.lookahead(layer))
+        let stored = self.stored(layer)?;
+        let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
+        let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
+        (!(self.whole && self.fits(after)) || watched).then(|| self.plan.lookahead(layer))
     }
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
-        let length = position + 1;
-        let cache = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
-        let (slots, to, saved) = (cache.slots, cache.entries, cache.saved);
-        let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
+        let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
+        let place = self.place(stored, position);
+        let CacheMut { slots, entries: to, saved } = place.cache(&mut self.cache, self.pool.as_mut());
         Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, saved }))
     }
 
@@ -218,7 +185,7 @@ impl Policy for OnDevice {
         if let Some(layer) = self.stored(step.layer) {
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
             if let Some(trace) = &mut self.trace {
-                trace.rehearsed(step, layer, step.position);
+                trace.rehearsed(step, layer, self.held.count(layer, step.position));
             }
         }
         Ok(())
@@ -236,6 +203,7 @@ impl Policy for OnDevice {
             }
             return self.admit(step, layer, keys, values);
         }
+        self.held.extend(layer, step.rows);
         self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, keys)?;
@@ -255,7 +223,6 @@ impl Policy for OnDevice {
         if step.phase != Phase::Decode {
             return self.prompt.land(step, layer, &mut self.store);
         }
-        self.counters.candidates += (self.kv_heads() * step.position) as u64;
         self.counters.held += (self.kv_heads() * (step.position + 1)) as u64;
         Ok(())
     }
@@ -265,7 +232,7 @@ impl Policy for OnDevice {
             None => (self.resident.layer(step.layer), Visible::Causal),
             Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
             Some(layer) => {
-                let limit = self.plan.slots(step.position + 1);
+                let limit = self.plan.slots(self.held.count(layer, step.position + 1));
                 (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit)))
             }
         }
@@ -285,9 +252,9 @@ impl Policy for OnDevice {
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
         self.held.commit(length);
-        if step.phase == Phase::Decode && !self.prompt.ended() {
-            self.whole &= self.fits(length);
-            self.counters.steps += 1;
+        if !self.prompt.ended() {
+            self.whole &= self.fits(self.held.count(0, length));
+            self.counters.steps += step.rows as u64;
             return self.write_trace(step);
         }
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
@@ -323,14 +290,26 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut() {
             columns.roll_back();
         }
+        if let Some(pool) = &mut self.pool {
+            let begun = self.held.begun_tokens();
+            pool.undo(step.backend, step.stream, begun, &mut self.store, &mut self.index)?;
+        }
         self.cache.undo(step.backend, step.stream, &self.store)?;
-        self.held.commit(length);
-        self.give_back(length);
+        self.held.undo();
+        self.give_back(length, self.held.count(0, length));
         Ok(())
+    }
+
+    fn can_truncate(&self, length: usize) -> Result<()> {
+        self.held.can_truncate(length)
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         self.cache.begin();
+        self.held.truncate(length);
+        if let Some(pool) = &mut self.pool {
+            pool.truncate(step.backend, step.stream, length)?;
+        }
         let (plan, heads) = (&self.plan, self.kv_heads());
         self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
             cache.truncate(layer, length as u32, moves);
@@ -338,14 +317,18 @@ impl Policy for OnDevice {
         })?;
         self.cache.begin();
         self.whole |= self.fits(length + 1);
-        self.held.commit(length);
-        self.give_back(length);
+        self.give_back(length, length);
         Ok(())
+    }
+
+    fn prefills(&self, position: usize, tokens: usize) -> usize {
+        self.held.in_full(position, tokens)
     }
 
     fn bytes(&self) -> TierBytes {
         let (stored, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
+        let device = device + self.pool.as_ref().map_or(0, DevicePool::bytes);
         match self.place {
             Place::Pinned => TierBytes { device, pinned: stored, file },
             Place::Device => TierBytes { device: device + stored, pinned: 0, file },
@@ -354,6 +337,11 @@ impl Policy for OnDevice {
 
     fn count(&mut self, step: &Step<'_>) -> Result<()> {
         self.totals = self.cache.totals(step.backend, step.stream)?;
+        if let (Some(pool), false) = (&self.pool, self.held.in_order()) {
+            if let Some(token) = pool.first_lost(step.backend, step.stream)? {
+                self.held.set_lost(token);
+            }
+        }
         Ok(())
     }
 

@@ -486,7 +486,7 @@ pub(super) fn estimate(
     if !backend.selects_on_device() {
         return TierBytes { device, pinned: host, file };
     }
-    let device = device + device::table_bytes(options, &stored, capacity);
+    let device = device + device::table_bytes(options, &stored, &index, rows);
     if options.tier == KvTier::Host {
         TierBytes { device, pinned: host, file }
     } else {

@@ -126,14 +126,6 @@ impl Plan {
         self.rehearsal(runs, layer, position, (rows, from, to), most)
     }
 
-    /// The rehearsal of a layer with this index for the token at `position`, where row t is the token at position t.
-    pub(super) fn rehearsal_in_order<'a>(&self, runs: IndexRuns<'a>, layer: usize, position: usize) -> Rehearsal<'a> {
-        let guard = self.guard(position + 1);
-        let from = (guard.below as usize).min(position);
-        let to = (guard.from as usize).clamp(from, position);
-        self.rehearsal(runs, layer, position, (position, from, to), self.most_selected(position + 1))
-    }
-
     fn rehearsal<'a>(
         &self,
         runs: IndexRuns<'a>,
@@ -163,6 +155,11 @@ impl Plan {
     /// Most rows that a rehearsal for a sequence of `length` tokens selects.
     pub(super) fn most_selected(&self, length: usize) -> usize {
         most_selected(&self.options, length, 0)
+    }
+
+    /// As [`Plan::most_selected`], before what is guarded was left out of it: see [`Plan::rehearsal_held`].
+    pub(super) fn most_rehearsed(&self, length: usize, evicts: bool) -> usize {
+        most_rehearsed(&self.options, length, evicts)
     }
 
     /// Rows of a prompt of `length` tokens that may get a slot by their rank, though others get one anyway.
@@ -208,6 +205,11 @@ pub(super) fn most_selected(options: &InfinigenOptions, length: usize, more: usi
     };
     let wanted = most.tokens(length).saturating_add(more);
     wanted.min(slots(options, length).saturating_sub(always(options))).max(1)
+}
+
+/// Most rows that a rehearsal selects where the window may be among them, if the pool ever `evicts`.
+pub(super) fn most_rehearsed(options: &InfinigenOptions, length: usize, evicts: bool) -> usize {
+    most_selected(options, length, if evicts { options.window } else { 0 })
 }
 
 /// Fewest rows of a pool that can evict: sinks, window with the newest token, and a victim.
