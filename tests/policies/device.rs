@@ -132,17 +132,19 @@ fn batches_of_both_equal_each_alone() {
     }
 }
 
-/// Prompts, decoded tokens, calls of several tokens that are decoded one by one, truncations; each call made to fail at
-/// some places before it is made.
+/// Prompts, decoded tokens, calls of several tokens that are decoded one by one, truncations; other calls in their place are
+/// made to fail before.
 #[test]
 fn the_device_evicts_what_the_host_does() {
     let folder = data().join("golden").join("smollm2");
     let model = load(&folder, Some(DType::F32));
-    let tokens = tokens(&model, &Golden::read(&folder, ""), 90);
+    let tokens = tokens(&model, &Golden::read(&folder, ""), 400);
     let singly = |from: usize, to: usize| (from..to).map(|i| (i, i + 1)).collect::<Vec<_>>();
     let short = [vec![(0, 9)], singly(9, 40), vec![(40, 46)], singly(46, 60), vec![(60, 2)], singly(2, 30)].concat();
     let long = [vec![(0, 37)], singly(37, 50), vec![(50, 62)], singly(62, 66), vec![(66, 0), (0, 30)], singly(30, 36)];
-    let back = [vec![(0, 12)], singly(12, 19), vec![(19, 14)], singly(14, 45), vec![(45, 44)], singly(45, 50)].concat();
+    let back = [vec![(0, 12)], singly(12, 21), vec![(21, 8)], singly(8, 45), vec![(45, 44)], singly(45, 50)].concat();
+    // Until counters saturate.
+    let on = [vec![(0, 8)], singly(8, 400)].concat();
     for (number, (kind, pool, cache, rule, payload, calls)) in [
         (Eviction::Fifo, 20, 12, Rule::Share(0.2), Payload::Exact, &short),
         (Eviction::Lru, 20, 13, Rule::Share(0.2), Payload::Int8, &short),
@@ -153,6 +155,7 @@ fn the_device_evicts_what_the_host_does() {
         (Eviction::Counter, 20, 11, Rule::Share(0.3), Payload::Int8, &long.concat()),
         (Eviction::Lru, 22, 12, Rule::Share(0.2), Payload::Exact, &back),
         (Eviction::Counter, 22, 12, Rule::Share(0.2), Payload::Int8, &back),
+        (Eviction::Counter, 13, 60, Rule::Share(0.3), Payload::Exact, &on),
     ]
     .into_iter()
     .enumerate()
@@ -172,24 +175,28 @@ fn the_device_evicts_what_the_host_does() {
         let mut evicted = 0;
         for (call, &(from, to)) in calls.iter().enumerate() {
             let case = format!("{kind:?}, {pool} rows, {cache} slots, {rule:?}, {payload:?}, tokens {from}..{to}");
-            let make = |session: &mut Session| match to {
-                to if to < from => session.truncate(to).map(|()| Vec::new()),
-                to if to == from + 1 => session.decode(tokens[from]).and_then(|()| Ok(session.logits()?.to_vec())),
-                to => session.prefill(&tokens[from..to]).and_then(|()| Ok(session.logits()?.to_vec())),
+            let make = |session: &mut Session, fail: usize| {
+                let text: Vec<u32> = (from..to).map(|i| tokens[(i + 7 * fail) % tokens.len()]).collect();
+                match text.len() {
+                    0 => session.truncate(to).map(|()| Vec::new()),
+                    1 => session.decode(text[0]).and_then(|()| Ok(session.logits()?.to_vec())),
+                    _ => session.prefill(&text).and_then(|()| Ok(session.logits()?.to_vec())),
+                }
             };
             let first = 1 + (7 * call + number) % 5;
             for fail in [first, 6 * first + 1, 40 * first, 113 * first, 0] {
-                let fail = if to < from { 0 } else { fail };
+                let fail = if to < from || from > 90 { 0 } else { fail };
                 let both = [&mut device, &mut host].map(|session| {
                     left.store(fail, Ordering::Relaxed);
-                    let made = make(session);
+                    let made = make(session, fail);
                     let failed = fail > 0 && left.swap(0, Ordering::Relaxed) == 0;
                     // A truncation that is refused is a result as well.
                     let made = made.map_err(|error| error.to_string());
                     assert!(made.is_err() || !failed, "{case}");
                     (failed, made, session.tokens().len())
                 });
-                assert!(both[0] == both[1], "{case}, made to fail at {fail}: {:?}, {:?}", both[0].1, both[1].1);
+                let errors = both.each_ref().map(|(_, made, _)| made.as_ref().err());
+                assert!(both[0] == both[1], "{case}, made to fail at {fail}: {errors:?}");
                 if !both[0].0 {
                     break;
                 }
