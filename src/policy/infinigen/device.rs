@@ -337,11 +337,9 @@ impl Policy for OnDevice {
 
     fn count(&mut self, step: &Step<'_>) -> Result<()> {
         self.totals = self.cache.totals(step.backend, step.stream)?;
-        if let (Some(pool), false) = (&self.pool, self.held.in_order()) {
-            if let Some(token) = pool.first_lost(step.backend, step.stream)? {
-                self.held.set_lost(token);
-            }
-        }
+        let parted = self.pool.as_ref().filter(|_| !self.held.in_order());
+        let lost = parted.map(|pool| pool.first_lost(step.backend, step.stream)).transpose()?;
+        lost.flatten().into_iter().for_each(|token| self.held.set_lost(token));
         Ok(())
     }
 
