@@ -8,12 +8,11 @@ mod room;
 
 use std::sync::Arc;
 
+use crate::Result;
 use crate::backend::{AttentionShape, Backend, Event, KvRuns, Place, Prefetch, Rows, Visible};
 use crate::kv::{
     self, CacheMut, DeviceCache, DevicePool, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store,
 };
-
-use crate::Result;
 
 use super::evict::Held;
 use super::plan::{self, Plan};
@@ -29,8 +28,9 @@ pub(in crate::policy) struct OnDevice {
     index: SequenceIndex,
     cache: DeviceCache,
     prompt: Prompt,
-    /// How many tokens and rows there are; the pool knows which.
+    /// How many tokens and rows there are.
     held: Held,
+    /// Which token is in which row, where some may give way.
     pool: Option<DevicePool>,
     /// Tokens that the resident layers take room for at once; see [`super::Infinigen`].
     resident_tokens: usize,

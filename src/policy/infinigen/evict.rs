@@ -3,6 +3,7 @@
 //! - While nothing has been evicted, row t of every run of store and index is the token at position t. From then on each
 //!   KV head of each layer has an order of its own: a new token takes the row of a victim.
 //! - The cache, its guard and the trace speak of tokens; store, index and rehearsals of rows. [`Held`] translates.
+//! - Where a device finds the victims, which token is where is its own to know (`kv::DevicePool`), and here are numbers only.
 //! - A step of several tokens may evict several times; what it changes is written down until the next one begins.
 
 use crate::backend::{KvGeometry, Move};
