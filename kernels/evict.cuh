@@ -66,7 +66,9 @@ __device__ __forceinline__ u32 *key_word(const Layout &p, u64 run, u32 token, u3
 
 // A block leaves of `count` selected rows (ascending) those whose tokens are not guarded, notes their use, and returns how
 // many they are. `scratch` has WARPS and one words.
-__device__ __forceinline__ u32 use_selected(const Pool &p, const Held &held, u32 below, u32 from, u32 *selected, u32 count, u32 *scratch) {
+__device__ __forceinline__ u32 use_selected(
+    const Pool &p, const Held &held, u32 below, u32 from, u32 *selected, u32 count, u32 *scratch
+) {
     const u32 tid = threadIdx.x;
     u32 kept = 0;
     for (u32 first = 0; first < count; first += THREADS) {
@@ -104,7 +106,9 @@ __device__ __forceinline__ u32 use_selected(const Pool &p, const Held &held, u32
 
 // A block finds the row that gives way. `used` are the last uses of slots, `slots` those of rows: what this step has
 // selected stays.
-__device__ __forceinline__ u32 find_victim(const Pool &p, const Held &held, u32 below, u32 from, const u32 *used, const u32 *slots, u32 step) {
+__device__ __forceinline__ u32 find_victim(
+    const Pool &p, const Held &held, u32 below, u32 from, const u32 *used, const u32 *slots, u32 step
+) {
     __shared__ u64 bests[WARPS];
     __shared__ u32 victim;
     u64 least = ~0ull;
