@@ -89,10 +89,9 @@ impl DevicePool {
         2 * geometry.bytes() + geometry.lost_bytes()
     }
 
-    /// Bytes held.
+    /// Bytes held, but for what a call of several tokens overwrites, which is gone when the next one begins.
     pub fn bytes(&self) -> usize {
-        let long = self.long.as_ref().map_or(0, |(_, lost)| lost.bytes());
-        self.tables.bytes() + self.before.bytes() + self.lost.bytes() + long
+        self.tables.bytes() + self.before.bytes() + self.lost.bytes()
     }
 
     /// Makes room for a call that overwrites `rows` rows of each KV head that it began with. On an error nothing has changed.
