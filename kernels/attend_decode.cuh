@@ -5,8 +5,11 @@
 // heads (a group of more is taken in passes). It leaves, per query head, the largest score m, the sum l of exp(score − m)
 // and the values weighted by exp(score − m); the block that finishes last merges the chunks in order. Chunks depend on
 // the segment's own length only, and so do its bits.
+//
+// A thread copies what it will read itself to shared memory, AHEAD steps before: of a short chunk, everything at once.
 #pragma once
 
+#include "async.cuh"
 #include "attend.cuh"
 
 struct Segment {
@@ -42,10 +45,71 @@ struct Decode {
 };
 
 constexpr u32 THREADS = 128, MOST_CHUNK = 256;
-constexpr int UNROLL = 4;
+constexpr int UNROLL = 4;   // rows that a thread reads in a step
+constexpr u32 AHEAD = 4;    // steps
 
 // Tokens of a chunk of a sequence that attends n. (Its twin in Rust sizes the grid.)
 __device__ __forceinline__ u32 chunk_tokens(u32 n) { return n <= 2048 ? 64 : n <= 8192 ? 128 : MOST_CHUNK; }
+
+// The steps of a chunk in order: of keys column by column for each tile of rows, of values row by row for each of columns.
+// Where rows cannot be read 16 bytes at a time, nothing is copied and a step reads them in place.
+template <class T, int V> struct Steps {
+    static constexpr bool COPIED = V != 1;
+    const T *const *rows;
+    uint4 *room;  // AHEAD × UNROLL × THREADS
+    u32 d, count, lanes, lane, sub, subs, tiles, columns;
+    u32 slot;
+    struct At {
+        u32 tile, column;
+        bool value;
+    } next;  // to be copied
+
+    __device__ __forceinline__ Steps(const T *const *rows, uint4 *room, u32 d, u32 count, u32 lanes)
+        : rows(rows), room(room + threadIdx.x), d(d), count(count), lanes(lanes), lane(threadIdx.x % lanes),
+          sub(threadIdx.x / lanes), subs(THREADS / lanes), tiles((count + subs * UNROLL - 1) / (subs * UNROLL)),
+          columns((d + lanes * V - 1) / (lanes * V)), slot(0), next{0, 0, false} {}
+
+    __device__ __forceinline__ u32 row(u32 tile, u32 u) const { return (tile * UNROLL + u) * subs + sub; }
+    __device__ __forceinline__ u32 column(u32 at) const { return (at * lanes + lane) * V; }
+    // Behind the last row it is read again, and weighs nothing.
+    __device__ __forceinline__ const T *address(const At &at, u32 u) const {
+        return rows[min(row(at.tile, u), count - 1)] + (at.value ? d : 0) + column(at.column);
+    }
+
+    // Asks for the next step that was not asked for, into the slot that was read last.
+    __device__ __forceinline__ void copy() {
+        if constexpr (!COPIED) return;
+        if (next.column < columns && count > 0) {
+            if (column(next.column) < d) {
+#pragma unroll
+                for (u32 u = 0; u < UNROLL; u++) {
+                    copy_16(shared_address(room + (slot * UNROLL + u) * THREADS), reinterpret_cast<u64>(address(next, u)));
+                }
+            }
+            if (next.value) {
+                if (++next.tile == tiles) next = {0, next.column + 1, true};
+            } else if (++next.column == columns) {
+                next = {next.tile + 1, 0, false};
+                if (next.tile == tiles) next = {0, 0, true};
+            }
+        }
+        end_group();
+        slot = (slot + 1) % AHEAD;
+    }
+
+    // Reads the step `at`, whose turn it is. Every thread calls it.
+    __device__ __forceinline__ void read(const At &at, float (&x)[UNROLL][V]) {
+        if constexpr (COPIED) {
+            wait_for_groups_but<AHEAD - 1>();
+#pragma unroll
+            for (u32 u = 0; u < UNROLL; u++) unpack<T>(room[(slot * UNROLL + u) * THREADS], x[u]);
+            copy();
+        } else if (column(at.column) < d) {
+#pragma unroll
+            for (u32 u = 0; u < UNROLL; u++) load<T, V>(address(at, u), x[u]);
+        }
+    }
+};
 
 template <class T, int V, int G> __device__ void decode(const Decode &p) {
     extern __shared__ __align__(16) float shared[];
@@ -55,7 +119,8 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
     const u32 d = p.runs.head_dim, lanes = p.lanes;
     float *q = shared;                          // G × d
     float *weights = q + G * d;                 // G × MOST_CHUNK
-    float *sums = weights + G * MOST_CHUNK;     // G × THREADS × V
+    float *sums = weights + G * MOST_CHUNK;     // a warp: G × lanes × V
+    uint4 *room = reinterpret_cast<uint4 *>(sums + THREADS / WARP * G * lanes * V);
 
     const Segment segment = p.segments[blockIdx.z];
     const u32 kv_head = blockIdx.y / p.passes, from_head = blockIdx.y % p.passes * G;
@@ -73,27 +138,32 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
     const u32 head0 = kv_head * p.group + from_head;
 
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < G * d; i += THREADS) {
-        const u32 g = min(i / d, heads - 1);
-        q[i] = p.q[segment.row * p.q_stride + (head0 + g) * d + i % d] * p.scale;
-    }
-#pragma unroll 1
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         const u32 at = first + begin + i;
         rows[i] = run_row<T>(p.runs, segment.extents, kv_head, list ? list[at] : at);
     }
     __syncthreads();
+    Steps<T, V> steps(rows, room, d, count, lanes);
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; i++) steps.copy();
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < G * d; i += THREADS) {
+        const u32 g = min(i / d, heads - 1);
+        q[i] = p.q[segment.row * p.q_stride + (head0 + g) * d + i % d] * p.scale;
+    }
+    __syncthreads();
 
     // Scores: `lanes` threads a row, each V columns at a time.
-    const u32 lane = threadIdx.x % lanes, sub = threadIdx.x / lanes, subs = THREADS / lanes;
+    const u32 lane = steps.lane;
 #pragma unroll 1
-    for (u32 t0 = 0; t0 < count; t0 += subs * UNROLL) {
+    for (u32 tile = 0; tile < steps.tiles; tile++) {
         float scores[UNROLL][G] = {};
 #pragma unroll 1
-        for (u32 c = lane * V; c < d; c += lanes * V) {
+        for (u32 at = 0; at < steps.columns; at++) {
             float k[UNROLL][V];
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) load<T, V>(rows[min(t0 + u * subs + sub, count - 1)] + c, k[u]);
+            steps.read({tile, at, false}, k);
+            const u32 c = steps.column(at);
+            if (c >= d) continue;
 #pragma unroll
             for (int g = 0; g < G; g++) {
                 float part[V];
@@ -107,7 +177,7 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            const u32 t = t0 + u * subs + sub;
+            const u32 t = steps.row(tile, u);
 #pragma unroll
             for (int g = 0; g < G; g++) {
                 float score = scores[u][g];
@@ -142,18 +212,17 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
     const u64 partial = d + 2;
     const u64 heads_all = u64(p.kv_heads) * p.group;
     float *partials = p.partials + (blockIdx.z * heads_all + head0) * p.most_chunks * partial;
+    const u32 warp = threadIdx.x / WARP, width = lanes * V;
 #pragma unroll 1
-    for (u32 c0 = 0; c0 < d; c0 += lanes * V) {
-        const u32 c = c0 + lane * V;
+    for (u32 at = 0; at < steps.columns; at++) {
         float values[G][V] = {};
 #pragma unroll 1
-        for (u32 t0 = 0; t0 < count && c < d; t0 += subs * UNROLL) {
-            float v[UNROLL][V];
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) load<T, V>(rows[min(t0 + u * subs + sub, count - 1)] + d + c, v[u]);
+        for (u32 tile = 0; tile < steps.tiles; tile++) {
+            float v[UNROLL][V] = {};
+            steps.read({tile, at, true}, v);
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
-                const u32 t = t0 + u * subs + sub;
+                const u32 t = steps.row(tile, u);
 #pragma unroll
                 for (int g = 0; g < G; g++) {
                     const float w = t < count ? weights[g * MOST_CHUNK + t] : 0.0f;
@@ -165,15 +234,21 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
 #pragma unroll
         for (int g = 0; g < G; g++) {
 #pragma unroll
-            for (int i = 0; i < V; i++) sums[((sub * G + g) * lanes + lane) * V + i] = values[g][i];
+            for (int i = 0; i < V; i++) {
+                float y = values[g][i];
+#pragma unroll 1
+                for (u32 step = lanes; step < WARP; step *= 2) y += __shfl_xor_sync(FULL, y, step);
+                if (threadIdx.x % WARP < lanes) sums[((warp * G + g) * lanes + lane) * V + i] = y;
+            }
         }
         __syncthreads();
 #pragma unroll 1
-        for (u32 i = threadIdx.x; i < heads * lanes * V; i += THREADS) {
-            const u32 g = i / (lanes * V), column = c0 + i % (lanes * V);
+        for (u32 i = threadIdx.x; i < heads * width; i += THREADS) {
+            const u32 g = i / width, column = at * width + i % width;
             if (column < d) {
                 float y = 0;
-                for (u32 s = 0; s < subs; s++) y += sums[s * G * lanes * V + i];
+#pragma unroll
+                for (u32 w = 0; w < THREADS / WARP; w++) y += sums[w * G * width + i];
                 if (chunks == 1) {
                     p.out[segment.row * p.out_stride + (head0 + g) * d + column] = n ? y / total[g] : 0.0f;
                 } else {
@@ -200,7 +275,6 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
     __threadfence();
     if (threadIdx.x == 0) *counter = 0;
     // A warp a head finds the largest score of all chunks.
-    const u32 warp = threadIdx.x / WARP;
 #pragma unroll 1
     for (u32 g = warp; g < heads; g += THREADS / WARP) {
         const float *from = partials + g * p.most_chunks * partial;
@@ -250,7 +324,8 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
 // The kernels of a type of KV, each in a file of its own: one that is not used is not compiled. NAME_G for rows whose
 // halves 16 bytes divide, NAME_scalar_G for others.
 #define DECODE(NAME, T)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_2(Decode p) { decode<T, LANES<T>, 2>(p); }           \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_4(Decode p) { decode<T, LANES<T>, 4>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_1(Decode p) { decode<T, LANES<T>, 1>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_2(Decode p) { decode<T, LANES<T>, 2>(p); }           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_4(Decode p) { decode<T, LANES<T>, 4>(p); }           \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME##_8(Decode p) { decode<T, LANES<T>, 8>(p); }           \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME##_scalar_2(Decode p) { decode<T, 1, 2>(p); }

@@ -70,13 +70,32 @@ pub(super) const MOST_HEAD_DIM: usize = 256;
 const DECODE_THREADS: usize = 128;
 const MOST_CHUNK: usize = 256;
 
-/// Kernels by query heads that a block takes: 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
-const DECODE_F32: [&str; 4] =
-    ["attend_decode_f32_2", "attend_decode_f32_4", "attend_decode_f32_8", "attend_decode_f32_scalar_2"];
-const DECODE_F16: [&str; 4] =
-    ["attend_decode_f16_2", "attend_decode_f16_4", "attend_decode_f16_8", "attend_decode_f16_scalar_2"];
-const DECODE_BF16: [&str; 4] =
-    ["attend_decode_bf16_2", "attend_decode_bf16_4", "attend_decode_bf16_8", "attend_decode_bf16_scalar_2"];
+/// Of a decode block, what a thread has on its way: steps, rows of a step.
+const AHEAD: usize = 4;
+const UNROLL: usize = 4;
+
+/// Kernels by query heads that a block takes: 1, 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
+const DECODE_F32: [&str; 5] = [
+    "attend_decode_f32_1",
+    "attend_decode_f32_2",
+    "attend_decode_f32_4",
+    "attend_decode_f32_8",
+    "attend_decode_f32_scalar_2",
+];
+const DECODE_F16: [&str; 5] = [
+    "attend_decode_f16_1",
+    "attend_decode_f16_2",
+    "attend_decode_f16_4",
+    "attend_decode_f16_8",
+    "attend_decode_f16_scalar_2",
+];
+const DECODE_BF16: [&str; 5] = [
+    "attend_decode_bf16_1",
+    "attend_decode_bf16_2",
+    "attend_decode_bf16_4",
+    "attend_decode_bf16_8",
+    "attend_decode_bf16_scalar_2",
+];
 
 /// Segments of one decode launch: a grid's third dimension.
 const MOST_SEGMENTS: usize = 65535;
@@ -190,7 +209,8 @@ fn decode(
     // Query heads that a block takes at a time, and the columns that a thread reads at a time.
     let (tile, width) = match group {
         _ if !in_vectors(&geometry) => (2, 1),
-        0..=2 => (2, 16 / geometry.dtype.bytes()),
+        0..=1 => (1, 16 / geometry.dtype.bytes()),
+        2 => (2, 16 / geometry.dtype.bytes()),
         3..=4 => (4, 16 / geometry.dtype.bytes()),
         _ => (8, 16 / geometry.dtype.bytes()),
     };
@@ -201,10 +221,8 @@ fn decode(
         DType::U32 => unreachable!("keys and values are not u32"),
     };
     let name = match (width, tile) {
-        (1, _) => names[3],
-        (_, 2) => names[0],
-        (_, 4) => names[1],
-        _ => names[2],
+        (1, _) => names[4],
+        (_, tile) => names[usize::ilog2(tile) as usize],
     };
     let passes = group.div_ceil(tile);
     let lanes = (geometry.head_dim / width).next_power_of_two().min(32);
@@ -248,7 +266,9 @@ fn decode(
         lanes: lanes as u32,
         scale: shape.scale,
     };
-    let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + DECODE_THREADS * width);
+    let copies = if width == 1 { 0 } else { AHEAD * UNROLL * DECODE_THREADS * 16 };
+    let sums = DECODE_THREADS / 32 * lanes * width;
+    let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + sums) + copies;
     let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
     queue.push(shared, kernel, [most_chunks, shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
 }

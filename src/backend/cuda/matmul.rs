@@ -24,6 +24,25 @@ plain! {
         unused: u32,
     }
 
+    struct MatvecMma {
+        x: u64,
+        weight: u64,
+        bias: u64,
+        out: u64,
+        partials: u64,
+        counters: u64,
+        x_stride: u64,
+        out_stride: u64,
+        depth: u32,
+        outputs: u32,
+        rows: u32,
+        row_tiles: u32,
+        parts: u32,
+        ahead: u32,
+        accumulate: u32,
+        unused: u32,
+    }
+
     struct Gemm {
         x: u64,
         weight: u64,
@@ -80,13 +99,22 @@ const SCALAR: [[&str; 2]; 3] = [
 
 /// Kernels on tensor cores, by tiles of eight rows (`matvec_mma.cu`).
 const MMA_KERNELS: [&str; 4] = ["matvec_mma_8", "matvec_mma_16", "matvec_mma_24", "matvec_mma_32"];
-/// Outputs of a block, by tiles of eight rows.
-const MMA_OUTPUTS: [usize; 4] = [16, 32, 32, 32];
+/// Threads of a block there, outputs of a tile, and the depth of a stage.
+const MMA_THREADS: usize = 256;
+const MMA_OUTPUTS: usize = 256;
+const MMA_STAGE: usize = 64;
+
+/// Bytes of shared memory for a stage's weights, and for two stages' activations in three terms, for each tile of eight rows.
+const MMA_WEIGHTS: usize = MMA_OUTPUTS * MMA_STAGE * 2;
+const MMA_ACTIVATIONS: usize = 2 * MMA_STAGE * 3 * 8 * 2;
+
+/// Stages of weights in shared memory, at most, and those that a block has to multiply at least.
+const MMA_AHEAD: usize = 5;
+const MMA_LEAST_STAGES: usize = 4;
 
 /// Elements from which on a matrix goes to tensor cores. Smaller ones have too few blocks of 16 outputs to fill the chip:
 /// on an H100 a step of the 135M model takes 1.24 ms without and 1.51 ms with; of the 7B model 8 rows 11.1 ms and 8.1 ms.
 const MMA_LEAST: usize = 4 << 20;
-const MMA_THREADS: usize = 256;
 
 fn type_index(dtype: DType) -> usize {
     match dtype {
@@ -114,10 +142,10 @@ pub(super) fn decode(
     let index = type_index(weight.dtype);
     // By the matrix alone, never by the rows: the two kernels round differently.
     let large = weight.dtype == DType::BF16 && outputs * weight.inputs >= MMA_LEAST;
-    let (kernel, outputs_a_block, m, threads) = if vectors && large {
-        let tile = rows.div_ceil(8).clamp(1, MMA_KERNELS.len()) - 1;
-        (Kernel::new(Module::MatvecMma, MMA_KERNELS[tile]), MMA_OUTPUTS[tile], 8 * (tile + 1), MMA_THREADS)
-    } else if vectors {
+    if vectors && large {
+        return on_tensor_cores(shared, queue, x, weight, accumulate, out);
+    }
+    let (kernel, outputs_a_block, m) = if vectors {
         let tile = match rows {
             // Two outputs a warp once there are warps enough to fill the chip twice.
             0..=1 => usize::from(outputs >= 16384),
@@ -126,11 +154,11 @@ pub(super) fn decode(
             _ => 4,
         };
         let (m, r) = TILES[tile];
-        (Kernel::new(Module::Matvec, VECTOR[index][tile]), WARPS * r, m, 32 * WARPS)
+        (Kernel::new(Module::Matvec, VECTOR[index][tile]), WARPS * r, m)
     } else {
         let tile = usize::from(rows > 1);
         let (m, r) = SCALAR_TILES[tile];
-        (Kernel::new(Module::Matvec, SCALAR[index][tile]), WARPS * r, m, 32 * WARPS)
+        (Kernel::new(Module::Matvec, SCALAR[index][tile]), WARPS * r, m)
     };
     let tiles = rows.div_ceil(m);
     let params = Matvec {
@@ -148,7 +176,48 @@ pub(super) fn decode(
         unused: 0,
     };
     let grid = [tiles * outputs.div_ceil(outputs_a_block), 1, 1];
-    queue.push(shared, kernel, grid, threads, &params)
+    queue.push(shared, kernel, grid, 32 * WARPS, &params)
+}
+
+/// See `kernels/matvec_mma.cu`. How the work is cut into parts depends on the matrix and the device alone.
+fn on_tensor_cores(
+    shared: &Shared,
+    queue: &mut Queue,
+    x: Rows<'_>,
+    weight: &Linear,
+    accumulate: bool,
+    out: RowsMut<'_>,
+) -> Result<()> {
+    let (rows, outputs) = (x.rows(), weight.outputs);
+    let eights = rows.div_ceil(8).clamp(1, MMA_KERNELS.len());
+    let row_tiles = rows.div_ceil(8 * eights);
+    let tiles = outputs.div_ceil(MMA_OUTPUTS);
+    let stages = tiles * weight.inputs.div_ceil(MMA_STAGE);
+    let parts = shared.context.multiprocessors.min(stages / MMA_LEAST_STAGES).max(1);
+    let activations = MMA_ACTIVATIONS * eights;
+    let ahead = (shared.context.shared_bytes.saturating_sub(1024 + activations) / MMA_WEIGHTS).clamp(2, MMA_AHEAD);
+    let partials = queue.scratch(Use::Sums, parts * row_tiles * 2 * MMA_OUTPUTS * 8 * eights * 4)?;
+    let counters = queue.scratch(Use::Finished, tiles * row_tiles * 4)?;
+    let params = MatvecMma {
+        x: address(x.base()),
+        weight: address(weight.rows().base()),
+        bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
+        out: address(out.base()),
+        partials,
+        counters,
+        x_stride: x.stride() as u64,
+        out_stride: out.stride() as u64,
+        depth: weight.inputs as u32,
+        outputs: outputs as u32,
+        rows: rows as u32,
+        row_tiles: row_tiles as u32,
+        parts: parts as u32,
+        ahead: ahead as u32,
+        accumulate: accumulate.into(),
+        unused: 0,
+    };
+    let kernel = Kernel::new(Module::MatvecMma, MMA_KERNELS[eights - 1]).with_shared(ahead * MMA_WEIGHTS + activations);
+    queue.push(shared, kernel, [parts * row_tiles, 1, 1], MMA_THREADS, &params)
 }
 
 /// `out = x · weightᵀ (+ out) + bias`, blocked for arithmetic.
