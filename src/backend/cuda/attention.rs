@@ -43,8 +43,10 @@ plain! {
         group: u32,
         passes: u32,
         most_chunks: u32,
+        span: u32,
         lanes: u32,
         scale: f32,
+        unused: u32,
     }
 
     struct Prefill {
@@ -66,9 +68,13 @@ plain! {
 /// Widest head that the kernels hold.
 pub(super) const MOST_HEAD_DIM: usize = 256;
 
-/// Threads of a decode block, and its longest chunk (`attend_decode.cuh`).
+/// Threads of a decode block, and the tokens of its longest chunk and span of chunks (`attend_decode.cuh`).
 const DECODE_THREADS: usize = 128;
 const MOST_CHUNK: usize = 256;
+const MOST_SPAN: usize = 512;
+
+/// Chunks for each multiprocessor above which a block takes several: twice as many blocks as run at a time.
+const SPAN_CHUNKS: usize = 10;
 
 /// Of a decode block, what a thread has on its way: steps, rows of a step.
 const AHEAD: usize = 4;
@@ -229,6 +235,9 @@ fn decode(
     // A power of two, so that the launch stays the same for a while as sequences grow.
     let chunks = segments.iter().map(|s| attended(shape, s)).map(|n| n.div_ceil(chunk_tokens(n))).max().unwrap_or(0);
     let most_chunks = chunks.next_power_of_two();
+    let longest = segments.iter().map(|s| chunk_tokens(attended(shape, s))).max().unwrap_or(MOST_CHUNK);
+    let blocks = most_chunks * shape.kv_heads * passes * segments.len();
+    let span = (blocks / (SPAN_CHUNKS * shared.context.multiprocessors)).clamp(1, MOST_SPAN / longest).min(most_chunks);
     let heads = segments.len() * shape.heads;
     let partials = queue.scratch(Use::Partials, heads * most_chunks * (geometry.head_dim + 2) * 4)?;
     let counters = queue.scratch(Use::Counters, segments.len() * shape.kv_heads * passes * 4)?;
@@ -263,14 +272,16 @@ fn decode(
         group: group as u32,
         passes: passes as u32,
         most_chunks: most_chunks as u32,
+        span: span as u32,
         lanes: lanes as u32,
         scale: shape.scale,
+        unused: 0,
     };
     let copies = if width == 1 { 0 } else { AHEAD * UNROLL * DECODE_THREADS * 16 };
     let sums = DECODE_THREADS / 32 * lanes * width;
     let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + sums) + copies;
     let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
-    queue.push(shared, kernel, [most_chunks, shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
+    queue.push(shared, kernel, [most_chunks.div_ceil(span), shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
 }
 
 const _: () = assert!(size_of::<Listed>() == 4 * SlotGeometry::COUNT);

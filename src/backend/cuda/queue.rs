@@ -139,7 +139,7 @@ struct Lane {
     after: Vec<usize>,
     /// Lanes all of whose work that was launched one by one its next launch comes after.
     behind: [bool; LANES],
-    scratch: [Scratch; 7],
+    scratch: [Scratch; 6],
 }
 
 impl Lane {
@@ -161,7 +161,6 @@ impl Lane {
                 scratch("scores of rehearsals"),
                 scratch("selected rows"),
                 scratch("products' partial sums"),
-                scratch("products' counters"),
             ],
         })
     }
@@ -228,10 +227,8 @@ pub(super) enum Use {
     Rehearsals = 3,
     /// Rows that rehearsals select.
     Lists = 4,
-    /// Sums of decode products whose depth blocks share.
+    /// Sums of decode products, by slices of the depth.
     Sums = 5,
-    /// How many of those blocks have finished: zero between operations.
-    Finished = 6,
 }
 
 // SAFETY: stream, event and graph handles belong to the context, not to a thread; the lock around a queue keeps calls apart.
