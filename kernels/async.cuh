@@ -15,21 +15,9 @@ __device__ __forceinline__ void copy_16_or_zeros(u32 to, u64 from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
 
-// What the thread asked for since the last time is a group.
+// What the thread asked for since the last time is a group; waits for all groups but the last N.
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_for_groups_but() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-// Waits for all groups but the last n, at most 6.
-__device__ __forceinline__ void wait_for_groups_but(u32 n) {
-    switch (n) {
-        case 0: return wait_for_groups_but<0>();
-        case 1: return wait_for_groups_but<1>();
-        case 2: return wait_for_groups_but<2>();
-        case 3: return wait_for_groups_but<3>();
-        case 4: return wait_for_groups_but<4>();
-        case 5: return wait_for_groups_but<5>();
-        default: return wait_for_groups_but<6>();
-    }
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -47,9 +47,9 @@ struct Decode {
     u32 unused;
 };
 
-constexpr u32 THREADS = 128, MOST_CHUNK = 256, MOST_SPAN = 512;  // tokens of a chunk, and of a span
+constexpr u32 THREADS = 128, MOST_CHUNK = 256, MOST_SPAN = 256;  // tokens of a chunk, and of a span
 constexpr int UNROLL = 4;   // rows that a thread reads in a step
-constexpr u32 AHEAD = 4;    // steps
+constexpr u32 AHEAD = 2;    // steps
 
 // Tokens of a chunk of a sequence that attends n. (Its twin in Rust sizes the grid.)
 __device__ __forceinline__ u32 chunk_tokens(u32 n) { return n <= 2048 ? 64 : n <= 8192 ? 128 : MOST_CHUNK; }

@@ -71,13 +71,13 @@ pub(super) const MOST_HEAD_DIM: usize = 256;
 /// Threads of a decode block, and the tokens of its longest chunk and span of chunks (`attend_decode.cuh`).
 const DECODE_THREADS: usize = 128;
 const MOST_CHUNK: usize = 256;
-const MOST_SPAN: usize = 512;
+const MOST_SPAN: usize = 256;
 
-/// Chunks for each multiprocessor above which a block takes several: twice as many blocks as run at a time.
-const SPAN_CHUNKS: usize = 10;
+/// Blocks for each multiprocessor that there are still, where a block takes several chunks.
+const SPAN_BLOCKS: usize = 3;
 
 /// Of a decode block, what a thread has on its way: steps, rows of a step.
-const AHEAD: usize = 4;
+const AHEAD: usize = 2;
 const UNROLL: usize = 4;
 
 /// Kernels by query heads that a block takes: 1, 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
@@ -237,7 +237,7 @@ fn decode(
     let most_chunks = chunks.next_power_of_two();
     let longest = segments.iter().map(|s| chunk_tokens(attended(shape, s))).max().unwrap_or(MOST_CHUNK);
     let blocks = most_chunks * shape.kv_heads * passes * segments.len();
-    let span = (blocks / (SPAN_CHUNKS * shared.context.multiprocessors)).clamp(1, MOST_SPAN / longest).min(most_chunks);
+    let span = (blocks / (SPAN_BLOCKS * shared.context.multiprocessors)).clamp(1, MOST_SPAN / longest).min(most_chunks);
     let heads = segments.len() * shape.heads;
     let partials = queue.scratch(Use::Partials, heads * most_chunks * (geometry.head_dim + 2) * 4)?;
     let counters = queue.scratch(Use::Counters, segments.len() * shape.kv_heads * passes * 4)?;

@@ -1,10 +1,7 @@
 //! Matrix products: our own kernel for decode, cuBLAS (or a plain kernel where there is none) for prefill.
 
-use std::cmp::Reverse;
-
 use super::blas::{Blas, Product};
 use super::block::plain;
-use super::context::Context;
 use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
 use super::{Shared, address};
@@ -32,19 +29,14 @@ plain! {
         weight: u64,
         bias: u64,
         out: u64,
-        partials: u64,
         x_stride: u64,
         out_stride: u64,
         depth: u32,
         outputs: u32,
         rows: u32,
         row_tiles: u32,
-        slices: u32,
-        groups: u32,
-        width: u32,
-        ahead: u32,
+        parts: u32,
         accumulate: u32,
-        unused: u32,
     }
 
     struct Gemm {
@@ -101,22 +93,25 @@ const SCALAR: [[&str; 2]; 3] = [
     ["matvec_bf16_scalar_1x1", "matvec_bf16_scalar_4x1"],
 ];
 
-/// Threads of a block on tensor cores (`matvec_mma.cu`), outputs of one that multiplies few rows, and the rows that those
-/// are.
-const MMA_THREADS: usize = 256;
-const MMA_FEW_OUTPUTS: usize = 16;
-const MMA_FEW_ROWS: usize = 8;
+/// Kernels on tensor cores (`matvec_mma.cu`), by eights of rows and of outputs that a block takes at a time.
+const MMA_KERNELS: [(usize, usize, &str); 8] = [
+    (1, 4, "matvec_mma_8_32"),
+    (1, 5, "matvec_mma_8_40"),
+    (1, 8, "matvec_mma_8_64"),
+    (2, 4, "matvec_mma_16_32"),
+    (2, 5, "matvec_mma_16_40"),
+    (2, 8, "matvec_mma_16_64"),
+    (3, 4, "matvec_mma_24_32"),
+    (3, 5, "matvec_mma_24_40"),
+];
 
-/// The depth of a piece, and the pieces that a slice has at most: a warp has four registers' worth of them.
-const MMA_PIECE: usize = 32;
-const MMA_MOST_PIECES: usize = 32;
+/// Threads of their blocks.
+const MMA_THREADS: usize = 512;
 
-/// Shared memory of a block that multiplies many rows: of a piece's activations and of the warps' sums, for each tile of
-/// eight rows, of which there are up to three; and of the weights that come next, for each piece of a warp.
-const MMA_ACTIVATIONS: usize = 8 * MMA_PIECE * 3 * 2;
-const MMA_SUMS: usize = 8 * 32 * 8 * 4;
-const MMA_WEIGHTS: usize = 32 * MMA_PIECE * 8 * 2;
-const MMA_TILES: usize = 3;
+/// Bytes of shared memory of a block of such a kernel: two pieces of weights, and sixteen warps' sums.
+const fn mma_shared(rows: usize, outputs: usize) -> usize {
+    2 * outputs * MMA_THREADS * 16 + 16 * outputs * rows * 32 * 8
+}
 
 /// Elements from which on a matrix goes to tensor cores. Smaller ones have too few blocks of 16 outputs to fill the chip:
 /// on an H100 a step of the 135M model takes 1.24 ms without and 1.51 ms with; of the 7B model 8 rows 11.1 ms and 8.1 ms.
@@ -185,32 +180,6 @@ pub(super) fn decode(
     queue.push(shared, kernel, grid, 32 * WARPS, &params)
 }
 
-/// How a matrix's product is cut: by the matrix and the device alone, so that the rows do not change a sum's order.
-struct Cut {
-    /// Slices of the depth, and groups of outputs: a block for each pair.
-    slices: usize,
-    groups: usize,
-    /// Pieces of weights in shared memory.
-    ahead: usize,
-}
-
-impl Cut {
-    fn new(context: &Context, depth: usize, outputs: usize) -> Cut {
-        // Half of the smallest devices' shared memory is enough to keep memory busy; larger ones keep more on its way.
-        let ahead = if context.shared_bytes >= 160 << 10 { 4 } else { 2 };
-        let room = context.shared_bytes.saturating_sub(ahead * MMA_WEIGHTS + MMA_TILES * MMA_SUMS);
-        let most = (room / (MMA_TILES * MMA_ACTIVATIONS)).clamp(1, MMA_MOST_PIECES);
-        let pieces = depth.div_ceil(MMA_PIECE);
-        let least = pieces.div_ceil(most);
-        // Slices are a block's sums to be added, so few; but as many as leave no multiprocessor idle.
-        let groups = |slices: usize| (context.multiprocessors / slices).clamp(1, outputs.div_ceil(8));
-        let slices = (least..=(2 * least).min(pieces))
-            .max_by_key(|&slices| ((groups(slices) * slices).min(context.multiprocessors), Reverse(slices)))
-            .unwrap_or(least);
-        Cut { slices, groups: groups(slices), ahead }
-    }
-}
-
 /// See `kernels/matvec_mma.cu`.
 fn on_tensor_cores(
     shared: &Shared,
@@ -221,42 +190,32 @@ fn on_tensor_cores(
     out: RowsMut<'_>,
 ) -> Result<()> {
     let (rows, outputs) = (x.rows(), weight.outputs);
-    let cut = Cut::new(&shared.context, weight.inputs, outputs);
-    let few = rows <= MMA_FEW_ROWS;
-    let row_tiles = rows.div_ceil(if few { MMA_FEW_ROWS } else { 8 * MMA_TILES });
-    let tiles = rows.div_ceil(8 * row_tiles.max(1));
-    let width = outputs.next_multiple_of(8);
-    let partials = if few { 0 } else { queue.scratch(Use::Sums, cut.slices * rows * width * 4)? };
+    let eights = outputs.div_ceil(8);
+    let parts = shared.context.multiprocessors.min(eights);
+    let share = eights.div_ceil(parts);
+    // Few tiles of rows, for each reads all weights; then few rounds through a part; then few outputs that are not there.
+    let &(tile, at_a_time, name) = MMA_KERNELS
+        .iter()
+        .filter(|(tile, at_a_time, _)| mma_shared(*tile, *at_a_time) <= shared.context.shared_bytes)
+        .min_by_key(|(tile, at_a_time, _)| (rows.div_ceil(8 * tile), *tile, share.div_ceil(*at_a_time), *at_a_time))
+        .expect("the smallest fits every device");
+    let row_tiles = rows.div_ceil(8 * tile);
     let params = MatvecMma {
         x: address(x.base()),
         weight: address(weight.rows().base()),
         bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
         out: address(out.base()),
-        partials,
         x_stride: x.stride() as u64,
         out_stride: out.stride() as u64,
         depth: weight.inputs as u32,
         outputs: outputs as u32,
         rows: rows as u32,
         row_tiles: row_tiles as u32,
-        slices: cut.slices as u32,
-        groups: cut.groups as u32,
-        width: width as u32,
-        ahead: cut.ahead as u32,
+        parts: parts as u32,
         accumulate: accumulate.into(),
-        unused: 0,
     };
-    if few {
-        let grid = [row_tiles * outputs.div_ceil(MMA_FEW_OUTPUTS), 1, 1];
-        return queue.push(shared, Kernel::new(Module::MatvecMma, "matvec_mma_few"), grid, MMA_THREADS, &params);
-    }
-    let pieces = weight.inputs.div_ceil(MMA_PIECE).div_ceil(cut.slices);
-    let (name, tiles) = if tiles <= 2 { ("matvec_mma_16", 2) } else { ("matvec_mma_24", MMA_TILES) };
-    let bytes = cut.ahead * MMA_WEIGHTS + tiles * (MMA_SUMS + pieces * MMA_ACTIVATIONS);
-    let grid = [cut.groups * cut.slices * row_tiles, 1, 1];
-    queue.push(shared, Kernel::new(Module::MatvecMma, name).with_shared(bytes), grid, MMA_THREADS, &params)?;
-    let grid = [outputs.div_ceil(MMA_THREADS), rows, 1];
-    queue.push(shared, Kernel::new(Module::MatvecMma, "matvec_mma_sum"), grid, MMA_THREADS, &params)
+    let kernel = Kernel::new(Module::MatvecMma, name).with_shared(mma_shared(tile, at_a_time));
+    queue.push(shared, kernel, [parts * row_tiles, 1, 1], MMA_THREADS, &params)
 }
 
 /// `out = x · weightᵀ (+ out) + bias`, blocked for arithmetic.

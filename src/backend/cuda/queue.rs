@@ -139,7 +139,7 @@ struct Lane {
     after: Vec<usize>,
     /// Lanes all of whose work that was launched one by one its next launch comes after.
     behind: [bool; LANES],
-    scratch: [Scratch; 6],
+    scratch: [Scratch; 5],
 }
 
 impl Lane {
@@ -160,7 +160,6 @@ impl Lane {
                 scratch("converted activations"),
                 scratch("scores of rehearsals"),
                 scratch("selected rows"),
-                scratch("products' partial sums"),
             ],
         })
     }
@@ -227,8 +226,6 @@ pub(super) enum Use {
     Rehearsals = 3,
     /// Rows that rehearsals select.
     Lists = 4,
-    /// Sums of decode products, by slices of the depth.
-    Sums = 5,
 }
 
 // SAFETY: stream, event and graph handles belong to the context, not to a thread; the lock around a queue keeps calls apart.
