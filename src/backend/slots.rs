@@ -14,7 +14,8 @@ use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
 /// 3. for every layer and KV head its table: the step in which each slot was used last, the row in each slot, the slot of
 ///    each row (`NONE` for none), and the journal: [`SlotGeometry::CHANGE`] words for each change of the last step;
 /// 4. for every KV head what the last rehearsal selected: a count, then room for rows; and the moves that it made: a
-///    count, then room for pairs of row and slot.
+///    count, then room for pairs of row and slot. Of moves there are two, for even and for odd layers: those of one layer
+///    are made while the next one's are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotGeometry {
     /// Layers that have tables.
@@ -111,19 +112,19 @@ impl SlotGeometry {
         self.selected_counts_at() + self.kv_heads
     }
 
-    /// Where the counts of moves begin, one a KV head.
-    pub const fn move_counts_at(&self) -> usize {
-        self.selected_rows_at() + self.kv_heads * self.selected
+    /// Where the counts of a layer's moves begin, one a KV head.
+    pub const fn move_counts_at(&self, layer: usize) -> usize {
+        self.selected_rows_at() + self.kv_heads * (self.selected + layer % 2 * (1 + 2 * self.selected))
     }
 
-    /// Where the moves begin: `2 · selected` words a KV head.
-    pub const fn moves_at(&self) -> usize {
-        self.move_counts_at() + self.kv_heads
+    /// Where the layer's moves begin: `2 · selected` words a KV head.
+    pub const fn moves_at(&self, layer: usize) -> usize {
+        self.move_counts_at(layer) + self.kv_heads
     }
 
     /// Words of the whole buffer.
     pub const fn words(&self) -> usize {
-        self.moves_at() + 2 * self.kv_heads * self.selected
+        self.moves_at(1) + 2 * self.kv_heads * self.selected
     }
 
     /// Bytes of the whole buffer.

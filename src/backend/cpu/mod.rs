@@ -472,7 +472,13 @@ impl Backend for CpuBackend {
         index::rehearse(self, queries, rehearsals, selected)
     }
 
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
@@ -481,7 +487,7 @@ impl Backend for CpuBackend {
             for (head, rows) in selected.rows.iter().enumerate() {
                 slots::request(&mut sequence.slots, head, rows, &mut moves);
             }
-            self.copy_kv_rows(stream, &sequence.from, &mut sequence.to, &moves)?;
+            self.copy_kv_rows(copies, &sequence.from, &mut sequence.to, &moves)?;
         }
         Ok(())
     }

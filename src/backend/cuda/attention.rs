@@ -281,7 +281,13 @@ fn decode(
     let sums = DECODE_THREADS / 32 * lanes * width;
     let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + sums) + copies;
     let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
-    queue.push(shared, kernel, [most_chunks.div_ceil(span), shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
+    queue.push(
+        shared,
+        kernel,
+        [most_chunks.div_ceil(span), shape.kv_heads * passes, segments.len()],
+        DECODE_THREADS,
+        &params,
+    )
 }
 
 const _: () = assert!(size_of::<Listed>() == 4 * SlotGeometry::COUNT);

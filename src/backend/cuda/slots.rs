@@ -113,8 +113,8 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         used: at(g.used_at(first)),
         selected_counts: at(g.selected_counts_at()),
         selected: at(g.selected_rows_at()),
-        move_counts: at(g.move_counts_at()),
-        moves: at(g.moves_at()),
+        move_counts: at(g.move_counts_at(layer)),
+        moves: at(g.moves_at(layer)),
         stride: g.table_words() as u64,
         slots: g.slots as u32,
         rows: g.rows as u32,
@@ -140,10 +140,11 @@ fn write_table(runs: &mut KvRunsMut<'_>) -> Vec<u64> {
     extent_table((0..runs.extents()).map(|i| runs.extent_mut(i).cast_const()))
 }
 
-/// See `Backend::prefetch`.
+/// See `Backend::prefetch`. Entries are copied on the lane `copies`.
 pub(super) fn prefetch(
     shared: &Shared,
     queue: &mut Queue,
+    copies: usize,
     queries: Rows<'_>,
     sequences: &mut [Prefetch<'_>],
 ) -> Result<()> {
@@ -189,7 +190,11 @@ pub(super) fn prefetch(
                 list_stride: 2 * u64::from(tables.most),
             })
             .collect();
+        let (lane, requested) = (queue.lane(), queue.point()?);
+        queue.switch(copies);
+        queue.wait(requested)?;
         gather(shared, queue, &gathered, sequences[0].from.geometry())?;
+        queue.switch(lane);
     }
     Ok(())
 }
