@@ -64,8 +64,8 @@ struct Table {
 
 constexpr u32 THREADS = 512, WARPS = THREADS / WARP;
 
-// Sum of what the threads before this one have, and of all. Every thread calls it.
-__device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
+// Sum of what the threads before this one have, and of all. Every thread of W warps calls it.
+template <u32 W = WARPS> __device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     u32 sum = x;
 #pragma unroll
@@ -79,7 +79,7 @@ __device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
     u32 before = 0;
     total = 0;
 #pragma unroll
-    for (u32 w = 0; w < WARPS; w++) {
+    for (u32 w = 0; w < W; w++) {
         before += w < warp ? totals[w] : 0;
         total += totals[w];
     }
@@ -235,16 +235,19 @@ struct Gather {
 
 constexpr u32 LISTS = 1024;  // that are counted together
 constexpr u32 IN_FLIGHT = 4;  // rows of a warp
+constexpr u32 GATHER_THREADS = 1024, GATHER_WARPS = GATHER_THREADS / WARP;
 
-// A few blocks copy all rows that are wanted, a warp a row, list by list in ascending order: neighbours are read together.
+// A few blocks, as large as they may be, copy all rows that are wanted, a warp a row, list by list in ascending order:
+// neighbours are read together. They take few multiprocessors from whatever computes meanwhile, and of those all. While rows
+// come, it is found out where the next ones lie.
 template <class Unit> __device__ void gather(const Gather &p) {
-    __shared__ u32 ends[LISTS], totals[WARPS];
+    __shared__ u32 ends[LISTS], totals[GATHER_WARPS];
     const u32 lists = p.count * p.kv_heads, tid = threadIdx.x;
-    const u32 warp = blockIdx.x * WARPS + tid / WARP, warps = gridDim.x * WARPS, lane = tid % WARP;
+    const u32 warp = blockIdx.x * GATHER_WARPS + tid / WARP, warps = gridDim.x * GATHER_WARPS, lane = tid % WARP;
     for (u32 first = 0; first < lists; first += LISTS) {
         const u32 here = min(LISTS, lists - first);
         u32 all = 0;
-        for (u32 l0 = 0; l0 < here; l0 += THREADS) {
+        for (u32 l0 = 0; l0 < here; l0 += GATHER_THREADS) {
             const u32 list = first + l0 + tid;
             const bool real = l0 + tid < here;
             u32 count = 0;
@@ -253,7 +256,7 @@ template <class Unit> __device__ void gather(const Gather &p) {
                 count = g.counts[list % p.kv_heads * g.count_stride];
             }
             u32 total;
-            const u32 before = all + scan(count, totals, total);
+            const u32 before = all + scan<GATHER_WARPS>(count, totals, total);
             if (real) ends[l0 + tid] = before + count;
             all += total;
         }
@@ -261,9 +264,10 @@ template <class Unit> __device__ void gather(const Gather &p) {
         // All warps move through the rows together: what is read at a time lies in few pages.
         const u32 units = p.row_bytes / sizeof(Unit);
         u32 list = 0;
-        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
-            const Unit *from[IN_FLIGHT];
-            Unit *to[IN_FLIGHT];
+        const Unit *from[IN_FLIGHT];
+        Unit *to[IN_FLIGHT];
+        auto locate = [&](u32 begin) {
+            if (begin >= all) return;
 #pragma unroll
             for (u32 k = 0; k < IN_FLIGHT; k++) {
                 const u32 i = min(begin + k * warps + warp, all - 1);
@@ -275,13 +279,20 @@ template <class Unit> __device__ void gather(const Gather &p) {
                 from[k] = reinterpret_cast<const Unit *>(row_of(g.from, head, g.rows[move], p.row_bytes));
                 to[k] = reinterpret_cast<Unit *>(row_of(g.to, head, slot, p.row_bytes));
             }
+        };
+        locate(0);
+        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
             for (u32 u = lane; u < units; u += WARP) {
-                Unit values[IN_FLIGHT];
-#pragma unroll
-                for (u32 k = 0; k < IN_FLIGHT; k++) values[k] = from[k][u];
+                Unit values[IN_FLIGHT], *into[IN_FLIGHT];
 #pragma unroll
                 for (u32 k = 0; k < IN_FLIGHT; k++) {
-                    if (begin + k * warps + warp < all) to[k][u] = values[k];
+                    values[k] = from[k][u];
+                    into[k] = to[k] + u;
+                }
+                if (u + WARP >= units) locate(begin + warps * IN_FLIGHT);
+#pragma unroll
+                for (u32 k = 0; k < IN_FLIGHT; k++) {
+                    if (begin + k * warps + warp < all) *into[k] = values[k];
                 }
             }
         }
@@ -289,8 +300,8 @@ template <class Unit> __device__ void gather(const Gather &p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512) slots_gather_16(Gather p) { gather<uint4>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_gather_4(Gather p) { gather<u32>(p); }
+extern "C" __global__ void __launch_bounds__(1024) slots_gather_16(Gather p) { gather<uint4>(p); }
+extern "C" __global__ void __launch_bounds__(1024) slots_gather_4(Gather p) { gather<u32>(p); }
 
 // A new token of one sequence.
 struct Token {

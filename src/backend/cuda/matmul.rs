@@ -4,6 +4,7 @@ use super::blas::{Blas, Product};
 use super::block::plain;
 use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
+use super::slots::GATHER_BLOCKS;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{DType, Linear, Rows, RowsMut};
@@ -191,7 +192,10 @@ fn on_tensor_cores(
 ) -> Result<()> {
     let (rows, outputs) = (x.rows(), weight.outputs);
     let eights = outputs.div_ceil(8);
-    let parts = shared.context.multiprocessors.min(eights);
+    // A part fills its multiprocessor. A few are left to what copies entries meanwhile: without them, some parts would
+    // begin when others have ended.
+    let multiprocessors = shared.context.multiprocessors;
+    let parts = multiprocessors.saturating_sub(GATHER_BLOCKS).max(multiprocessors / 2).min(eights);
     let share = eights.div_ceil(parts);
     // Few tiles of rows, for each reads all weights; then few rounds through a part; then few outputs that are not there.
     let &(tile, at_a_time, name) = MMA_KERNELS

@@ -86,9 +86,12 @@ plain! {
     }
 }
 
-/// Threads of a block, and blocks of a gather: few, because the link needs no more and others compute meanwhile.
+/// Threads of a block, and of one of a gather.
 const THREADS: usize = 512;
-const GATHER_BLOCKS: usize = 16;
+const GATHER_THREADS: usize = 1024;
+
+/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it.
+pub(super) const GATHER_BLOCKS: usize = 4;
 
 /// Sequences of one launch: a grid's second dimension.
 const MOST_SEQUENCES: usize = 65535;
@@ -211,7 +214,7 @@ fn gather(shared: &Shared, queue: &mut Queue, sequences: &[Gathered], geometry: 
     };
     // A row of two halves of at least two bytes each is a multiple of four bytes, and so is its place in an extent.
     let name = if row_bytes.is_multiple_of(16) { "slots_gather_16" } else { "slots_gather_4" };
-    queue.push(shared, Kernel::new(Module::Slots, name), [GATHER_BLOCKS, 1, 1], THREADS, &params)
+    queue.push(shared, Kernel::new(Module::Slots, name), [GATHER_BLOCKS, 1, 1], GATHER_THREADS, &params)
 }
 
 /// See `Backend::refill`.
