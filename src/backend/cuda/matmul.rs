@@ -114,8 +114,9 @@ const fn mma_shared(rows: usize, outputs: usize) -> usize {
     2 * outputs * MMA_THREADS * 16 + 16 * outputs * rows * 32 * 8
 }
 
-/// Elements from which on a matrix goes to tensor cores. Smaller ones have too few blocks of 16 outputs to fill the chip:
-/// on an H100 a step of the 135M model takes 1.24 ms without and 1.51 ms with; of the 7B model 8 rows 11.1 ms and 8.1 ms.
+/// Elements from which on a matrix goes to tensor cores: smaller ones give every multiprocessor too little to do. (Measured on
+/// an H100, with an earlier kernel: a step of the 135M model took 1.24 ms without and 1.51 ms with, of the 7B model with 8 rows
+/// 11.1 ms and 8.1 ms.)
 const MMA_LEAST: usize = 4 << 20;
 
 fn type_index(dtype: DType) -> usize {
