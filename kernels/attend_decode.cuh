@@ -349,9 +349,9 @@ template <class T, int V, int G> __device__ void decode(const Decode &p) {
 
 // The kernels of a type of KV, each in a file of its own: one that is not used is not compiled. NAME_G for rows whose
 // halves 16 bytes divide, NAME_scalar_G for others.
-#define DECODE(NAME, T)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_1(Decode p) { decode<T, LANES<T>, 1>(p); }           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_2(Decode p) { decode<T, LANES<T>, 2>(p); }           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_4(Decode p) { decode<T, LANES<T>, 4>(p); }           \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_8(Decode p) { decode<T, LANES<T>, 8>(p); }           \
+#define DECODE(NAME, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_1(Decode p) { decode<T, LANES<T>, 1>(p); } \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_2(Decode p) { decode<T, LANES<T>, 2>(p); } \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) NAME##_4(Decode p) { decode<T, LANES<T>, 4>(p); } \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_8(Decode p) { decode<T, LANES<T>, 8>(p); }    \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME##_scalar_2(Decode p) { decode<T, 1, 2>(p); }

@@ -7,9 +7,8 @@
 //
 // A block of sixteen warps for each multiprocessor, a warp for each sum, walks through an equal part of the outputs, some
 // eights of them at a time: as many as registers hold, for they share what a warp takes apart, which costs as much as
-// multiplying. Weights come to shared memory a piece ahead, each 16 bytes copied by the thread that will multiply them. Eight
-// or sixteen warps that read beside each other read a KiB of every weight row; the same 128 bytes at a time, of more rows,
-// came at two thirds of the speed.
+// multiplying. Weights come to shared memory a piece ahead, each 16 bytes copied by the thread that will multiply them; its warps read
+// a KiB of every weight row beside each other.
 //
 // In a piece, lane 4g + t holds eight in a row of the depth from 8t on: weights of output g of each eight, and activations
 // of row g of each eight. Which of them an mma calls its k does not matter, as long as both sides agree; so 16 bytes as they
