@@ -1,7 +1,8 @@
 // Entries that a cache is to hold, from where they are stored into their slots: over a link, as a rule.
 //
-// A few blocks walk through all rows that are wanted, a warp a row, list by list in ascending order: neighbours are read
-// together, and what is read at a time lies in few pages.
+// A few blocks, as large as they may be, walk through all rows that are wanted, a warp a row, list by list in ascending order:
+// neighbours are read together, and what is read at a time lies in few pages. They take few multiprocessors from whatever
+// computes meanwhile, and of those all.
 #include "slots.cuh"
 
 struct Gathered {
@@ -28,6 +29,7 @@ struct Gather {
 
 constexpr u32 LISTS = 1024;  // that are counted together
 constexpr u32 IN_FLIGHT = 4;  // rows of a warp
+constexpr u32 GATHER_THREADS = 1024, GATHER_WARPS = GATHER_THREADS / WARP;
 
 // Rows of a warp, of which the first `count` are real; the others repeat one, and may be read.
 struct Batch {
@@ -37,14 +39,16 @@ struct Batch {
     u32 count;
 };
 
+// `work(batch, next)` does what is to be done with a batch. It may call `next` when it needs the batch no more, and other rows
+// are still on their way: that finds where the next ones lie. A lane that does not, has none to work on.
 template <class F> __device__ void for_each_batch(const Gather &p, F work) {
-    __shared__ u32 ends[LISTS], totals[WARPS];
+    __shared__ u32 ends[LISTS], totals[GATHER_WARPS];
     const u32 lists = p.count * p.kv_heads, tid = threadIdx.x;
-    const u32 warp = blockIdx.x * WARPS + tid / WARP, warps = gridDim.x * WARPS;
+    const u32 warp = blockIdx.x * GATHER_WARPS + tid / WARP, warps = gridDim.x * GATHER_WARPS;
     for (u32 first = 0; first < lists; first += LISTS) {
         const u32 here = min(LISTS, lists - first);
         u32 all = 0;
-        for (u32 l0 = 0; l0 < here; l0 += THREADS) {
+        for (u32 l0 = 0; l0 < here; l0 += GATHER_THREADS) {
             const u32 list = first + l0 + tid;
             const bool real = l0 + tid < here;
             u32 count = 0;
@@ -53,14 +57,15 @@ template <class F> __device__ void for_each_batch(const Gather &p, F work) {
                 count = g.counts[list % p.kv_heads * g.count_stride];
             }
             u32 total;
-            const u32 before = all + scan(count, totals, total);
+            const u32 before = all + scan<GATHER_WARPS>(count, totals, total);
             if (real) ends[l0 + tid] = before + count;
             all += total;
         }
         __syncthreads();
         u32 list = 0;
-        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
-            Batch batch;
+        Batch batch;
+        auto locate = [&](u32 begin) {
+            if (begin >= all) return;
             batch.count = 0;
 #pragma unroll
             for (u32 k = 0; k < IN_FLIGHT; k++) {
@@ -76,7 +81,10 @@ template <class F> __device__ void for_each_batch(const Gather &p, F work) {
                 batch.saved[k] =
                     g.saved.extents ? reinterpret_cast<u8 *>(row_of(g.saved, head, at, p.to_bytes)) : nullptr;
             }
-            work(batch);
+        };
+        locate(0);
+        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
+            work(batch, [&] { locate(begin + warps * IN_FLIGHT); });
         }
         __syncthreads();
     }
@@ -95,12 +103,29 @@ template <class Unit> __device__ __forceinline__ void copy_batch(const Batch &ba
     }
 }
 
+// While rows come, it is found out where the next ones lie.
 template <class Unit> __device__ void gather(const Gather &p) {
-    for_each_batch(p, [&](const Batch &batch) { copy_batch<Unit>(batch, batch.to, p.row_bytes); });
+    const u32 units = p.row_bytes / sizeof(Unit);
+    for_each_batch(p, [&](const Batch &batch, auto next) {
+        const u32 count = batch.count;
+        for (u32 u = threadIdx.x % WARP; u < units; u += WARP) {
+            Unit values[IN_FLIGHT], *into[IN_FLIGHT];
+#pragma unroll
+            for (u32 k = 0; k < IN_FLIGHT; k++) {
+                values[k] = reinterpret_cast<const Unit *>(batch.from[k])[u];
+                into[k] = reinterpret_cast<Unit *>(batch.to[k]) + u;
+            }
+            if (u + WARP >= units) next();
+#pragma unroll
+            for (u32 k = 0; k < IN_FLIGHT; k++) {
+                if (k < count) *into[k] = values[k];
+            }
+        }
+    });
 }
 
-extern "C" __global__ void __launch_bounds__(512) gather_16(Gather p) { gather<uint4>(p); }
-extern "C" __global__ void __launch_bounds__(512) gather_4(Gather p) { gather<u32>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_16(Gather p) { gather<uint4>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_4(Gather p) { gather<u32>(p); }
 
 // Rows that are stored otherwise come into shared memory as they are, and are widened from there.
 template <class P, class T> __device__ void gather_widened(const Gather &p) {
@@ -109,7 +134,7 @@ template <class P, class T> __device__ void gather_widened(const Gather &p) {
     u8 *rows[IN_FLIGHT];
 #pragma unroll
     for (u32 k = 0; k < IN_FLIGHT; k++) rows[k] = shared + (warp * IN_FLIGHT + k) * stride;
-    for_each_batch(p, [&](const Batch &batch) {
+    for_each_batch(p, [&](const Batch &batch, auto next) {
         if (p.row_bytes % 16 == 0) {
             copy_batch<uint4>(batch, rows, p.row_bytes);
         } else if (p.row_bytes % 4 == 0) {
@@ -125,12 +150,13 @@ template <class P, class T> __device__ void gather_widened(const Gather &p) {
             P::template decode<T>(rows[k], p.head_dim, lane, reinterpret_cast<T *>(batch.to[k]));
         }
         __syncwarp();
+        next();
     });
 }
 
-extern "C" __global__ void __launch_bounds__(512) gather_int8_f32(Gather p) { gather_widened<Int8, float>(p); }
-extern "C" __global__ void __launch_bounds__(512) gather_int8_f16(Gather p) { gather_widened<Int8, f16>(p); }
-extern "C" __global__ void __launch_bounds__(512) gather_int8_bf16(Gather p) { gather_widened<Int8, bf16>(p); }
-extern "C" __global__ void __launch_bounds__(512) gather_int4_f32(Gather p) { gather_widened<Int4, float>(p); }
-extern "C" __global__ void __launch_bounds__(512) gather_int4_f16(Gather p) { gather_widened<Int4, f16>(p); }
-extern "C" __global__ void __launch_bounds__(512) gather_int4_bf16(Gather p) { gather_widened<Int4, bf16>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_int8_f32(Gather p) { gather_widened<Int8, float>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_int8_f16(Gather p) { gather_widened<Int8, f16>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_int8_bf16(Gather p) { gather_widened<Int8, bf16>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_int4_f32(Gather p) { gather_widened<Int4, float>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_int4_f16(Gather p) { gather_widened<Int4, f16>(p); }
+extern "C" __global__ void __launch_bounds__(1024) gather_int4_bf16(Gather p) { gather_widened<Int4, bf16>(p); }

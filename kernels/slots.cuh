@@ -5,8 +5,8 @@
 
 constexpr u32 THREADS = 512, WARPS = THREADS / WARP;
 
-// Sum of what the threads before this one have, and of all. Every thread calls it.
-__device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
+// Sum of what the threads before this one have, and of all. Every thread of W warps calls it.
+template <u32 W = WARPS> __device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
     const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     u32 sum = x;
 #pragma unroll
@@ -20,7 +20,7 @@ __device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
     u32 before = 0;
     total = 0;
 #pragma unroll
-    for (u32 w = 0; w < WARPS; w++) {
+    for (u32 w = 0; w < W; w++) {
         before += w < warp ? totals[w] : 0;
         total += totals[w];
     }

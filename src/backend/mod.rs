@@ -250,7 +250,16 @@ pub trait Backend: Send + Sync {
     /// as used, gives those that are not there the slots of the rows unused for longest (ties: the lower slot; both rows
     /// and slots in ascending order), and copies their entries. The host learns of none of it. With a pool, rows whose tokens
     /// are guarded are left out of what is selected, and the use of the others is noted.
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()>;
+    ///
+    /// Entries are copied on `copies`, a stream beside `stream` or the same, after all else: so the next layer's rows are
+    /// looked up while this one's come. What is recorded on `copies` afterwards stands for everything.
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()>;
 
     /// Takes a new token's keys and values (one row): into its row of the store, into a slot of the cache (a free one, or
     /// that of the row unused for longest), and its partial key into the index.

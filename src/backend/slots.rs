@@ -14,8 +14,9 @@ use super::{Buffer, HeadMaps, IndexRunsMut, KvRunsMut, PoolMut, Rehearsal, Store
 /// 3. for every layer and KV head its table: the step in which each slot was used last, the row in each slot, the slot of
 ///    each row (`NONE` for none), and the journal: [`SlotGeometry::CHANGE`] words for each change of the last step;
 /// 4. for every KV head what the last rehearsal selected: a count, then room for rows; and the moves that it made: a
-///    count, then room for pairs of row and slot. All layers share these lists, unless [`SlotGeometry::lists`] says that
-///    each has its own.
+///    count, then room for pairs of row and slot. All layers share the lists of what was selected, and even and odd layers
+///    those of moves, because one layer's moves are made while the next one's are found; unless [`SlotGeometry::lists`]
+///    says that each layer has its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotGeometry {
     /// Layers that have tables.
@@ -109,34 +110,37 @@ impl SlotGeometry {
         self.used_at(self.tables())
     }
 
-    /// Which lists are a layer's first KV head's.
-    const fn list(&self, layer: usize) -> usize {
-        layer % self.lists * self.kv_heads
+    /// Layers whose moves are kept: two at least.
+    const fn move_lists(&self) -> usize {
+        if self.lists < 2 { 2 } else { self.lists }
     }
 
     /// Where a layer's counts of selected rows begin, one a KV head.
     pub const fn selected_counts_at(&self, layer: usize) -> usize {
-        self.lists_at() + self.list(layer)
+        self.lists_at() + self.kv_heads * (layer % self.lists)
     }
 
     /// Where a layer's selected rows begin: `selected` words a KV head.
     pub const fn selected_rows_at(&self, layer: usize) -> usize {
-        self.lists_at() + self.lists * self.kv_heads + self.list(layer) * self.selected
+        self.lists_at() + self.kv_heads * (self.lists + layer % self.lists * self.selected)
     }
 
     /// Where a layer's counts of moves begin, one a KV head.
     pub const fn move_counts_at(&self, layer: usize) -> usize {
-        self.lists_at() + self.lists * self.kv_heads * (1 + self.selected) + self.list(layer)
+        self.lists_at() + self.kv_heads * (self.lists * (1 + self.selected) + layer % self.move_lists())
     }
 
     /// Where a layer's moves begin: `2 · selected` words a KV head.
     pub const fn moves_at(&self, layer: usize) -> usize {
-        self.lists_at() + self.lists * self.kv_heads * (2 + self.selected) + 2 * self.list(layer) * self.selected
+        let (lists, moves) = (self.lists, self.move_lists());
+        let before = lists * (1 + self.selected) + moves + 2 * (layer % moves) * self.selected;
+        self.lists_at() + self.kv_heads * before
     }
 
     /// Words of the whole buffer.
     pub const fn words(&self) -> usize {
-        self.lists_at() + self.lists * self.kv_heads * (2 + 3 * self.selected)
+        let (lists, moves) = (self.lists, self.move_lists());
+        self.lists_at() + self.kv_heads * (lists * (1 + self.selected) + moves * (1 + 2 * self.selected))
     }
 
     /// Bytes of the whole buffer.

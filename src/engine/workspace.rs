@@ -57,6 +57,8 @@ pub(super) struct Workspace {
     pub(super) stream: Stream,
     /// Beside it: what is fetched for a layer while the one before is computed.
     pub(super) fetch: Stream,
+    /// Beside both: what finds that out, so that it is known when the fetch before ends.
+    pub(super) ahead: Stream,
     /// Token ids.
     pub(super) tokens: Slot,
     /// Positions of the tokens.
@@ -120,6 +122,7 @@ impl Workspace {
         let stream = backend.stream()?;
         Ok(Workspace {
             fetch: backend.side_stream(&stream)?,
+            ahead: backend.side_stream(&stream)?,
             stream,
             tokens: Slot::new("token ids", 1, DType::U32),
             positions: Slot::new("positions", 1, DType::U32),

@@ -266,7 +266,7 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
             }
         })
         .collect();
-    rig.b.prefetch(&rig.stream, queries.rows(DType::F32, q.len() / width, width), &mut all).unwrap();
+    rig.b.prefetch(&rig.stream, &rig.stream, queries.rows(DType::F32, q.len() / width, width), &mut all).unwrap();
 }
 
 fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &[f32], maps: &HeadMaps) {

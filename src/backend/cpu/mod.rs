@@ -480,7 +480,13 @@ impl Backend for CpuBackend {
         index::rehearse(self, queries, rehearsals, selected)
     }
 
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
@@ -493,9 +499,9 @@ impl Backend for CpuBackend {
                 saves.extend((0..).zip(&moves[first..]).map(|(to, m)| Move { from: m.to, to, ..*m }));
             }
             if let Some(saved) = &mut sequence.saved {
-                self.copy_kv_rows(stream, &sequence.to.runs(), saved, &saves)?;
+                self.copy_kv_rows(copies, &sequence.to.runs(), saved, &saves)?;
             }
-            self.land(stream, &sequence.from, &mut sequence.to, &moves)?;
+            self.land(copies, &sequence.from, &mut sequence.to, &moves)?;
         }
         Ok(())
     }

@@ -566,8 +566,15 @@ impl Backend for CudaBackend {
         rehearse::rehearse(&self.shared, &mut queue, queries, rehearsals, selected)
     }
 
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()> {
         assert_activations!(queries);
+        assert_eq!(place_of(stream).0, place_of(copies).0, "entries are copied on a stream beside");
         for Prefetch { rehearsal, slots, from, to, saved } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
@@ -579,7 +586,7 @@ impl Backend for CudaBackend {
             assert_pool(slots);
         }
         let (mut queue, _entered) = self.enter(stream)?;
-        slots::prefetch(&self.shared, &mut queue, queries, sequences)
+        slots::prefetch(&self.shared, &mut queue, place_of(copies).1, queries, sequences)
     }
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {

@@ -268,6 +268,11 @@ impl Queue {
         Ok(self.lanes.len() - 1)
     }
 
+    /// The lane that operations are enqueued on.
+    pub(super) fn lane(&self) -> usize {
+        self.lane
+    }
+
     /// Enqueues on `lane` from now on.
     pub(super) fn switch(&mut self, lane: usize) {
         assert!(lane < self.lanes.len(), "a stream that was never made");

@@ -92,9 +92,12 @@ plain! {
     }
 }
 
-/// Threads of a block, and blocks of a gather: few, because the link needs no more and others compute meanwhile.
+/// Threads of a block, and of one of a gather.
 const THREADS: usize = 512;
-const GATHER_BLOCKS: usize = 16;
+const GATHER_THREADS: usize = 1024;
+
+/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it.
+pub(super) const GATHER_BLOCKS: usize = 4;
 
 /// Rows that a warp of a gather has in flight (`gather.cu`).
 const IN_FLIGHT: usize = 4;
@@ -157,10 +160,11 @@ fn write_table(runs: &mut KvRunsMut<'_>) -> Vec<u64> {
     extent_table((0..runs.extents()).map(|i| runs.extent_mut(i).cast_const()))
 }
 
-/// See `Backend::prefetch`.
+/// See `Backend::prefetch`. Entries are copied on the lane `copies`.
 pub(super) fn prefetch(
     shared: &Shared,
     queue: &mut Queue,
+    copies: usize,
     queries: Rows<'_>,
     sequences: &mut [Prefetch<'_>],
 ) -> Result<()> {
@@ -201,7 +205,11 @@ pub(super) fn prefetch(
             saved: sequence.saved.as_mut().map(write_table),
         });
         let wanted: Vec<Wanted> = wanted.collect();
+        let (lane, requested) = (queue.lane(), queue.point()?);
+        queue.switch(copies);
+        queue.wait(requested)?;
         gather(shared, queue, wanted, &sequences[0].from)?;
+        queue.switch(lane);
     }
     Ok(())
 }
@@ -251,9 +259,9 @@ fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &Stored
         Payload::Int8 => of_type(["gather_int8_f32", "gather_int8_f16", "gather_int8_bf16"]),
         Payload::Int4 => of_type(["gather_int4_f32", "gather_int4_f16", "gather_int4_bf16"]),
     };
-    let rows = if like.payload() == Payload::Exact { 0 } else { THREADS / 32 * IN_FLIGHT };
+    let rows = if like.payload() == Payload::Exact { 0 } else { GATHER_THREADS / 32 * IN_FLIGHT };
     let kernel = Kernel::new(Module::Gather, name).with_shared(rows * row_bytes.next_multiple_of(16));
-    queue.push(shared, kernel, [GATHER_BLOCKS, 1, 1], THREADS, &params)
+    queue.push(shared, kernel, [GATHER_BLOCKS, 1, 1], GATHER_THREADS, &params)
 }
 
 /// See `Backend::refill`.
