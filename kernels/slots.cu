@@ -300,6 +300,10 @@ struct Token {
     const u64 *store;  // addresses of extents
     const u64 *cache;
     const u64 *index;
+    const float *mean_from;  // the layer's mean value of all KV heads before this token
+    float *mean;             // and with it, or null
+    float mean_factor;
+    u32 unused;
 };
 
 struct Admit {
@@ -393,6 +397,12 @@ template <class T> __device__ void admit(const Admit &p) {
         cache[p.head_dim + c] = v;
         store[c] = k;
         store[p.head_dim + c] = v;
+        if (token.mean) {
+            // Rounded one by one, as by tail_blend.
+            const u32 at = head * p.head_dim + c;
+            const float before = token.mean_from[at];
+            token.mean[at] = __fadd_rn(before, __fmul_rn(token.mean_factor, __fsub_rn(value[c], before)));
+        }
     }
     if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, t.row), t.row % p.index.extent_tokens, partial);
 }

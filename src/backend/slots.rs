@@ -4,7 +4,7 @@
 //! it between steps only ([`SlotGeometry`] says where what lies); within a step [`super::Backend::prefetch`] and
 //! [`super::Backend::admit`] do.
 
-use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
+use super::{Buffer, DType, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal, Rows, RowsMut};
 
 /// The shape of a sequence's tables.
 ///
@@ -189,6 +189,10 @@ pub struct Prefetch<'a> {
     pub from: KvRuns<'a>,
     /// Entries of the layer, by slot.
     pub to: KvRunsMut<'a>,
+    /// Given, where the tail is wanted: for each query head the speculated probability, 0 to 1, of all rows of the index that
+    /// are neither selected nor were in a slot before; one row of f32. Not with [`super::Selection::Paper`], which knows no
+    /// probabilities.
+    pub tail: Option<RowsMut<'a>>,
 }
 
 /// One token in [`super::Backend::admit`].
@@ -206,4 +210,28 @@ pub struct Admission<'a> {
     pub index: IndexRunsMut<'a>,
     /// From keys to partial keys.
     pub maps: &'a HeadMaps,
+    /// Given, where the layer's mean value is kept: how it moves towards the token's values.
+    pub mean: Option<Blend<'a>>,
+}
+
+/// How rows of f32 move towards others of the same shape; see [`super::Backend::blend`].
+#[derive(Debug)]
+pub struct Blend<'a> {
+    /// Where they begin. None: what `out` holds.
+    pub from: Option<Rows<'a>>,
+    /// Where they end.
+    pub out: RowsMut<'a>,
+    /// How far they go: 0 and they stay, 1 and they get there.
+    pub factor: f32,
+}
+
+impl Blend<'_> {
+    /// Asserts that all shapes are that of `toward`.
+    pub(super) fn check(&self, toward: Rows<'_>) {
+        let shape = (toward.rows(), toward.cols());
+        assert_eq!((self.out.rows(), self.out.cols(), self.out.dtype()), (shape.0, shape.1, DType::F32));
+        if let Some(from) = &self.from {
+            assert_eq!((from.rows(), from.cols(), from.dtype()), (shape.0, shape.1, DType::F32));
+        }
+    }
 }

@@ -17,7 +17,6 @@ fn options(cache: usize, rule: Rule) -> SessionOptions {
     let own = InfinigenOptions {
         cache: Budget::Tokens(cache),
         cache_least: 0,
-        tail: false,
         rule,
         sinks: 2,
         window: 4,

@@ -33,7 +33,7 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
     RowsMut, Segment, Selected, Selection, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
@@ -475,6 +475,9 @@ impl Backend for CpuBackend {
     fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
+        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some()) {
+            selected.present = slots::present(&sequence.slots);
+        }
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
         for (sequence, selected) in sequences.iter_mut().zip(&selected) {
             let mut moves = Vec::new();
@@ -482,16 +485,24 @@ impl Backend for CpuBackend {
                 slots::request(&mut sequence.slots, head, rows, &mut moves);
             }
             self.copy_kv_rows(stream, &sequence.from, &mut sequence.to, &moves)?;
+            if let Some(tail) = &mut sequence.tail {
+                assert_eq!((tail.rows(), tail.cols(), tail.dtype()), (1, selected.tail.len(), DType::F32));
+                // SAFETY: the only reference to the row's elements.
+                unsafe { view::row_mut(tail, 0) }.copy_from_slice(&selected.tail);
+            }
         }
         Ok(())
     }
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
-        let Admission { row, mut slots, mut store, mut cache, mut index, maps } = admission;
+        let Admission { row, mut slots, mut store, mut cache, mut index, maps, mean } = admission;
         let heads = slots.geometry.kv_heads;
         let admitted: Vec<u32> = (0..heads).map(|head| slots::admit(&mut slots, head, row as u32)).collect();
         self.store_kv(stream, keys, values, &mut store, row)?;
         self.store_kv_rows(stream, keys, values, &mut cache, &admitted)?;
+        if let Some(mean) = mean {
+            self.blend(stream, mean, values)?;
+        }
         let columns = heads * maps.outputs;
         let mut partial = self.allocate(4 * columns, Place::Device, "a partial key")?;
         self.project_heads(stream, keys, maps, partial.rows_mut(DType::F32, 1, columns))?;
@@ -506,23 +517,18 @@ impl Backend for CpuBackend {
         true
     }
 
-    fn blend(&self, _: &Stream, from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: RowsMut<'_>) -> Result<()> {
-        assert_activations!(toward, out);
-        assert_eq!((toward.rows(), toward.cols()), (out.rows(), out.cols()));
-        if let Some(from) = &from {
-            assert_activations!(from);
-            assert_eq!((from.rows(), from.cols()), (out.rows(), out.cols()));
-        }
-        tail::blend(from, toward, factor, out);
+    fn blend(&self, _: &Stream, blend: Blend<'_>, toward: Rows<'_>) -> Result<()> {
+        blend.check(toward);
+        tail::blend(blend, toward);
         Ok(())
     }
 
-    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: &[f32], out: RowsMut<'_>) -> Result<()> {
-        assert_activations!(means, out);
-        assert_eq!((means.rows(), out.rows()), (1, 1));
-        assert!(!weights.is_empty() && out.cols().is_multiple_of(weights.len()));
-        let d = out.cols() / weights.len();
-        assert!(means.cols().is_multiple_of(d) && weights.len().is_multiple_of(means.cols() / d));
+    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, weights, out);
+        assert_eq!((means.rows(), weights.rows(), out.rows()), (1, 1, 1));
+        assert!(weights.cols() > 0 && out.cols().is_multiple_of(weights.cols()));
+        let d = out.cols() / weights.cols();
+        assert!(means.cols().is_multiple_of(d) && weights.cols().is_multiple_of(means.cols() / d));
         tail::add(means, weights, out);
         Ok(())
     }

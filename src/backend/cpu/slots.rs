@@ -135,6 +135,15 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     slot
 }
 
+/// The row in each slot, KV head by KV head.
+pub(super) fn present(slots: &SlotsMut<'_>) -> Vec<Vec<u32>> {
+    let SlotsMut { tables, geometry, layer, limit, .. } = slots;
+    let mut rows = vec![Vec::new(); geometry.kv_heads];
+    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit };
+    held(&slots).iter().for_each(|held| rows[held.head as usize].push(held.from));
+    rows
+}
+
 /// Slots in use of each KV head.
 pub(super) fn counts(slots: &Slots<'_>) -> Vec<u32> {
     let geometry = slots.geometry;

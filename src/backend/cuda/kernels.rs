@@ -50,6 +50,7 @@ modules! {
     Rotary: "rotary";
     Slots: "slots";
     StoreKv: "store_kv";
+    Tail: "tail";
     Upload: "upload";
 }
 

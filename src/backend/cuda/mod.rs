@@ -23,15 +23,16 @@ mod rehearse;
 mod rowwise;
 mod slots;
 mod store_kv;
+mod tail;
 
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
     KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
+    Selected, Selection, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -544,13 +545,18 @@ impl Backend for CudaBackend {
 
     fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
         assert_activations!(queries);
-        for Prefetch { rehearsal, slots, from, to } in &*sequences {
+        for Prefetch { rehearsal, slots, from, to, tail } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
             let (a, b) = (from.geometry(), to.geometry());
             assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
             assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
+            if let Some(tail) = tail {
+                let heads = queries.cols() / rehearsal.runs.geometry().columns;
+                assert_eq!((tail.rows(), tail.cols(), tail.dtype()), (1, heads, DType::F32));
+                assert!(!matches!(rehearsal.selection, Selection::Paper { .. }), "that rule knows no probabilities");
+            }
         }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::prefetch(&self.shared, &mut queue, queries, sequences)
@@ -558,7 +564,7 @@ impl Backend for CudaBackend {
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
         assert_activations!(keys, values);
-        let Admission { row, slots, store, cache, index, maps } = &admission;
+        let Admission { row, slots, store, cache, index, maps, mean } = &admission;
         assert_tables(slots.tables, &slots.geometry, slots.layer);
         let (a, b) = (store.geometry(), cache.geometry());
         assert_eq!(
@@ -573,6 +579,9 @@ impl Backend for CudaBackend {
         assert_eq!((index.geometry().kv_heads, slots.geometry.kv_heads), (a.kv_heads, a.kv_heads));
         assert!(*row < store.capacity() && *row < index.capacity() && *row < slots.geometry.rows, "a row past the end");
         assert!(slots.limit > 0 && slots.limit <= slots.geometry.slots.min(cache.capacity()), "slots past the end");
+        if let Some(mean) = mean {
+            mean.check(values);
+        }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::admit(&self.shared, &mut queue, keys, values, admission)
     }
@@ -583,6 +592,26 @@ impl Backend for CudaBackend {
         assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
         let (mut queue, _entered) = self.enter(stream)?;
         slots::refill(&self.shared, &mut queue, slots, from, to)
+    }
+
+    fn has_tail(&self) -> bool {
+        true
+    }
+
+    fn blend(&self, stream: &Stream, blend: Blend<'_>, toward: Rows<'_>) -> Result<()> {
+        blend.check(toward);
+        let (mut queue, _entered) = self.enter(stream)?;
+        tail::blend(&self.shared, &mut queue, blend, toward)
+    }
+
+    fn add_tail(&self, stream: &Stream, means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, weights, out);
+        assert_eq!((means.rows(), weights.rows(), out.rows()), (1, 1, 1));
+        assert!(weights.cols() > 0 && out.cols().is_multiple_of(weights.cols()));
+        let d = out.cols() / weights.cols();
+        assert!(means.cols().is_multiple_of(d) && weights.cols().is_multiple_of(means.cols() / d));
+        let (mut queue, _entered) = self.enter(stream)?;
+        tail::add(&self.shared, &mut queue, means, weights, out)
     }
 
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

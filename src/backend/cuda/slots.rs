@@ -5,6 +5,7 @@ use super::index::{self, Layout, extent_table};
 use super::kernels::{Kernel, Module};
 use super::queue::Queue;
 use super::rehearse::{self, Lists};
+use super::tail;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{
@@ -69,6 +70,10 @@ plain! {
         store: u64,
         cache: u64,
         index: u64,
+        mean_from: u64,
+        mean: u64,
+        mean_factor: f32,
+        unused: u32,
     }
 
     struct Admit {
@@ -127,6 +132,13 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
     }
 }
 
+/// Where a rehearsal finds what is in slots, and puts the weights.
+fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
+    let rows = tables.used + 4 * u64::from(tables.slots);
+    let slots = rows + 4 * u64::from(tables.slots);
+    tail::Tables { counts: tables.counts, rows, slots, weights, stride: tables.stride }
+}
+
 fn runs_of(extents: u64, geometry: &KvGeometry, layer_offset: usize) -> Runs {
     let (run_bytes, extent_tokens) = (geometry.run_bytes() as u64, geometry.extent_tokens as u64);
     Runs { extents, layer_offset: layer_offset as u64, run_bytes, extent_tokens }
@@ -149,8 +161,16 @@ pub(super) fn prefetch(
 ) -> Result<()> {
     let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
     let tables: Vec<Tables> = sequences.iter().map(|sequence| tables_of(&sequence.slots, 0)).collect();
-    let lists: Vec<Lists> =
-        tables.iter().map(|t| Lists { rows: t.selected, counts: t.selected_counts, most: t.most }).collect();
+    let lists: Vec<Lists> = sequences
+        .iter()
+        .zip(&tables)
+        .map(|(sequence, t)| Lists {
+            rows: t.selected,
+            counts: t.selected_counts,
+            most: t.most,
+            tail: sequence.tail.as_ref().map(|tail| tail_of(t, address(tail.base()))),
+        })
+        .collect();
     rehearse::rehearse_into(shared, queue, queries, &rehearsals, &lists)?;
 
     let alike = |a: &Prefetch<'_>, b: &Prefetch<'_>| {
@@ -243,7 +263,7 @@ pub(super) fn admit(
     values: Rows<'_>,
     admission: Admission<'_>,
 ) -> Result<()> {
-    let Admission { row, slots, mut store, mut cache, index, maps } = admission;
+    let Admission { row, slots, mut store, mut cache, index, maps, mean } = admission;
     let geometry = *store.geometry();
     let extents: Vec<u64> = index::extent_table((0..index.extents()).map(|i| index.extent(i)));
     let (stored, cached) = (write_table(&mut store), write_table(&mut cache));
@@ -258,6 +278,11 @@ pub(super) fn admit(
         store: queue.block.push_table(bytes_of(&stored)),
         cache: queue.block.push_table(bytes_of(&cached)),
         index: queue.block.push_table(bytes_of(&extents)),
+        // What has no beginning begins where it ends.
+        mean_from: mean.as_ref().map_or(0, |mean| address(mean.from.unwrap_or(mean.out.as_rows()).base())),
+        mean: mean.as_ref().map_or(0, |mean| address(mean.out.base())),
+        mean_factor: mean.as_ref().map_or(0.0, |mean| mean.factor),
+        unused: 0,
     };
     let of_index: &IndexGeometry = index.geometry();
     let mut params = Admit {

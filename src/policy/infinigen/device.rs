@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use crate::backend::{
-    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, SlotGeometry, Visible,
+    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, RowsMut, SlotGeometry, Visible,
 };
 use crate::kv::{self, DeviceCache, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
@@ -17,6 +17,7 @@ use crate::policy::InfinigenOptions;
 use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
+use super::tail::Tail;
 use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
 
 /// Rows of the smallest tables.
@@ -29,6 +30,8 @@ pub(in crate::policy) struct OnDevice {
     index: SequenceIndex,
     cache: DeviceCache,
     prompt: Prompt,
+    /// What stands for the entries that are not attended.
+    tail: Option<Tail>,
     /// Says how many tokens there may be: nothing is evicted here.
     held: Held,
     /// Whether every token held is in the cache, and whether that was so when this step began.
@@ -54,7 +57,7 @@ impl OnDevice {
         crate::policy::refuse_window("infinigen", &setting)?;
         refuse(options)?;
         let plan = Plan::new(options, &setting)?;
-        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let Setting { backend, pool, geometry, heads, capacity, .. } = setting;
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
         let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
@@ -64,6 +67,7 @@ impl OnDevice {
             index: SequenceIndex::new(pool.clone(), index),
             cache: DeviceCache::new(&*backend, pool.clone(), stored)?,
             prompt: Prompt::new(pool, stored),
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored, heads)?) } else { None },
             whole: true,
             whole_before: true,
             held: Held::new(options, 0, &stored),
@@ -130,6 +134,7 @@ impl OnDevice {
             cache,
             index: self.index.layer_mut(layer),
             maps: self.plan.key_maps(step.layer),
+            mean: self.tail.as_mut().map(|tail| tail.next_mean(layer, step.position)),
         };
         step.backend.admit(step.stream, keys, values, admission)
     }
@@ -175,6 +180,9 @@ impl Policy for OnDevice {
         }
         self.cache.begin();
         self.prompt.begin();
+        if let Some(tail) = &mut self.tail {
+            tail.begin();
+        }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -197,12 +205,16 @@ impl Policy for OnDevice {
         let length = position + 1;
         let (slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
         let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
-        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to }))
+        let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
+        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, tail }))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         if let Some(layer) = self.stored(step.layer) {
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
+            if let Some(tail) = &mut self.tail {
+                tail.rehearsed(layer);
+            }
         }
         Ok(())
     }
@@ -261,12 +273,28 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        let most = self.plan.ranked(step.position + step.rows);
-        if last { self.prompt.observe(step, (layer, most), shape, queries, &self.store) } else { Ok(()) }
+        if !last {
+            return Ok(());
+        }
+        let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.blend_runs(step, layer, self.prompt.runs(layer, &self.store), length, 1.0)?;
+        }
+        self.prompt.observe(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)
+    }
+
+    fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
+        match (self.stored(step.layer), &self.tail) {
+            (Some(layer), Some(tail)) => tail.add(step, layer, attended),
+            _ => Ok(()),
+        }
     }
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.commit();
+        }
         self.held.commit(length);
         if step.phase == Phase::Decode && !self.prompt.ended() {
             self.whole &= self.fits(length);
@@ -300,6 +328,9 @@ impl Policy for OnDevice {
         step.backend.synchronize(step.stream)?;
         self.fetches.iter_mut().for_each(|fetch| *fetch = None);
         self.prompt.roll_back();
+        if let Some(tail) = &mut self.tail {
+            tail.roll_back();
+        }
         self.counters = self.counted;
         self.whole = self.whole_before;
         if let Some(columns) = self.plan.columns_mut() {
@@ -312,6 +343,9 @@ impl Policy for OnDevice {
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        if let Some(tail) = &mut self.tail {
+            tail.truncate(step, &mut self.prompt, &mut self.store, length, true)?;
+        }
         self.cache.begin();
         let (plan, layers, heads) = (&self.plan, self.fetches.len(), self.kv_heads());
         self.cache.edit(step.backend, step.stream, &self.store, |cache| {
@@ -332,6 +366,7 @@ impl Policy for OnDevice {
     fn bytes(&self) -> TierBytes {
         let (stored, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
+        let device = device + self.tail.as_ref().map_or(0, Tail::bytes);
         match self.place {
             Place::Pinned => TierBytes { device, pinned: stored, file },
             Place::Device => TierBytes { device: device + stored, pinned: 0, file },

@@ -1,0 +1,121 @@
+// The tail: one entry that stands for everything a step does not attend (src/policy/infinigen/tail.rs).
+//
+// 1. tail_weights, behind a rehearsal and before its rows get slots: each query head's probability of all rows that are
+//    neither in a slot nor selected, which is 1 less that of the rows that are. A block a query head and sequence.
+// 2. tail_add, behind attention: each query head's mean value, by that weight, into what it has attended.
+// 3. tail_blend: rows that move towards others, of which means are made where no new token brings its values (slots.cu).
+//
+// Sums have one order whatever runs beside them. Sums and products of 2 and 3 are rounded one by one, as the CPU's are.
+#include <math_constants.h>
+
+#include "common.cuh"
+
+// A sequence that has been rehearsed (rehearse.cu says how scores and stats lie), and where its rows lie (slots.cu).
+struct Sequence {
+    const float *scores;         // query heads × stride
+    const float2 *stats;         // query heads × stats_stride: of each chunk the largest score m and the sum of exp(score − m)
+    const u32 *selected;         // KV heads × capacity
+    const u32 *selected_counts;  // KV heads
+    const u32 *counts;           // slots in use: COUNT words a KV head, the third of which counts
+    const u32 *rows;             // the row in each slot; table_stride words from KV head to KV head
+    const u32 *slots;            // the slot of each row, or NONE; as far apart
+    float *weights;              // query heads
+    u64 table_stride;
+    u32 stride;
+    u32 stats_stride;
+    u32 chunks;
+    u32 capacity;
+    u32 index_rows;
+    u32 unused;
+};
+
+struct Weights {
+    const Sequence *sequences;
+    u32 group;
+    u32 unused;
+};
+
+constexpr u32 THREADS = 512, COUNT = 4, NONE = 0xffffffffu;
+
+// grid: query heads × sequences.
+extern "C" __global__ void __launch_bounds__(512) tail_weights(Weights p) {
+    const Sequence s = p.sequences[blockIdx.y];
+    const u32 head = blockIdx.x, kv_head = head / p.group, lane = threadIdx.x % WARP;
+    // The logarithm of the sum of all exponentials, by every warp for itself.
+    const float2 *stats = s.stats + u64(head) * s.stats_stride;
+    float m = -CUDART_INF_F, l = 0;
+    for (u32 c = lane; c < s.chunks; c += WARP) m = fmaxf(m, stats[c].x);
+    m = warp_max(m);
+    for (u32 c = lane; c < s.chunks && m > -CUDART_INF_F; c += WARP) l += stats[c].y * expf(stats[c].x - m);
+    const float shift = m + logf(warp_sum(l));
+    if (!(fabsf(shift) < CUDART_INF_F)) {  // no score is one
+        if (threadIdx.x == 0) s.weights[head] = 0;
+        return;
+    }
+
+    const float *scores = s.scores + u64(head) * s.stride;
+    const u32 *rows = s.rows + kv_head * s.table_stride, *slots = s.slots + kv_head * s.table_stride;
+    const u32 held = s.counts[COUNT * kv_head + 2];
+    float here = 0;
+#pragma unroll 4
+    for (u32 slot = threadIdx.x; slot < held; slot += THREADS) {
+        const u32 row = rows[slot];
+        if (row < s.index_rows) here += expf(scores[row] - shift);
+    }
+    // What is selected and in a slot has been counted.
+    const u32 *selected = s.selected + u64(kv_head) * s.capacity;
+    const u32 count = min(s.selected_counts[kv_head], s.capacity);
+#pragma unroll 4
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        const u32 row = selected[i];
+        if (slots[row] == NONE) here += expf(scores[row] - shift);
+    }
+    here = block_sum(here);
+    if (threadIdx.x == 0) s.weights[head] = fmaxf(1.0f - here, 0.0f);
+}
+
+__device__ __forceinline__ float blended(float from, float toward, float factor) {
+    return __fadd_rn(from, __fmul_rn(factor, __fsub_rn(toward, from)));
+}
+
+struct Added {
+    const float *means;    // KV heads × head_dim
+    const float *weights;  // query heads
+    float *out;            // query heads × head_dim
+};
+
+struct Add {
+    const Added *sequences;
+    u32 group;
+    u32 head_dim;
+};
+
+// grid: sequences × query heads.
+extern "C" __global__ void __launch_bounds__(128) tail_add(Add p) {
+    const Added a = p.sequences[blockIdx.x];
+    const u32 head = blockIdx.y;
+    const float weight = a.weights[head];
+    const float *mean = a.means + head / p.group * p.head_dim;
+    float *out = a.out + head * p.head_dim;
+    for (u32 c = threadIdx.x; c < p.head_dim; c += blockDim.x) out[c] = blended(out[c], mean[c], weight);
+}
+
+struct Blend {
+    const float *from;  // may be `out`
+    const float *toward;
+    float *out;
+    u64 from_stride;
+    u64 toward_stride;
+    u64 out_stride;
+    u32 rows;
+    u32 cols;
+    float factor;
+    u32 unused;
+};
+
+extern "C" __global__ void __launch_bounds__(256) tail_blend(Blend p) {
+    const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x, row = i / p.cols, c = i % p.cols;
+    if (row >= p.rows) return;
+    const float from = p.from[row * p.from_stride + c], toward = p.toward[row * p.toward_stride + c];
+    p.out[row * p.out_stride + c] = blended(from, toward, p.factor);
+}
