@@ -20,6 +20,8 @@ struct Tables {
     u32 *selected;
     u32 *move_counts;
     u32 *moves;
+    uint4 *lists;  // of attended slots, or null: their address, their number, zero
+    u32 *listed;   // the slots themselves
     u64 stride;
     u32 slots;     // room in a table
     u32 rows;
@@ -29,6 +31,8 @@ struct Tables {
     u32 from;
     u32 step;
     u32 row;       // of a new token
+    u32 most_listed;  // room for listed slots
+    u32 unused;
 };
 
 struct Table {
@@ -292,6 +296,43 @@ template <class Unit> __device__ void gather(const Gather &p) {
 extern "C" __global__ void __launch_bounds__(512) slots_gather_16(Gather p) { gather<uint4>(p); }
 extern "C" __global__ void __launch_bounds__(512) slots_gather_4(Gather p) { gather<u32>(p); }
 
+// Lists the slots that this step has used and those that are guarded, in ascending order; says how many. By a whole block.
+__device__ u32 list_attended(const Tables &t, const Table &table, u32 head) {
+    __shared__ u32 totals[WARPS];
+    constexpr u32 MANY = 4;  // slots of a thread at a time
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, held = table.count;
+    u32 *list = t.listed + u64(head) * t.most_listed;
+    u32 listed = 0;
+    for (u32 first = 0; first < held; first += THREADS * MANY) {
+        u32 wanted[MANY], here = 0;  // of a warp
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 slot = first + (warp * MANY + i) * WARP + lane;
+            const u32 row = slot < held ? table.rows[slot] : t.below, used = slot < held ? table.used[slot] : 0;
+            wanted[i] = __ballot_sync(FULL, slot < held && (used == t.step || row < t.below || row >= t.from));
+            here += __popc(wanted[i]);
+        }
+        if (lane == 0) totals[warp] = here;
+        __syncthreads();
+        u32 at = listed;
+        for (u32 w = 0; w < WARPS; w++) {
+            at += w < warp ? totals[w] : 0;
+            listed += totals[w];
+        }
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 to = at + __popc(wanted[i] & ((1u << lane) - 1));
+            if ((wanted[i] >> lane & 1) && to < t.most_listed) list[to] = first + (warp * MANY + i) * WARP + lane;
+            at += __popc(wanted[i]);
+        }
+        __syncthreads();
+    }
+    listed = min(listed, t.most_listed);
+    const u64 address = reinterpret_cast<u64>(list);
+    if (threadIdx.x == 0) t.lists[head] = make_uint4(u32(address), u32(address >> 32), listed, 0);
+    return listed;
+}
+
 // A new token of one sequence.
 struct Token {
     Tables tables;
@@ -378,6 +419,7 @@ template <class T> __device__ void admit(const Admit &p) {
         table.rows[slot] = t.row;
         table.used[slot] = t.step;
         table.slots[t.row] = slot;
+        if (t.lists) now = 0;  // counted below
         const u64 attended = (u64(header[ALL_ATTENDED + 1]) << 32 | header[ALL_ATTENDED]) + now;
         header[ALL_ATTENDED] = u32(attended);
         header[ALL_ATTENDED + 1] = u32(attended >> 32);
@@ -387,6 +429,13 @@ template <class T> __device__ void admit(const Admit &p) {
         taken = slot;
     }
     __syncthreads();
+    if (t.lists) {
+        const u32 listed = list_attended(t, table, head);
+        if (tid == 0) {
+            table.header[ATTENDED] = listed;
+            table.add(ALL_ATTENDED, listed);
+        }
+    }
     const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
     const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
     T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));

@@ -1,7 +1,8 @@
 // The tail: one entry that stands for everything a step does not attend (src/policy/infinigen/tail.rs).
 //
 // 1. tail_weights, behind a rehearsal and before its rows get slots: each query head's probability of all rows that are
-//    neither in a slot nor selected, which is 1 less that of the rows that are. A block a query head and sequence.
+//    neither in a slot nor selected, which is 1 less that of the rows that are. A block a query head and sequence. (Where a
+//    step attends a list, what is guarded takes the place of what is in slots.)
 // 2. tail_add, behind attention: each query head's mean value, by that weight, into what it has attended.
 // 3. tail_blend: rows that move towards others, of which means are made where no new token brings its values (slots.cu).
 //
@@ -21,6 +22,10 @@ struct Sequence {
     const u32 *slots;            // the slot of each row, or NONE; as far apart
     float *weights;              // query heads
     u64 table_stride;
+    u32 below;                   // guarded rows: below this, and from that on
+    u32 from;
+    u32 listed;                  // what is attended whatever is selected is what is guarded, not what is in slots
+    u32 unused0;
     u32 stride;
     u32 stats_stride;
     u32 chunks;
@@ -55,20 +60,21 @@ extern "C" __global__ void __launch_bounds__(512) tail_weights(Weights p) {
 
     const float *scores = s.scores + u64(head) * s.stride;
     const u32 *rows = s.rows + kv_head * s.table_stride, *slots = s.slots + kv_head * s.table_stride;
-    const u32 held = s.counts[COUNT * kv_head + 2];
+    const u32 below = min(min(s.below, s.from), s.index_rows), from = min(s.from, s.index_rows);
+    const u32 always = s.listed ? below + s.index_rows - from : s.counts[COUNT * kv_head + 2];
     float here = 0;
 #pragma unroll 4
-    for (u32 slot = threadIdx.x; slot < held; slot += THREADS) {
-        const u32 row = rows[slot];
+    for (u32 i = threadIdx.x; i < always; i += THREADS) {
+        const u32 row = !s.listed ? rows[i] : i < below ? i : from + i - below;
         if (row < s.index_rows) here += expf(scores[row] - shift);
     }
-    // What is selected and in a slot has been counted.
+    // What is selected and in a slot has been counted; what is guarded is not selected.
     const u32 *selected = s.selected + u64(kv_head) * s.capacity;
     const u32 count = min(s.selected_counts[kv_head], s.capacity);
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         const u32 row = selected[i];
-        if (slots[row] == NONE) here += expf(scores[row] - shift);
+        if (s.listed || slots[row] == NONE) here += expf(scores[row] - shift);
     }
     here = block_sum(here);
     if (threadIdx.x == 0) s.weights[head] = fmaxf(1.0f - here, 0.0f);

@@ -251,7 +251,8 @@ pub trait Backend: Send + Sync {
     fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()>;
 
     /// Takes a new token's keys and values (one row): into its row of the store, into a slot of the cache (a free one, or
-    /// that of the row unused for longest), its partial key into the index, and the values into the layer's mean.
+    /// that of the row unused for longest), its partial key into the index, and the values into the layer's mean. Lists what
+    /// is attended, where that is not every slot in use.
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()>;
 
     /// Copies the entry of every row that has a slot into it.
@@ -336,6 +337,6 @@ pub enum Visible<'a> {
     First(&'a [u32]),
     /// Of KV head g the rows `rows[g]`, in any order of tokens, all in the past. For segments of one row.
     Listed(&'a [Vec<u32>]),
-    /// Of each KV head the slots in use, of which the device keeps the number. For segments of one row.
+    /// Of each KV head the slots in use, or those that the step has listed: the device knows which. For segments of one row.
     Slots(Slots<'a>),
 }

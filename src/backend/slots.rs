@@ -14,7 +14,9 @@ use super::{Buffer, DType, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal,
 /// 3. for every layer and KV head its table: the step in which each slot was used last, the row in each slot, the slot of
 ///    each row (`NONE` for none), and the journal: [`SlotGeometry::CHANGE`] words for each change of the last step;
 /// 4. for every KV head what the last rehearsal selected: a count, then room for rows; and the moves that it made: a
-///    count, then room for pairs of row and slot.
+///    count, then room for pairs of row and slot;
+/// 5. where steps list what they attend, for every KV head the list of the last layer that did: what attention reads (two
+///    words that are the backend's own, the length, one zero), and for every KV head room for slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotGeometry {
     /// Layers that have tables.
@@ -27,6 +29,8 @@ pub struct SlotGeometry {
     pub rows: usize,
     /// Most rows that a step selects.
     pub selected: usize,
+    /// Most slots that a step lists for a KV head; 0 where it never does.
+    pub listed: usize,
 }
 
 /// Words of a table's header.
@@ -121,9 +125,19 @@ impl SlotGeometry {
         self.move_counts_at() + self.kv_heads
     }
 
+    /// Where the lists' headers begin: [`SlotGeometry::COUNT`] words a KV head. (Addresses are among them.)
+    pub const fn lists_at(&self) -> usize {
+        (self.moves_at() + 2 * self.kv_heads * self.selected).next_multiple_of(Self::COUNT)
+    }
+
+    /// Where the listed slots begin: `listed` words a KV head.
+    pub const fn listed_at(&self) -> usize {
+        self.lists_at() + Self::COUNT * self.kv_heads
+    }
+
     /// Words of the whole buffer.
     pub const fn words(&self) -> usize {
-        self.moves_at() + 2 * self.kv_heads * self.selected
+        self.listed_at() + self.listed * self.kv_heads
     }
 
     /// Bytes of the whole buffer.
@@ -163,6 +177,9 @@ pub struct SlotsMut<'a> {
     pub guard: Guard,
     /// The step's number, from 1, higher in every step.
     pub step: u32,
+    /// Whether this step attends the slots of what is guarded and what it has used (selected, or new), which
+    /// [`super::Backend::admit`] lists in ascending order, and not every slot in use.
+    pub listed: bool,
 }
 
 /// The tables of one layer, for attention.
@@ -176,6 +193,8 @@ pub struct Slots<'a> {
     pub layer: usize,
     /// Slots that may be in use.
     pub limit: usize,
+    /// Whether the slots that the step has listed are attended, and not every slot in use.
+    pub listed: bool,
 }
 
 /// One sequence in [`super::Backend::prefetch`].
@@ -190,7 +209,7 @@ pub struct Prefetch<'a> {
     /// Entries of the layer, by slot.
     pub to: KvRunsMut<'a>,
     /// Given, where the tail is wanted: for each query head the speculated probability, 0 to 1, of all rows of the index that
-    /// are neither selected nor were in a slot before; one row of f32. Not with [`super::Selection::Paper`], which knows no
+    /// are neither selected nor were in a slot before (or are not guarded, where the step lists); one row of f32. Not with [`super::Selection::Paper`], which knows no
     /// probabilities.
     pub tail: Option<RowsMut<'a>>,
 }

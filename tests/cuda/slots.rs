@@ -2,7 +2,7 @@
 //! version leaves.
 
 use kvahead::backend::{
-    Admission, AttentionShape, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
+    Admission, AttentionShape, Blend, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
     IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Place, Prefetch, Rehearsal, Segment, Selection, SlotGeometry, Slots,
     SlotsMut, Visible,
 };
@@ -10,6 +10,10 @@ use kvahead::backend::{
 use crate::rig::*;
 
 const LAYERS: usize = 2;
+
+/// Of a batch, the sequence that attends what it lists, and the one without a tail.
+const LISTS: usize = 1;
+const NO_TAIL: usize = 2;
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -25,7 +29,7 @@ impl Shape {
         Shape {
             kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
-            slots: SlotGeometry { layers, kv_heads, slots, rows, selected },
+            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, listed: selected + 13 },
             group,
         }
     }
@@ -37,6 +41,9 @@ struct Sequence {
     cache: Vec<Buffer>,
     index: Vec<Buffer>,
     tables: Buffer,
+    /// What a rehearsal finds of each layer's query heads, and the values' mean of each layer, before and after a token.
+    weights: Buffer,
+    means: [Buffer; 2],
     length: usize,
 }
 
@@ -48,11 +55,14 @@ impl Sequence {
         let mut tables = rig.b.allocate(shape.slots.bytes(), Place::Device, "a test").unwrap();
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         rig.b.upload(&rig.stream, &bytes, &mut tables, 0).unwrap();
+        let width = shape.kv.kv_heads * shape.kv.head_dim;
         Sequence {
             store: extents(shape.slots.rows.div_ceil(64), shape.kv.extent_bytes(), Place::Pinned),
             cache: extents(shape.slots.slots.div_ceil(64), shape.kv.extent_bytes(), Place::Device),
             index: extents(shape.slots.rows.div_ceil(64), shape.index.extent_bytes(), Place::Device),
             tables,
+            weights: rig.poisoned(LAYERS * shape.kv.kv_heads * shape.group),
+            means: [0.0; 2].map(|zero| rig.buffer(DType::F32, &vec![zero; LAYERS * width])),
             length,
         }
     }
@@ -69,9 +79,10 @@ impl Sequence {
         length: usize,
         limit: usize,
         step: u32,
+        listed: bool,
     ) -> SlotsMut<'a> {
         let guard = Guard { below: 3, from: length.saturating_sub(9) as u32 };
-        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step }
+        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, listed }
     }
 }
 
@@ -123,6 +134,12 @@ fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
     words
 }
 
+/// The slots that the last layer to do so has listed.
+fn lists(shape: &SlotGeometry, words: &[u32]) -> Vec<Vec<u32>> {
+    let count = |head: usize| words[shape.lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..shape.kv_heads).map(|head| words[shape.listed_at() + head * shape.listed..][..count(head)].to_vec()).collect()
+}
+
 fn entries(rig: &Rig<'_>, extents: &[Buffer]) -> Vec<u8> {
     extents.iter().flat_map(|extent| rig.bytes(extent)).collect()
 }
@@ -144,7 +161,8 @@ struct At {
 
 fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q: &[f32]) {
     let At { layer, limit, step } = at;
-    let width = shape.group * shape.kv.kv_heads * shape.index.columns;
+    let heads = shape.group * shape.kv.kv_heads;
+    let width = heads * shape.index.columns;
     let queries = rig.buffer(DType::F32, q);
     let mut all: Vec<Prefetch<'_>> = sequences
         .iter_mut()
@@ -159,9 +177,11 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
             let runs = IndexRuns::new(&s.index, shape.index, layer);
             Prefetch {
                 rehearsal: Rehearsal { row, runs, rows: position, from: 3.min(to), to, scale: 0.3, selection },
-                slots: Sequence::slots_mut(&mut s.tables, shape, layer, position + 1, limit, step),
+                slots: Sequence::slots_mut(&mut s.tables, shape, layer, position + 1, limit, step, row == LISTS),
                 from: KvRuns::new(&s.store, shape.kv, layer),
                 to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+                // Not every sequence of a batch has a tail.
+                tail: (row != NO_TAIL).then(|| s.weights.rows_mut(DType::F32, LAYERS, heads).row_range(layer, 1)),
             }
         })
         .collect();
@@ -175,13 +195,20 @@ fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &
     let rows = rows.rows(DType::F32, sequences.len(), 2 * width);
     for (i, s) in sequences.iter_mut().enumerate() {
         let own = rows.row_range(i, 1);
+        let [a, b] = &mut s.means;
+        let (from, out) = if step % 2 == 0 { (&*a, b) } else { (&*b, a) };
+        let from = from.rows(DType::F32, LAYERS, width).row_range(layer, 1);
+        let out = out.rows_mut(DType::F32, LAYERS, width).row_range(layer, 1);
+        // The first sequence goes on from what is there.
+        let from = (i != 0).then_some(from);
         let admission = Admission {
             row: s.length,
-            slots: Sequence::slots_mut(&mut s.tables, shape, layer, s.length + 1, limit, step),
+            slots: Sequence::slots_mut(&mut s.tables, shape, layer, s.length + 1, limit, step, i == LISTS),
             store: KvRunsMut::new(&mut s.store, shape.kv, layer),
             cache: KvRunsMut::new(&mut s.cache, shape.kv, layer),
             index: IndexRunsMut::new(&mut s.index, shape.index, layer),
             maps,
+            mean: (i != NO_TAIL).then(|| Blend { from, out, factor: 1.0 / (s.length + 1) as f32 }),
         };
         rig.b.admit(&rig.stream, own.col_range(0, width), own.col_range(width, width), admission).unwrap();
     }
@@ -196,6 +223,7 @@ fn steps_leave_what_the_cpu_leaves() {
             (Shape::new(5, 1, 80, DType::F16, 320, 120), 300, 290),
             (Shape::new(2, 4, 62, DType::BF16, 200, 64), 180, 180),
         ];
+        let mut largest = 0f32;
         for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
             let mut random = Random(77 + number as u64);
             let lengths = [400, 310, 333];
@@ -224,7 +252,7 @@ fn steps_leave_what_the_cpu_leaves() {
                         let p = p.rows(DType::F32, length, partial.len() / length);
                         let runs = &mut IndexRunsMut::new(&mut s.index, shape.index, layer);
                         rig.b.index_append(&rig.stream, p, runs, 0).unwrap();
-                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit };
+                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit, listed: false };
                         let from = KvRuns::new(&s.store, shape.kv, layer);
                         let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
                         rig.b.refill(&rig.stream, slots, &from, to).unwrap();
@@ -251,11 +279,29 @@ fn steps_leave_what_the_cpu_leaves() {
                     assert_eq!(differs, None, "{case}: word {differs:?} of the tables");
                     assert!(entries(cuda, &a.cache) == entries(cpu, &b.cache), "{case}: entries in slots differ");
                     assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
+                    if i == LISTS {
+                        let (got, want) = (lists(&shape.slots, &a.words(cuda)), lists(&shape.slots, &b.words(cpu)));
+                        assert_eq!(got, want, "{case}: what is listed");
+                        let least = 12 + usize::from(step % 5 != 0);
+                        assert!(got.iter().all(|list| list.len() >= least && list.is_sorted()), "{case}: {got:?}");
+                    }
+                    for (a, b) in a.means.iter().zip(&b.means) {
+                        assert!(cuda.bytes(a) == cpu.bytes(b), "{case}: mean values differ");
+                    }
+                    let weights = shape.kv.kv_heads * shape.group;
+                    let of = |rig: &Rig<'_>, s: &Sequence| rig.floats(s.weights.rows(DType::F32, LAYERS, weights));
+                    if i != NO_TAIL && step > 10 {
+                        assert_close(&case, &of(cuda, a), &of(cpu, b), 1e-5);
+                        largest = of(cuda, a).into_iter().fold(largest, f32::max);
+                    } else {
+                        assert!(of(cuda, a).iter().all(|weight| weight.is_nan()), "{case}: a tail nobody asked for");
+                    }
                 }
                 both.iter_mut().flatten().for_each(|s| s.length += 1);
             }
             attends_its_slots(cuda, cpu, &shape, &both, limit, &mut random);
         }
+        assert!(largest > 0.3, "there was no tail to speak of: {largest}");
     });
 }
 
@@ -282,7 +328,13 @@ fn attends_its_slots(
                 rows: 1,
                 position: s.length,
                 runs: KvRuns::new(&s.cache, shape.kv, 1),
-                visible: Visible::Slots(Slots { tables: &s.tables, geometry: shape.slots, layer: 1, limit }),
+                visible: Visible::Slots(Slots {
+                    tables: &s.tables,
+                    geometry: shape.slots,
+                    layer: LAYERS - 1,
+                    limit,
+                    listed: row == LISTS,
+                }),
             })
             .collect();
         let (rows, width) = (sequences.len(), heads * head_dim);

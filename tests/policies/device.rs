@@ -8,7 +8,7 @@ use kvahead::ErrorCode;
 use kvahead::backend::DType;
 use kvahead::engine::{Model, Session, SessionOptions, decode_batch};
 use kvahead::kv::{KvTier, Payload};
-use kvahead::policy::{self, Budget, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
+use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Rule};
 
 use crate::common::{Golden, data, load};
 use crate::failing::Failing;
@@ -24,6 +24,21 @@ fn options(cache: usize, rule: Rule) -> SessionOptions {
     };
     let policy = PolicyOptions { kind: PolicyKind::Infinigen, infinigen: own, ..PolicyOptions::default() };
     SessionOptions { policy, kv_dtype: Some(DType::F32), ..SessionOptions::default() }
+}
+
+/// As the paper has it, where nothing else is attended than what is selected, guarded, or new.
+fn paper(cache: usize, alpha: f32) -> SessionOptions {
+    let mut options = options(cache, Rule::Paper { alpha, most: 0.1 });
+    let own = &mut options.policy.infinigen;
+    let InfinigenOptions { cache, cache_least, rule, .. } = *own;
+    *own = InfinigenOptions { cache, cache_least, rule, ..InfinigenOptions::of(InfinigenMode::Paper) };
+    options
+}
+
+/// The same options, with a cache of which only that is attended.
+fn listing(mut options: SessionOptions) -> SessionOptions {
+    options.policy.infinigen.attend_cache = false;
+    options
 }
 
 fn on_device(model: &Model, options: &SessionOptions, left: &Arc<AtomicUsize>) -> Session {
@@ -52,18 +67,20 @@ fn the_device_does_what_the_host_does() {
             .chain((27..40).map(|i| (i, i + 1)))
             .chain([(40, 8), (8, 9), (9, 10), (10, 45), (45, 46)])
             .chain((46..58).map(|i| (i, i + 1)));
-        for (cache, rule) in [
-            (14, Rule::Share(0.1)),
-            (16, Rule::Probability { below: 4.0, most: 0.2 }),
-            (11, Rule::Paper { alpha: 2.0, most: 0.1 }),
-            (60, Rule::Share(0.1)),
+        for options in [
+            options(14, Rule::Share(0.1)),
+            options(16, Rule::Probability { below: 4.0, most: 0.2 }),
+            options(11, Rule::Paper { alpha: 2.0, most: 0.1 }),
+            options(60, Rule::Share(0.1)),
+            paper(16, 2.0),
+            listing(options(20, Rule::Probability { below: 4.0, most: 0.2 })),
         ] {
-            let options = options(cache, rule);
+            let own = &options.policy.infinigen;
             let left = Arc::new(AtomicUsize::new(0));
             let mut device = on_device(&model, &options, &left);
             let mut host = Session::new(&model, &options).unwrap();
             for (number, (from, to)) in calls.clone().enumerate() {
-                let case = format!("{name}, {cache} slots, {rule:?}, tokens {from}..{to}");
+                let case = format!("{name}, {own:?}, tokens {from}..{to}");
                 let make = |session: &mut Session| match to {
                     to if to < from => session.truncate(to).map(|()| Vec::new()),
                     to if to == from + 1 => session.decode(tokens[from]).and_then(|()| Ok(session.logits()?.to_vec())),
@@ -86,7 +103,10 @@ fn the_device_does_what_the_host_does() {
                 );
             }
             let counters = host.kv_counters().unwrap();
-            assert!(cache == 60 || counters.misses > 0, "{name}, {cache} slots: nothing was ever fetched");
+            assert!(
+                own.cache == Budget::Tokens(60) || counters.misses > 0,
+                "{name}, {own:?}: nothing was ever fetched"
+            );
         }
     }
 }
@@ -97,7 +117,7 @@ fn batches_of_both_equal_each_alone() {
     let model = load(&folder, Some(DType::F32));
     let tokens = tokens(&model, &Golden::read(&folder, ""), 60);
     let left = Arc::default();
-    let kinds = [options(14, Rule::Share(0.1)), options(11, Rule::Share(0.1)), options(30, Rule::Share(0.2))];
+    let kinds = [options(14, Rule::Share(0.1)), listing(options(14, Rule::Share(0.1))), options(30, Rule::Share(0.2))];
     let make = |device: bool| -> Vec<Session> {
         let of = |options: &SessionOptions| match device {
             true => on_device(&model, options, &left),
@@ -132,6 +152,5 @@ fn what_the_device_cannot_do_is_refused() {
     };
     refused(&|policy| policy.payload = Payload::Int8, "payload");
     refused(&|policy| policy.tier = KvTier::File(Default::default()), "file");
-    refused(&|policy| policy.infinigen.attend_cache = false, "attended whole");
     refused(&|policy| policy.trace = Some("/tmp/never".into()), "trace");
 }

@@ -377,14 +377,23 @@ impl Backend for CpuBackend {
         let counts: Vec<Vec<u32>> = segments
             .iter()
             .map(|segment| match segment.visible {
-                Visible::Slots(slots) => slots::counts(&slots),
+                Visible::Slots(slots) if !slots.listed => slots::counts(&slots),
                 _ => Vec::new(),
             })
             .collect();
-        let counted = segments.iter().zip(&counts).map(|(segment, counts)| match segment.visible {
-            Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
-            _ => *segment,
-        });
+        let lists: Vec<Vec<Vec<u32>>> = segments
+            .iter()
+            .map(|segment| match segment.visible {
+                Visible::Slots(slots) if slots.listed => slots::listed(&slots),
+                _ => Vec::new(),
+            })
+            .collect();
+        let counted =
+            segments.iter().zip(counts.iter().zip(&lists)).map(|(segment, (counts, lists))| match segment.visible {
+                Visible::Slots(slots) if slots.listed => Segment { visible: Visible::Listed(lists), ..*segment },
+                Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
+                _ => *segment,
+            });
         let segments: Vec<Segment<'_>> = counted.collect();
         for (i, segment) in segments.iter().enumerate() {
             assert_attention(attention, segment, q.rows());
@@ -475,8 +484,9 @@ impl Backend for CpuBackend {
     fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
-        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some()) {
-            selected.present = slots::present(&sequence.slots);
+        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some())
+        {
+            selected.present = slots::present(&sequence.slots, sequence.rehearsal.rows);
         }
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
         for (sequence, selected) in sequences.iter_mut().zip(&selected) {

@@ -11,13 +11,14 @@ struct Table<'a> {
     limit: usize,
     guard: Guard,
     step: u32,
+    listed: bool,
 }
 
 impl<'a> Table<'a> {
     fn new(slots: &'a mut SlotsMut<'_>, head: usize) -> Table<'a> {
-        let SlotsMut { geometry, limit, guard, step, .. } = *slots;
+        let SlotsMut { geometry, limit, guard, step, listed, .. } = *slots;
         let at = slots.layer * geometry.kv_heads + head;
-        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step };
+        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step, listed };
         if table.header(Header::Step) != step {
             table.set(Header::Step, step);
             for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
@@ -70,6 +71,22 @@ impl<'a> Table<'a> {
         self.words[rows + slot as usize] = row;
         self.words[used + slot as usize] = self.step;
         *self.slot_of(row) = slot;
+    }
+
+    /// Lists the slots that this step has used and those that are guarded; says how many.
+    fn list(&mut self, head: usize) -> usize {
+        let g = self.geometry;
+        let (used, rows, to) = (g.used_at(self.at), g.rows_at(self.at), g.listed_at() + head * g.listed);
+        let mut count = 0;
+        for slot in 0..self.held() {
+            if self.words[used + slot] == self.step || self.guard.protects(self.words[rows + slot]) {
+                assert!(count < g.listed, "more slots listed than the tables have room for");
+                self.words[to + count] = slot as u32;
+                count += 1;
+            }
+        }
+        self.words[g.lists_at() + SlotGeometry::COUNT * head + 2] = count as u32;
+        count
     }
 
     /// The `count` slots unused for longest, ascending.
@@ -129,17 +146,22 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     let change = table.header(Header::Changes);
     table.put(change as usize, slot, row);
     table.set(Header::Changes, change + 1);
-    let held = table.held() as u32;
-    table.set(Header::Attended, held);
-    table.add(Header::AllAttended, held);
+    let attended = if table.listed { table.list(head) } else { table.held() } as u32;
+    table.set(Header::Attended, attended);
+    table.add(Header::AllAttended, attended);
     slot
 }
 
-/// The row in each slot, KV head by KV head.
-pub(super) fn present(slots: &SlotsMut<'_>) -> Vec<Vec<u32>> {
-    let SlotsMut { tables, geometry, layer, limit, .. } = slots;
+/// Rows, of `rows` rows, that this step will attend whatever it selects, KV head by KV head: those in slots, or those that
+/// are guarded.
+pub(super) fn present(slots: &SlotsMut<'_>, rows: usize) -> Vec<Vec<u32>> {
+    let SlotsMut { tables, geometry, layer, limit, guard, listed, .. } = slots;
+    if *listed {
+        let guarded = (0..guard.below.min(guard.from)).chain(guard.from..rows as u32);
+        return vec![guarded.collect(); geometry.kv_heads];
+    }
     let mut rows = vec![Vec::new(); geometry.kv_heads];
-    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit };
+    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit, listed: false };
     held(&slots).iter().for_each(|held| rows[held.head as usize].push(held.from));
     rows
 }
@@ -149,6 +171,14 @@ pub(super) fn counts(slots: &Slots<'_>) -> Vec<u32> {
     let geometry = slots.geometry;
     let words = words(slots.tables, &geometry);
     (0..geometry.kv_heads).map(|head| words[geometry.count_at(slots.layer * geometry.kv_heads + head)]).collect()
+}
+
+/// The slots that the last layer to list has listed.
+pub(super) fn listed(slots: &Slots<'_>) -> Vec<Vec<u32>> {
+    let g = slots.geometry;
+    let words = words(slots.tables, &g);
+    let count = |head: usize| words[g.lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..g.kv_heads).map(|head| words[g.listed_at() + head * g.listed..][..count(head)].to_vec()).collect()
 }
 
 /// Every row that has a slot, and where.

@@ -30,9 +30,9 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
-    KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Segment,
-    Selected, Selection, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry,
+    KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut,
+    Segment, Selected, Selection, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Visible,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;

@@ -30,6 +30,10 @@ plain! {
         pub(super) slots: u64,
         pub(super) weights: u64,
         pub(super) stride: u64,
+        pub(super) below: u32,
+        pub(super) from: u32,
+        pub(super) listed: u32,
+        pub(super) unused: u32,
     }
 
     struct Weights {
@@ -101,8 +105,7 @@ pub(super) fn add(
     let heads = weights.cols();
     let head_dim = out.cols() / heads;
     let added = Added { means: address(means.base()), weights: address(weights.base()), out: address(out.base()) };
-    let mut params =
-        Add { sequences: 0, group: (heads / (means.cols() / head_dim)) as u32, head_dim: head_dim as u32 };
+    let mut params = Add { sequences: 0, group: (heads / (means.cols() / head_dim)) as u32, head_dim: head_dim as u32 };
     let last = queue.last_add;
     queue.reserve(size_of::<Added>(), 1)?;
     let joins = last.filter(|before| {

@@ -7,7 +7,8 @@
 use std::sync::Arc;
 
 use crate::backend::{
-    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, RowsMut, SlotGeometry, Visible,
+    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, RowsMut, SlotGeometry,
+    Visible,
 };
 use crate::kv::{self, DeviceCache, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
 
@@ -39,6 +40,8 @@ pub(in crate::policy) struct OnDevice {
     whole_before: bool,
     /// The prefetch under way of each layer of the store.
     fetches: Vec<Option<Event>>,
+    /// Whether this step attends each layer's slots by a list: what is guarded and what was selected.
+    listed: Vec<bool>,
     counters: KvCounters,
     counted: KvCounters,
     /// What the cache has counted, and had counted when our counters were last reset.
@@ -71,6 +74,7 @@ impl OnDevice {
             whole: true,
             whole_before: true,
             held: Held::new(options, 0, &stored),
+            listed: vec![false; stored.layers],
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -107,8 +111,8 @@ impl OnDevice {
         self.cache.reserve(self.plan.slots(length))?;
         if length > self.cache.rows() {
             let rows = table_rows(length, self.capacity);
-            let (slots, most) = (self.plan.slots(rows), self.plan.most_selected(rows));
-            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
+            let lists = (self.plan.most_selected(rows), self.plan.most_listed(rows));
+            self.cache.reserve_tables(&*self.backend, rows, self.plan.slots(rows), lists)?;
         }
         self.store.reserve(length)?;
         self.prompt.reserve(if prompt { length } else { 0 }, &self.store)
@@ -126,7 +130,8 @@ impl OnDevice {
     fn admit(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
         self.cache.prepare(step.backend, step.stream)?;
         let length = step.position + 1;
-        let (slots, cache) = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
+        let (mut slots, cache) = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
+        slots.listed = self.listed[layer];
         let admission = Admission {
             row: step.position,
             slots,
@@ -150,7 +155,8 @@ fn table_rows(length: usize, capacity: usize) -> usize {
 pub(super) fn table_bytes(options: &InfinigenOptions, stored: &KvGeometry, capacity: usize) -> usize {
     let rows = table_rows(capacity, capacity);
     let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows, 0));
-    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected }.bytes()
+    let listed = plan::most_listed(options, rows);
+    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, listed }.bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
@@ -161,8 +167,6 @@ fn refuse(options: &PolicyOptions) -> Result<()> {
         "a quantized payload"
     } else if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
-    } else if !options.infinigen.attend_cache {
-        "a cache that is not attended whole (paper mode)"
     } else if options.trace.is_some() {
         "a trace"
     } else {
@@ -203,7 +207,8 @@ impl Policy for OnDevice {
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
         let length = position + 1;
-        let (slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
+        let (mut slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
+        slots.listed = !self.plan.attend_cache;
         let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
         let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
         Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, tail }))
@@ -226,7 +231,10 @@ impl Policy for OnDevice {
         };
         if step.phase == Phase::Decode {
             // The tables are the prefetch's until it is done.
-            if let Some(fetched) = self.fetches[layer].take() {
+            let fetched = self.fetches[layer].take();
+            // What was not rehearsed is all here, and attended.
+            self.listed[layer] = fetched.is_some() && !self.plan.attend_cache;
+            if let Some(fetched) = fetched {
                 step.backend.wait(step.stream, &fetched)?;
             }
             return self.admit(step, layer, keys, values);
@@ -261,7 +269,7 @@ impl Policy for OnDevice {
             Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
             Some(layer) => {
                 let limit = self.plan.slots(step.position + 1);
-                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit)))
+                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.listed[layer])))
             }
         }
     }

@@ -165,6 +165,11 @@ impl Plan {
         most_selected(&self.options, length, 0)
     }
 
+    /// Most slots that a step lists for a sequence of `length` tokens; 0 where the cache is attended whole.
+    pub(super) fn most_listed(&self, length: usize) -> usize {
+        most_listed(&self.options, length)
+    }
+
     /// Rows of a prompt of `length` tokens that may get a slot by their rank, though others get one anyway.
     pub(super) fn ranked(&self, length: usize) -> usize {
         (self.slots(length) + always(&self.options)).min(length)
@@ -224,6 +229,11 @@ pub(super) fn full_rows(options: &PolicyOptions, capacity: usize) -> (usize, usi
 /// Slots that sinks, window and the newest token take.
 fn always(options: &InfinigenOptions) -> usize {
     options.sinks + options.window.max(1) + 1
+}
+
+/// See [`Plan::most_listed`].
+pub(super) fn most_listed(options: &InfinigenOptions, length: usize) -> usize {
+    if options.attend_cache { 0 } else { always(options) + most_selected(options, length, 0) }
 }
 
 /// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what is always

@@ -1,6 +1,7 @@
 //! `blend` and `add_tail` against their definitions.
 
 use super::*;
+use crate::backend::Blend;
 
 #[test]
 fn rows_are_blended() {
@@ -8,9 +9,9 @@ fn rows_are_blended() {
     let (_, b) = backends().next().unwrap();
     for (rows, cols) in [(1, 1), (1, 192), (3, 37)] {
         for factor in [0.0, 1.0, 0.25, -0.5] {
-            let (from, toward, held) =
+            let (begin, toward, held) =
                 (random.normals(rows * cols), random.normals(rows * cols), random.normals(rows * cols));
-            let (x, y) = (buffer(&b, DType::F32, &from), buffer(&b, DType::F32, &toward));
+            let (x, y) = (buffer(&b, DType::F32, &begin), buffer(&b, DType::F32, &toward));
             for given in [true, false] {
                 let mut out = buffer(&b, DType::F32, &held);
                 let from = given.then(|| x.rows(DType::F32, rows, cols));
@@ -18,7 +19,7 @@ fn rows_are_blended() {
                 b.blend(&Stream(0), blend, y.rows(DType::F32, rows, cols)).unwrap();
                 let got = floats(&b, out.rows(DType::F32, rows, cols));
                 for (i, got) in got.iter().enumerate() {
-                    let a = if given { from[i] } else { held[i] };
+                    let a = if given { begin[i] } else { held[i] };
                     let want = f64::from(a) + f64::from(factor) * (f64::from(toward[i]) - f64::from(a));
                     assert!(
                         (f64::from(*got) - want).abs() < 1e-6,
@@ -39,7 +40,8 @@ fn a_tail_gets_its_part_of_each_head() {
         let weights: Vec<f32> = (0..heads).map(|head| head as f32 / heads as f32).collect();
         let (means_of, mut out) = (buffer(&b, DType::F32, &means), buffer(&b, DType::F32, &attended));
         let weights_of = buffer(&b, DType::F32, &weights);
-        let (means_of, weights_of) = (means_of.rows(DType::F32, 1, kv_heads * d), weights_of.rows(DType::F32, 1, heads));
+        let (means_of, weights_of) =
+            (means_of.rows(DType::F32, 1, kv_heads * d), weights_of.rows(DType::F32, 1, heads));
         b.add_tail(&Stream(0), means_of, weights_of, out.rows_mut(DType::F32, 1, heads * d)).unwrap();
         let got = floats(&b, out.rows(DType::F32, 1, heads * d));
         for (i, got) in got.iter().enumerate() {
