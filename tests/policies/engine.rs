@@ -35,7 +35,7 @@ fn there(model: &Model, policy: &PolicyOptions) -> bool {
     let in_file = matches!(policy.tier, KvTier::File(_));
     let evicts = policy.eviction != Eviction::Off;
     // What only the host's variant of infinigen does.
-    let by_host = policy.payload != Payload::Exact || !policy.infinigen.attend_cache;
+    let by_host = policy.payload != Payload::Exact;
     if policy.kind == PolicyKind::Infinigen && by_host && backend.selects_on_device() {
         return false;
     }
