@@ -20,8 +20,8 @@ struct Tables {
     u32 *selected;
     u32 *move_counts;
     u32 *moves;
-    uint4 *lists;  // of attended slots, or null: their address, their number, zero
-    u32 *listed;   // the slots themselves
+    uint4 *attended_lists;  // or null: where a KV head's attended slots are listed, how many they are, zero
+    u32 *attended;          // the slots themselves
     u64 stride;
     u32 slots;     // room in a table
     u32 rows;
@@ -31,7 +31,7 @@ struct Tables {
     u32 from;
     u32 step;
     u32 row;       // of a new token
-    u32 most_listed;  // room for listed slots
+    u32 most_attended;  // room for listed slots
     u32 unused;
 };
 
@@ -301,7 +301,7 @@ __device__ u32 list_attended(const Tables &t, const Table &table, u32 head) {
     __shared__ u32 totals[WARPS];
     constexpr u32 MANY = 4;  // slots of a thread at a time
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, held = table.count;
-    u32 *list = t.listed + u64(head) * t.most_listed;
+    u32 *list = t.attended + u64(head) * t.most_attended;
     u32 listed = 0;
     for (u32 first = 0; first < held; first += THREADS * MANY) {
         u32 wanted[MANY], here = 0;  // of a warp
@@ -322,14 +322,14 @@ __device__ u32 list_attended(const Tables &t, const Table &table, u32 head) {
 #pragma unroll
         for (u32 i = 0; i < MANY; i++) {
             const u32 to = at + __popc(wanted[i] & ((1u << lane) - 1));
-            if ((wanted[i] >> lane & 1) && to < t.most_listed) list[to] = first + (warp * MANY + i) * WARP + lane;
+            if ((wanted[i] >> lane & 1) && to < t.most_attended) list[to] = first + (warp * MANY + i) * WARP + lane;
             at += __popc(wanted[i]);
         }
         __syncthreads();
     }
-    listed = min(listed, t.most_listed);
+    listed = min(listed, t.most_attended);
     const u64 address = reinterpret_cast<u64>(list);
-    if (threadIdx.x == 0) t.lists[head] = make_uint4(u32(address), u32(address >> 32), listed, 0);
+    if (threadIdx.x == 0) t.attended_lists[head] = make_uint4(u32(address), u32(address >> 32), listed, 0);
     return listed;
 }
 
@@ -419,7 +419,7 @@ template <class T> __device__ void admit(const Admit &p) {
         table.rows[slot] = t.row;
         table.used[slot] = t.step;
         table.slots[t.row] = slot;
-        if (t.lists) now = 0;  // counted below
+        if (t.attended_lists) now = 0;  // counted below
         const u64 attended = (u64(header[ALL_ATTENDED + 1]) << 32 | header[ALL_ATTENDED]) + now;
         header[ALL_ATTENDED] = u32(attended);
         header[ALL_ATTENDED + 1] = u32(attended >> 32);
@@ -429,7 +429,7 @@ template <class T> __device__ void admit(const Admit &p) {
         taken = slot;
     }
     __syncthreads();
-    if (t.lists) {
+    if (t.attended_lists) {
         const u32 listed = list_attended(t, table, head);
         if (tid == 0) {
             table.header[ATTENDED] = listed;

@@ -24,7 +24,7 @@ struct Sequence {
     u64 table_stride;
     u32 below;                   // guarded rows: below this, and from that on
     u32 from;
-    u32 listed;                  // what is attended whatever is selected is what is guarded, not what is in slots
+    u32 by_list;                 // what is attended whatever is selected is what is guarded, not what is in slots
     u32 unused0;
     u32 stride;
     u32 stats_stride;
@@ -61,20 +61,20 @@ extern "C" __global__ void __launch_bounds__(512) tail_weights(Weights p) {
     const float *scores = s.scores + u64(head) * s.stride;
     const u32 *rows = s.rows + kv_head * s.table_stride, *slots = s.slots + kv_head * s.table_stride;
     const u32 below = min(min(s.below, s.from), s.index_rows), from = min(s.from, s.index_rows);
-    const u32 always = s.listed ? below + s.index_rows - from : s.counts[COUNT * kv_head + 2];
+    const u32 always = s.by_list ? below + s.index_rows - from : s.counts[COUNT * kv_head + 2];
     float here = 0;
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < always; i += THREADS) {
-        const u32 row = !s.listed ? rows[i] : i < below ? i : from + i - below;
+        const u32 row = !s.by_list ? rows[i] : i < below ? i : from + i - below;
         if (row < s.index_rows) here += expf(scores[row] - shift);
     }
-    // What is selected and in a slot has been counted; what is guarded is not selected.
+    // Of what is selected, what has not been counted.
     const u32 *selected = s.selected + u64(kv_head) * s.capacity;
     const u32 count = min(s.selected_counts[kv_head], s.capacity);
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         const u32 row = selected[i];
-        if (s.listed || slots[row] == NONE) here += expf(scores[row] - shift);
+        if (s.by_list ? row >= below && row < from : slots[row] == NONE) here += expf(scores[row] - shift);
     }
     here = block_sum(here);
     if (threadIdx.x == 0) s.weights[head] = fmaxf(1.0f - here, 0.0f);

@@ -30,7 +30,7 @@ pub struct SlotGeometry {
     /// Most rows that a step selects.
     pub selected: usize,
     /// Most slots that a step lists for a KV head; 0 where it never does.
-    pub listed: usize,
+    pub attended: usize,
 }
 
 /// Words of a table's header.
@@ -126,18 +126,18 @@ impl SlotGeometry {
     }
 
     /// Where the lists' headers begin: [`SlotGeometry::COUNT`] words a KV head. (Addresses are among them.)
-    pub const fn lists_at(&self) -> usize {
+    pub const fn attended_lists_at(&self) -> usize {
         (self.moves_at() + 2 * self.kv_heads * self.selected).next_multiple_of(Self::COUNT)
     }
 
-    /// Where the listed slots begin: `listed` words a KV head.
-    pub const fn listed_at(&self) -> usize {
-        self.lists_at() + Self::COUNT * self.kv_heads
+    /// Where the listed slots begin: `attended` words a KV head.
+    pub const fn attended_at(&self) -> usize {
+        self.attended_lists_at() + Self::COUNT * self.kv_heads
     }
 
     /// Words of the whole buffer.
     pub const fn words(&self) -> usize {
-        self.listed_at() + self.listed * self.kv_heads
+        self.attended_at() + self.attended * self.kv_heads
     }
 
     /// Bytes of the whole buffer.
@@ -179,7 +179,7 @@ pub struct SlotsMut<'a> {
     pub step: u32,
     /// Whether this step attends the slots of what is guarded and what it has used (selected, or new), which
     /// [`super::Backend::admit`] lists in ascending order, and not every slot in use.
-    pub listed: bool,
+    pub by_list: bool,
 }
 
 /// The tables of one layer, for attention.
@@ -194,7 +194,7 @@ pub struct Slots<'a> {
     /// Slots that may be in use.
     pub limit: usize,
     /// Whether the slots that the step has listed are attended, and not every slot in use.
-    pub listed: bool,
+    pub by_list: bool,
 }
 
 /// One sequence in [`super::Backend::prefetch`].

@@ -53,7 +53,7 @@ impl DeviceCache {
     /// An empty cache of the layers of `kv`, without room.
     pub fn new(backend: &dyn Backend, pool: Arc<Pool>, kv: KvGeometry) -> Result<DeviceCache> {
         let geometry =
-            SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots: 0, rows: 0, selected: 0, listed: 0 };
+            SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots: 0, rows: 0, selected: 0, attended: 0 };
         Ok(DeviceCache {
             tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
@@ -79,15 +79,15 @@ impl DeviceCache {
     }
 
     /// Makes room in the tables for sequences of `rows` tokens, of which up to `slots` have slots and a step selects up to
-    /// `selected` and lists up to `listed`. On an error nothing has changed.
+    /// `selected` and lists up to `attended`. On an error nothing has changed.
     pub fn reserve_tables(
         &mut self,
         backend: &dyn Backend,
         rows: usize,
         slots: usize,
-        (selected, listed): (usize, usize),
+        (selected, attended): (usize, usize),
     ) -> Result<()> {
-        let geometry = SlotGeometry { slots, rows, selected, listed, ..self.geometry };
+        let geometry = SlotGeometry { slots, rows, selected, attended, ..self.geometry };
         self.grown = Some((geometry, backend.allocate(geometry.bytes(), Place::Device, TABLES)?));
         Ok(())
     }
@@ -141,15 +141,15 @@ impl DeviceCache {
     }
 
     /// The tables of a layer, for attention that reads up to `limit` slots: those in use, or those listed.
-    pub fn slots(&self, layer: usize, limit: usize, listed: bool) -> Slots<'_> {
-        Slots { tables: &self.tables, geometry: self.geometry, layer, limit, listed }
+    pub fn slots(&self, layer: usize, limit: usize, by_list: bool) -> Slots<'_> {
+        Slots { tables: &self.tables, geometry: self.geometry, layer, limit, by_list }
     }
 
     /// The tables of a layer in this step, of which `limit` slots may be used, and its entries. (The step does not list.)
     pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> (SlotsMut<'_>, KvRunsMut<'_>) {
         let DeviceCache { geometry, step, .. } = *self;
         let tables = &mut self.tables;
-        (SlotsMut { tables, geometry, layer, limit, guard, step, listed: false }, self.kv.layer_mut(layer))
+        (SlotsMut { tables, geometry, layer, limit, guard, step, by_list: false }, self.kv.layer_mut(layer))
     }
 
     /// Makes the tables of an empty cache, where nothing has yet.
@@ -208,7 +208,7 @@ impl DeviceCache {
     fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
         for layer in 0..self.geometry.layers {
             let (tables, geometry) = (&self.tables, self.geometry);
-            let slots = Slots { tables, geometry, layer, limit: geometry.slots, listed: false };
+            let slots = Slots { tables, geometry, layer, limit: geometry.slots, by_list: false };
             backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))?;
         }
         Ok(())

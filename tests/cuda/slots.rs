@@ -29,7 +29,7 @@ impl Shape {
         Shape {
             kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
-            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, listed: selected + 13 },
+            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, attended: selected + 13 },
             group,
         }
     }
@@ -79,10 +79,10 @@ impl Sequence {
         length: usize,
         limit: usize,
         step: u32,
-        listed: bool,
+        by_list: bool,
     ) -> SlotsMut<'a> {
         let guard = Guard { below: 3, from: length.saturating_sub(9) as u32 };
-        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, listed }
+        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, by_list }
     }
 }
 
@@ -136,8 +136,10 @@ fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
 
 /// The slots that the last layer to do so has listed.
 fn lists(shape: &SlotGeometry, words: &[u32]) -> Vec<Vec<u32>> {
-    let count = |head: usize| words[shape.lists_at() + SlotGeometry::COUNT * head + 2] as usize;
-    (0..shape.kv_heads).map(|head| words[shape.listed_at() + head * shape.listed..][..count(head)].to_vec()).collect()
+    let count = |head: usize| words[shape.attended_lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..shape.kv_heads)
+        .map(|head| words[shape.attended_at() + head * shape.attended..][..count(head)].to_vec())
+        .collect()
 }
 
 fn entries(rig: &Rig<'_>, extents: &[Buffer]) -> Vec<u8> {
@@ -252,7 +254,7 @@ fn steps_leave_what_the_cpu_leaves() {
                         let p = p.rows(DType::F32, length, partial.len() / length);
                         let runs = &mut IndexRunsMut::new(&mut s.index, shape.index, layer);
                         rig.b.index_append(&rig.stream, p, runs, 0).unwrap();
-                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit, listed: false };
+                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit, by_list: false };
                         let from = KvRuns::new(&s.store, shape.kv, layer);
                         let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
                         rig.b.refill(&rig.stream, slots, &from, to).unwrap();
@@ -333,7 +335,7 @@ fn attends_its_slots(
                     geometry: shape.slots,
                     layer: LAYERS - 1,
                     limit,
-                    listed: row == LISTS,
+                    by_list: row == LISTS,
                 }),
             })
             .collect();

@@ -49,7 +49,7 @@ fn weights_are_what_is_neither_in_a_slot_nor_selected() {
             (4, 3, 64, 130, 3, false, Selection::Probability { below: 50.0, least: 1, most: 300 }),
         ] {
             let (heads, layers) = (kv_heads * group, 1);
-            let tables = SlotGeometry { layers, kv_heads, slots: slots + 400, rows, selected: 300, listed: 320 };
+            let tables = SlotGeometry { layers, kv_heads, slots: slots + 400, rows, selected: 300, attended: 320 };
             let name = format!("{rows} rows, {slots} in slots, listed: {listed}, {selection:?}");
             let index = IndexGeometry { layers: 1, kv_heads, columns, extent_tokens: 256, bits: IndexBits::Full };
             let kv = KvGeometry { layers: 1, kv_heads, head_dim: 8, extent_tokens: 256, dtype: DType::F32 };
@@ -86,7 +86,7 @@ fn weights_are_what_is_neither_in_a_slot_nor_selected() {
                     limit: tables.slots,
                     guard: Guard { below: 2, from: to as u32 },
                     step: 1,
-                    listed,
+                    by_list: listed,
                 },
                 from: KvRuns::new(&store, kv, 0),
                 to: KvRunsMut::new(&mut cache, kv, 0),

@@ -377,20 +377,20 @@ impl Backend for CpuBackend {
         let counts: Vec<Vec<u32>> = segments
             .iter()
             .map(|segment| match segment.visible {
-                Visible::Slots(slots) if !slots.listed => slots::counts(&slots),
+                Visible::Slots(slots) if !slots.by_list => slots::counts(&slots),
                 _ => Vec::new(),
             })
             .collect();
         let lists: Vec<Vec<Vec<u32>>> = segments
             .iter()
             .map(|segment| match segment.visible {
-                Visible::Slots(slots) if slots.listed => slots::listed(&slots),
+                Visible::Slots(slots) if slots.by_list => slots::listed(&slots),
                 _ => Vec::new(),
             })
             .collect();
         let counted =
             segments.iter().zip(counts.iter().zip(&lists)).map(|(segment, (counts, lists))| match segment.visible {
-                Visible::Slots(slots) if slots.listed => Segment { visible: Visible::Listed(lists), ..*segment },
+                Visible::Slots(slots) if slots.by_list => Segment { visible: Visible::Listed(lists), ..*segment },
                 Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
                 _ => *segment,
             });

@@ -11,14 +11,14 @@ struct Table<'a> {
     limit: usize,
     guard: Guard,
     step: u32,
-    listed: bool,
+    by_list: bool,
 }
 
 impl<'a> Table<'a> {
     fn new(slots: &'a mut SlotsMut<'_>, head: usize) -> Table<'a> {
-        let SlotsMut { geometry, limit, guard, step, listed, .. } = *slots;
+        let SlotsMut { geometry, limit, guard, step, by_list, .. } = *slots;
         let at = slots.layer * geometry.kv_heads + head;
-        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step, listed };
+        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step, by_list };
         if table.header(Header::Step) != step {
             table.set(Header::Step, step);
             for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
@@ -74,18 +74,18 @@ impl<'a> Table<'a> {
     }
 
     /// Lists the slots that this step has used and those that are guarded; says how many.
-    fn list(&mut self, head: usize) -> usize {
+    fn list_attended(&mut self, head: usize) -> usize {
         let g = self.geometry;
-        let (used, rows, to) = (g.used_at(self.at), g.rows_at(self.at), g.listed_at() + head * g.listed);
+        let (used, rows, to) = (g.used_at(self.at), g.rows_at(self.at), g.attended_at() + head * g.attended);
         let mut count = 0;
         for slot in 0..self.held() {
             if self.words[used + slot] == self.step || self.guard.protects(self.words[rows + slot]) {
-                assert!(count < g.listed, "more slots listed than the tables have room for");
+                assert!(count < g.attended, "more slots listed than the tables have room for");
                 self.words[to + count] = slot as u32;
                 count += 1;
             }
         }
-        self.words[g.lists_at() + SlotGeometry::COUNT * head + 2] = count as u32;
+        self.words[g.attended_lists_at() + SlotGeometry::COUNT * head + 2] = count as u32;
         count
     }
 
@@ -146,7 +146,7 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     let change = table.header(Header::Changes);
     table.put(change as usize, slot, row);
     table.set(Header::Changes, change + 1);
-    let attended = if table.listed { table.list(head) } else { table.held() } as u32;
+    let attended = if table.by_list { table.list_attended(head) } else { table.held() } as u32;
     table.set(Header::Attended, attended);
     table.add(Header::AllAttended, attended);
     slot
@@ -155,13 +155,13 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
 /// Rows, of `rows` rows, that this step will attend whatever it selects, KV head by KV head: those in slots, or those that
 /// are guarded.
 pub(super) fn present(slots: &SlotsMut<'_>, rows: usize) -> Vec<Vec<u32>> {
-    let SlotsMut { tables, geometry, layer, limit, guard, listed, .. } = slots;
-    if *listed {
+    let SlotsMut { tables, geometry, layer, limit, guard, by_list, .. } = slots;
+    if *by_list {
         let guarded = (0..guard.below.min(guard.from)).chain(guard.from..rows as u32);
         return vec![guarded.collect(); geometry.kv_heads];
     }
     let mut rows = vec![Vec::new(); geometry.kv_heads];
-    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit, listed: false };
+    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit, by_list: false };
     held(&slots).iter().for_each(|held| rows[held.head as usize].push(held.from));
     rows
 }
@@ -177,8 +177,8 @@ pub(super) fn counts(slots: &Slots<'_>) -> Vec<u32> {
 pub(super) fn listed(slots: &Slots<'_>) -> Vec<Vec<u32>> {
     let g = slots.geometry;
     let words = words(slots.tables, &g);
-    let count = |head: usize| words[g.lists_at() + SlotGeometry::COUNT * head + 2] as usize;
-    (0..g.kv_heads).map(|head| words[g.listed_at() + head * g.listed..][..count(head)].to_vec()).collect()
+    let count = |head: usize| words[g.attended_lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..g.kv_heads).map(|head| words[g.attended_at() + head * g.attended..][..count(head)].to_vec()).collect()
 }
 
 /// Every row that has a slot, and where.

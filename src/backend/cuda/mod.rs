@@ -579,6 +579,7 @@ impl Backend for CudaBackend {
         assert_eq!((index.geometry().kv_heads, slots.geometry.kv_heads), (a.kv_heads, a.kv_heads));
         assert!(*row < store.capacity() && *row < index.capacity() && *row < slots.geometry.rows, "a row past the end");
         assert!(slots.limit > 0 && slots.limit <= slots.geometry.slots.min(cache.capacity()), "slots past the end");
+        assert!(!slots.by_list || slots.geometry.attended > 0, "no room for a list");
         if let Some(mean) = mean {
             mean.check(values);
         }

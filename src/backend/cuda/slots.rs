@@ -22,8 +22,8 @@ plain! {
         selected: u64,
         move_counts: u64,
         moves: u64,
-        lists: u64,
-        listed: u64,
+        attended_lists: u64,
+        attended: u64,
         stride: u64,
         slots: u32,
         rows: u32,
@@ -33,7 +33,7 @@ plain! {
         from: u32,
         step: u32,
         row: u32,
-        most_listed: u32,
+        most_attended: u32,
         unused: u32,
     }
 
@@ -113,7 +113,7 @@ pub(super) struct LastAdmit {
 
 /// Where what lies in a sequence's tables. `row` is that of a new token.
 fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
-    let SlotsMut { geometry: g, layer, limit, guard, step, listed, .. } = *slots;
+    let SlotsMut { geometry: g, layer, limit, guard, step, by_list, .. } = *slots;
     let first = layer * g.kv_heads;
     let at = |word: usize| address(slots.tables.address()) + 4 * word as u64;
     Tables {
@@ -124,8 +124,8 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         selected: at(g.selected_rows_at()),
         move_counts: at(g.move_counts_at()),
         moves: at(g.moves_at()),
-        lists: if listed { at(g.lists_at()) } else { 0 },
-        listed: at(g.listed_at()),
+        attended_lists: if by_list { at(g.attended_lists_at()) } else { 0 },
+        attended: at(g.attended_at()),
         stride: g.table_words() as u64,
         slots: g.slots as u32,
         rows: g.rows as u32,
@@ -135,7 +135,7 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         from: guard.from,
         step,
         row: row as u32,
-        most_listed: g.listed as u32,
+        most_attended: g.attended as u32,
         unused: 0,
     }
 }
@@ -152,7 +152,7 @@ fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
         stride: tables.stride,
         below: tables.below,
         from: tables.from,
-        listed: (tables.lists != 0).into(),
+        by_list: (tables.attended_lists != 0).into(),
         unused: 0,
     }
 }

@@ -32,7 +32,7 @@ plain! {
         pub(super) stride: u64,
         pub(super) below: u32,
         pub(super) from: u32,
-        pub(super) listed: u32,
+        pub(super) by_list: u32,
         pub(super) unused: u32,
     }
 

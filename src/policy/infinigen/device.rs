@@ -41,7 +41,7 @@ pub(in crate::policy) struct OnDevice {
     /// The prefetch under way of each layer of the store.
     fetches: Vec<Option<Event>>,
     /// Whether this step attends each layer's slots by a list: what is guarded and what was selected.
-    listed: Vec<bool>,
+    by_list: Vec<bool>,
     counters: KvCounters,
     counted: KvCounters,
     /// What the cache has counted, and had counted when our counters were last reset.
@@ -74,7 +74,7 @@ impl OnDevice {
             whole: true,
             whole_before: true,
             held: Held::new(options, 0, &stored),
-            listed: vec![false; stored.layers],
+            by_list: vec![false; stored.layers],
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -111,7 +111,7 @@ impl OnDevice {
         self.cache.reserve(self.plan.slots(length))?;
         if length > self.cache.rows() {
             let rows = table_rows(length, self.capacity);
-            let lists = (self.plan.most_selected(rows), self.plan.most_listed(rows));
+            let lists = (self.plan.most_selected(rows), self.plan.most_attended(rows));
             self.cache.reserve_tables(&*self.backend, rows, self.plan.slots(rows), lists)?;
         }
         self.store.reserve(length)?;
@@ -131,7 +131,7 @@ impl OnDevice {
         self.cache.prepare(step.backend, step.stream)?;
         let length = step.position + 1;
         let (mut slots, cache) = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
-        slots.listed = self.listed[layer];
+        slots.by_list = self.by_list[layer];
         let admission = Admission {
             row: step.position,
             slots,
@@ -155,8 +155,8 @@ fn table_rows(length: usize, capacity: usize) -> usize {
 pub(super) fn table_bytes(options: &InfinigenOptions, stored: &KvGeometry, capacity: usize) -> usize {
     let rows = table_rows(capacity, capacity);
     let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows, 0));
-    let listed = plan::most_listed(options, rows);
-    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, listed }.bytes()
+    let attended = plan::most_attended(options, rows);
+    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, attended }.bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
@@ -208,7 +208,7 @@ impl Policy for OnDevice {
         let stored = self.stored(layer)?;
         let length = position + 1;
         let (mut slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
-        slots.listed = !self.plan.attend_cache;
+        slots.by_list = !self.plan.attend_cache;
         let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
         let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
         Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, tail }))
@@ -233,7 +233,7 @@ impl Policy for OnDevice {
             // The tables are the prefetch's until it is done.
             let fetched = self.fetches[layer].take();
             // What was not rehearsed is all here, and attended.
-            self.listed[layer] = fetched.is_some() && !self.plan.attend_cache;
+            self.by_list[layer] = fetched.is_some() && !self.plan.attend_cache;
             if let Some(fetched) = fetched {
                 step.backend.wait(step.stream, &fetched)?;
             }
@@ -269,7 +269,7 @@ impl Policy for OnDevice {
             Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
             Some(layer) => {
                 let limit = self.plan.slots(step.position + 1);
-                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.listed[layer])))
+                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.by_list[layer])))
             }
         }
     }

@@ -166,8 +166,8 @@ impl Plan {
     }
 
     /// Most slots that a step lists for a sequence of `length` tokens; 0 where the cache is attended whole.
-    pub(super) fn most_listed(&self, length: usize) -> usize {
-        most_listed(&self.options, length)
+    pub(super) fn most_attended(&self, length: usize) -> usize {
+        most_attended(&self.options, length)
     }
 
     /// Rows of a prompt of `length` tokens that may get a slot by their rank, though others get one anyway.
@@ -231,8 +231,8 @@ fn always(options: &InfinigenOptions) -> usize {
     options.sinks + options.window.max(1) + 1
 }
 
-/// See [`Plan::most_listed`].
-pub(super) fn most_listed(options: &InfinigenOptions, length: usize) -> usize {
+/// See [`Plan::most_attended`].
+pub(super) fn most_attended(options: &InfinigenOptions, length: usize) -> usize {
     if options.attend_cache { 0 } else { always(options) + most_selected(options, length, 0) }
 }
 
