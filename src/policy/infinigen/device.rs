@@ -211,7 +211,7 @@ impl Policy for OnDevice {
         slots.by_list = !self.plan.attend_cache;
         let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
         let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
-        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, tail }))
+        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, tail })))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
