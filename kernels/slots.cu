@@ -20,6 +20,8 @@ struct Tables {
     u32 *selected;
     u32 *move_counts;
     u32 *moves;
+    uint4 *attended_lists;  // or null: where a KV head's attended slots are listed, how many they are, zero
+    u32 *attended;          // the slots themselves
     u64 stride;
     u32 slots;     // room in a table
     u32 rows;
@@ -29,6 +31,8 @@ struct Tables {
     u32 from;
     u32 step;
     u32 row;       // of a new token
+    u32 most_attended;  // room for listed slots
+    u32 unused;
     Pool pool;
 };
 
@@ -184,6 +188,47 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     }
 }
 
+// Lists the slots that this step has used and those that are guarded, in ascending order; says how many. By a whole block.
+__device__ u32 list_attended(const Tables &t, const Table &table, const Held &pool, u32 head) {
+    __shared__ u32 totals[WARPS];
+    constexpr u32 MANY = 4;  // slots of a thread at a time
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, held = table.count;
+    u32 *list = t.attended + u64(head) * t.most_attended;
+    u32 listed = 0;
+    for (u32 first = 0; first < held; first += THREADS * MANY) {
+        u32 wanted[MANY], here = 0;  // of a warp
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 slot = first + (warp * MANY + i) * WARP + lane;
+            bool attended = false;
+            if (slot < held) {
+                const u32 token = pool.token(table.rows[slot]);
+                attended = table.used[slot] == t.step || token < t.below || token >= t.from;
+            }
+            wanted[i] = __ballot_sync(FULL, attended);
+            here += __popc(wanted[i]);
+        }
+        if (lane == 0) totals[warp] = here;
+        __syncthreads();
+        u32 at = listed;
+        for (u32 w = 0; w < WARPS; w++) {
+            at += w < warp ? totals[w] : 0;
+            listed += totals[w];
+        }
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 to = at + __popc(wanted[i] & ((1u << lane) - 1));
+            if ((wanted[i] >> lane & 1) && to < t.most_attended) list[to] = first + (warp * MANY + i) * WARP + lane;
+            at += __popc(wanted[i]);
+        }
+        __syncthreads();
+    }
+    listed = min(listed, t.most_attended);
+    const u64 address = reinterpret_cast<u64>(list);
+    if (threadIdx.x == 0) t.attended_lists[head] = make_uint4(u32(address), u32(address >> 32), listed, 0);
+    return listed;
+}
+
 // A new token of one sequence.
 struct Token {
     Tables tables;
@@ -193,6 +238,10 @@ struct Token {
     const u64 *cache;
     const u64 *index;
     const u64 *saved;  // where what lies in the token's slot is kept, as the cache: in row `most` of its tables; or null
+    const float *mean_from;  // the layer's mean value of all KV heads before this token
+    float *mean;             // and with it, or null
+    float mean_factor;
+    u32 unused;
 };
 
 struct Admit {
@@ -307,6 +356,7 @@ template <class P, class T> __device__ void admit(const Admit &p) {
             pool.tokens[row] = t.pool.token + 1;
             pool.uses[row] = 0;
         }
+        if (t.attended_lists) now = 0;  // counted below
         const u64 attended = (u64(header[ALL_ATTENDED + 1]) << 32 | header[ALL_ATTENDED]) + now;
         header[ALL_ATTENDED] = u32(attended);
         header[ALL_ATTENDED + 1] = u32(attended >> 32);
@@ -316,6 +366,13 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         taken = slot;
     }
     __syncthreads();
+    if (t.attended_lists) {
+        const u32 listed = list_attended(t, table, pool, head);
+        if (tid == 0) {
+            table.header[ATTENDED] = listed;
+            table.add(ALL_ATTENDED, listed);
+        }
+    }
     const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
     T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));
     u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, row, p.stored_bytes));
@@ -335,6 +392,12 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         if (exact) {
             reinterpret_cast<T *>(store)[c] = k;
             reinterpret_cast<T *>(store)[p.head_dim + c] = v;
+        }
+        if (token.mean) {
+            // Rounded one by one, as by tail_blend.
+            const u32 at = head * p.head_dim + c;
+            const float before = token.mean_from[at];
+            token.mean[at] = __fadd_rn(before, __fmul_rn(token.mean_factor, __fsub_rn(value[c], before)));
         }
     }
     if (!exact && warp == 1) {

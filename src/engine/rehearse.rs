@@ -91,7 +91,7 @@ impl Forward<'_> {
                 }
                 Some(Ahead::Prefetch(mut prefetch)) => {
                     prefetch.rehearsal.row = at;
-                    prefetches.push(prefetch);
+                    prefetches.push(*prefetch);
                 }
                 None => {}
             }

@@ -75,7 +75,7 @@ impl DeviceCache {
     ) -> Result<DeviceCache> {
         let KvGeometry { layers, kv_heads, .. } = kv;
         let lists = if listed { layers } else { 1 };
-        let geometry = SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists };
+        let geometry = SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists, attended: 0 };
         Ok(DeviceCache {
             tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
@@ -102,9 +102,15 @@ impl DeviceCache {
     }
 
     /// Makes room in the tables for sequences of `rows` tokens, of which up to `slots` have slots and a step selects up to
-    /// `selected`. On an error nothing has changed.
-    pub fn reserve_tables(&mut self, backend: &dyn Backend, rows: usize, slots: usize, selected: usize) -> Result<()> {
-        let geometry = SlotGeometry { slots, rows, selected, ..self.geometry };
+    /// `selected` and lists up to `attended`. On an error nothing has changed.
+    pub fn reserve_tables(
+        &mut self,
+        backend: &dyn Backend,
+        rows: usize,
+        slots: usize,
+        (selected, attended): (usize, usize),
+    ) -> Result<()> {
+        let geometry = SlotGeometry { slots, rows, selected, attended, ..self.geometry };
         if let Some(saved) = &mut self.saved {
             saved.reserve(selected)?;
         }
@@ -180,16 +186,17 @@ impl DeviceCache {
         self.kv.layer(layer)
     }
 
-    /// The tables of a layer, for attention that reads up to `limit` slots.
-    pub fn slots(&self, layer: usize, limit: usize) -> Slots<'_> {
-        Slots { tables: &self.tables, geometry: self.geometry, layer, limit }
+    /// The tables of a layer, for attention that reads up to `limit` slots: those in use, or those listed.
+    pub fn slots(&self, layer: usize, limit: usize, by_list: bool) -> Slots<'_> {
+        Slots { tables: &self.tables, geometry: self.geometry, layer, limit, by_list }
     }
 
     /// The tables of a layer in this step, of which `limit` slots may be used, its entries, and where those are kept that
-    /// the step overwrites.
+    /// the step overwrites. (There is no pool, and the step does not list.)
     pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> CacheMut<'_> {
         let DeviceCache { geometry, step, .. } = *self;
-        let slots = SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step, pool: None };
+        let tables = &mut self.tables;
+        let slots = SlotsMut { tables, geometry, layer, limit, guard, step, pool: None, by_list: false };
         let saved = self.saved.as_mut().map(|saved| saved.layer_mut(layer));
         CacheMut { slots, entries: self.kv.layer_mut(layer), saved }
     }
@@ -289,7 +296,7 @@ impl DeviceCache {
     /// Fetches every entry that is in the tables of a layer.
     fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore, layer: usize) -> Result<()> {
         let (tables, geometry) = (&self.tables, self.geometry);
-        let slots = Slots { tables, geometry, layer, limit: geometry.slots };
+        let slots = Slots { tables, geometry, layer, limit: geometry.slots, by_list: false };
         backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))
     }
 
@@ -348,7 +355,7 @@ impl DeviceCache {
     /// What every layer's last rehearsal selected and missed.
     pub fn lists(&self, backend: &dyn Backend, stream: &Stream) -> Result<DeviceLists> {
         let g = self.geometry;
-        let lists = self.tables.rows(DType::U32, 1, g.words()).col_range(g.lists_at(), g.words() - g.lists_at());
+        let lists = self.tables.rows(DType::U32, 1, g.words()).col_range(g.lists_at(), g.lists_end() - g.lists_at());
         Ok(DeviceLists::new(g, download(backend, stream, lists)?))
     }
 

@@ -93,7 +93,7 @@ pub enum Ahead<'a> {
     /// What is selected, for the host to go on with in [`Policy::rehearsed`].
     Select(Rehearsal<'a>, &'a mut Selected),
     /// All that comes of it, on the device.
-    Prefetch(Prefetch<'a>),
+    Prefetch(Box<Prefetch<'a>>),
 }
 
 /// The KV side of one session.

@@ -2,7 +2,7 @@
 //! version leaves.
 
 use kvahead::backend::{
-    Admission, AttentionShape, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
+    Admission, AttentionShape, Blend, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
     IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Lost, Payload, Place, PoolGeometry, PoolMut, Prefetch, Rehearsal,
     Segment, Selection, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, VictimRule, Visible,
 };
@@ -10,6 +10,10 @@ use kvahead::backend::{
 use crate::rig::*;
 
 const LAYERS: usize = 2;
+
+/// Of a batch, the sequence that attends what it lists, and the one without a tail.
+const LISTS: usize = 1;
+const NO_TAIL: usize = 2;
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -28,7 +32,7 @@ impl Shape {
         Shape {
             kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
-            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS },
+            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS, attended: selected + 13 },
             group,
             payload: Payload::Exact,
             rule: None,
@@ -67,6 +71,9 @@ struct Sequence {
     index: Vec<Buffer>,
     tables: Buffer,
     pool: Pool,
+    /// What a rehearsal finds of each layer's query heads, and the values' mean of each layer, before and after a token.
+    weights: Buffer,
+    means: [Buffer; 2],
     length: usize,
     /// Rows that hold tokens: as many as there are tokens, but where the pool is full.
     rows: usize,
@@ -89,6 +96,7 @@ impl Sequence {
         let mut tables = rig.b.allocate(shape.slots.bytes(), Place::Device, "a test").unwrap();
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         rig.b.upload(&rig.stream, &bytes, &mut tables, 0).unwrap();
+        let width = shape.kv.kv_heads * shape.kv.head_dim;
         Sequence {
             store: extents(
                 shape.slots.rows.div_ceil(64),
@@ -104,6 +112,8 @@ impl Sequence {
                 let (bytes, lost) = (shape.pool().bytes(), shape.pool().lost_bytes());
                 Pool { tables: pool(bytes), before: pool(bytes), lost: pool(lost) }
             },
+            weights: rig.poisoned(LAYERS * shape.kv.kv_heads * shape.group),
+            means: [0.0; 2].map(|zero| rig.buffer(DType::F32, &vec![zero; LAYERS * width])),
             length,
             rows: length,
             begun: length,
@@ -137,6 +147,7 @@ impl Sequence {
         shape: &Shape,
         at: At,
         (token, rows, begun): (usize, usize, usize),
+        by_list: bool,
     ) -> SlotsMut<'a> {
         let At { layer, limit, step } = at;
         let guard = Guard { below: 3, from: (token + 1).saturating_sub(9) as u32 };
@@ -144,7 +155,7 @@ impl Sequence {
         let geometry = shape.pool();
         let pool =
             shape.rule.map(|rule| PoolMut { tables: known, lost, geometry, rule, rows, token, full: true, begun });
-        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, pool }
+        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, pool, by_list }
     }
 }
 
@@ -221,6 +232,14 @@ fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
     words
 }
 
+/// The slots that the last layer to do so has listed.
+fn lists(shape: &SlotGeometry, words: &[u32]) -> Vec<Vec<u32>> {
+    let count = |head: usize| words[shape.attended_lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..shape.kv_heads)
+        .map(|head| words[shape.attended_at() + head * shape.attended..][..count(head)].to_vec())
+        .collect()
+}
+
 fn entries(rig: &Rig<'_>, extents: &[Buffer]) -> Vec<u8> {
     extents.iter().flat_map(|extent| rig.bytes(extent)).collect()
 }
@@ -242,7 +261,8 @@ struct At {
 
 fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q: &[f32]) {
     let layer = at.layer;
-    let width = shape.group * shape.kv.kv_heads * shape.index.columns;
+    let heads = shape.group * shape.kv.kv_heads;
+    let width = heads * shape.index.columns;
     let queries = rig.buffer(DType::F32, q);
     let saves = shape.payload != Payload::Exact;
     let mut all: Vec<Prefetch<'_>> = sequences
@@ -259,10 +279,12 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
             let runs = IndexRuns::new(&s.index, shape.index, layer);
             Prefetch {
                 rehearsal: Rehearsal { row, runs, rows: s.rows, from: 3.min(to), to, scale: 0.3, selection },
-                slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, token),
+                slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, token, row == LISTS),
                 from: StoredRuns::new(&s.store, shape.kv, shape.payload, layer),
                 to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
                 saved: saves.then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
+                // Not every sequence of a batch has a tail.
+                tail: (row != NO_TAIL).then(|| s.weights.rows_mut(DType::F32, LAYERS, heads).row_range(layer, 1)),
             }
         })
         .collect();
@@ -276,14 +298,21 @@ fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &
     let rows = rows.rows(DType::F32, sequences.len(), 2 * width);
     for (i, s) in sequences.iter_mut().enumerate() {
         let own = rows.row_range(i, 1);
+        let [a, b] = &mut s.means;
+        let (from, out) = if at.step % 2 == 0 { (&*a, b) } else { (&*b, a) };
+        let from = from.rows(DType::F32, LAYERS, width).row_range(layer, 1);
+        let out = out.rows_mut(DType::F32, LAYERS, width).row_range(layer, 1);
+        // The first sequence goes on from what is there.
+        let from = (i != 0).then_some(from);
         let admission = Admission {
             row: s.length,
-            slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, (s.length, s.rows, s.begun)),
+            slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, (s.length, s.rows, s.begun), i == LISTS),
             store: StoredRunsMut::new(&mut s.store, shape.kv, shape.payload, layer),
             cache: KvRunsMut::new(&mut s.cache, shape.kv, layer),
             saved: (shape.payload != Payload::Exact).then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
             index: IndexRunsMut::new(&mut s.index, shape.index, layer),
             maps,
+            mean: (i != NO_TAIL).then(|| Blend { from, out, factor: 1.0 / (s.length + 1) as f32 }),
         };
         rig.b.admit(&rig.stream, own.col_range(0, width), own.col_range(width, width), admission).unwrap();
     }
@@ -309,6 +338,7 @@ fn steps_leave_what_the_cpu_leaves() {
             (Shape::new(3, 4, 64, DType::BF16, 120, 60).evicting(VictimRule::Counter), 110, 100),
             (Shape::new(1, 4, 61, DType::F32, 90, 20).evicting(VictimRule::Counter).stored(Payload::Int4), 90, 60),
         ];
+        let mut largest = 0f32;
         for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
             let mut random = Random(77 + number as u64);
             let lengths = [400, 310, 333];
@@ -344,7 +374,7 @@ fn steps_leave_what_the_cpu_leaves() {
                         let p = p.rows(DType::F32, length, partial.len() / length);
                         let runs = &mut IndexRunsMut::new(&mut s.index, shape.index, layer);
                         rig.b.index_append(&rig.stream, p, runs, 0).unwrap();
-                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit };
+                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit, by_list: false };
                         let from = StoredRuns::new(&s.store, shape.kv, shape.payload, layer);
                         let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
                         rig.b.refill(&rig.stream, slots, &from, to).unwrap();
@@ -384,6 +414,23 @@ fn steps_leave_what_the_cpu_leaves() {
                     assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
                     assert!(entries(cuda, &a.saved) == entries(cpu, &b.saved), "{case}: what was kept differs");
                     assert!(cuda.bytes(&a.pool.tables) == cpu.bytes(&b.pool.tables), "{case}: the pools differ");
+                    if i == LISTS {
+                        let (got, want) = (lists(&shape.slots, &a.words(cuda)), lists(&shape.slots, &b.words(cpu)));
+                        assert_eq!(got, want, "{case}: what is listed");
+                        let least = 12 + usize::from(step % 5 != 0);
+                        assert!(got.iter().all(|list| list.len() >= least && list.is_sorted()), "{case}: {got:?}");
+                    }
+                    for (a, b) in a.means.iter().zip(&b.means) {
+                        assert!(cuda.bytes(a) == cpu.bytes(b), "{case}: mean values differ");
+                    }
+                    let weights = shape.kv.kv_heads * shape.group;
+                    let of = |rig: &Rig<'_>, s: &Sequence| rig.floats(s.weights.rows(DType::F32, LAYERS, weights));
+                    if i != NO_TAIL && step > 10 {
+                        assert_close(&case, &of(cuda, a), &of(cpu, b), 1e-5);
+                        largest = of(cuda, a).into_iter().fold(largest, f32::max);
+                    } else {
+                        assert!(of(cuda, a).iter().all(|weight| weight.is_nan()), "{case}: a tail nobody asked for");
+                    }
                 }
                 // Every other call is undone, and another one takes its place.
                 let undone = shape.rule.is_some() && step % 6 == 0;
@@ -403,6 +450,7 @@ fn steps_leave_what_the_cpu_leaves() {
             }
             attends_its_slots(cuda, cpu, &shape, &both, limit, &mut random);
         }
+        assert!(largest > 0.3, "there was no tail to speak of: {largest}");
     });
 }
 
@@ -429,7 +477,13 @@ fn attends_its_slots(
                 rows: 1,
                 position: s.length,
                 runs: KvRuns::new(&s.cache, shape.kv, 1),
-                visible: Visible::Slots(Slots { tables: &s.tables, geometry: shape.slots, layer: 1, limit }),
+                visible: Visible::Slots(Slots {
+                    tables: &s.tables,
+                    geometry: shape.slots,
+                    layer: LAYERS - 1,
+                    limit,
+                    by_list: row == LISTS,
+                }),
             })
             .collect();
         let (rows, width) = (sequences.len(), heads * head_dim);

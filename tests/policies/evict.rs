@@ -546,8 +546,7 @@ fn a_pool_without_room_evicts() {
     let extent = 256 * heads * 2 * d * 4;
     let limit = (2 * RESIDENT + (layers - RESIDENT) * 2 + 1) * extent;
     for kind in KINDS {
-        let mut policy = evicting(kind, 0, 40);
-        policy.infinigen.tail = false; // the device has none
+        let policy = evicting(kind, 0, 40);
         let model = sized(limit);
         for calls in [[vec![200], vec![1; 200]].concat(), vec![400]] {
             let mut limited = session(&model, &policy);

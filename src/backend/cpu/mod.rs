@@ -34,7 +34,7 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation,
     Rows, RowsMut, Segment, Selected, Selection, Shape, Slot, Slots, StoredRuns, Stream, Visible,
 };
@@ -385,14 +385,23 @@ impl Backend for CpuBackend {
         let counts: Vec<Vec<u32>> = segments
             .iter()
             .map(|segment| match segment.visible {
-                Visible::Slots(slots) => slots::counts(&slots),
+                Visible::Slots(slots) if !slots.by_list => slots::counts(&slots),
                 _ => Vec::new(),
             })
             .collect();
-        let counted = segments.iter().zip(&counts).map(|(segment, counts)| match segment.visible {
-            Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
-            _ => *segment,
-        });
+        let lists: Vec<Vec<Vec<u32>>> = segments
+            .iter()
+            .map(|segment| match segment.visible {
+                Visible::Slots(slots) if slots.by_list => slots::listed(&slots),
+                _ => Vec::new(),
+            })
+            .collect();
+        let counted =
+            segments.iter().zip(counts.iter().zip(&lists)).map(|(segment, (counts, lists))| match segment.visible {
+                Visible::Slots(slots) if slots.by_list => Segment { visible: Visible::Listed(lists), ..*segment },
+                Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
+                _ => *segment,
+            });
         let segments: Vec<Segment<'_>> = counted.collect();
         for (i, segment) in segments.iter().enumerate() {
             assert_attention(attention, segment, q.rows());
@@ -489,6 +498,10 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
+        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some())
+        {
+            selected.present = slots::present(&sequence.slots, sequence.rehearsal.rows);
+        }
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
         for (sequence, selected) in sequences.iter_mut().zip(&mut selected) {
             let (mut moves, mut saves) = (Vec::new(), Vec::new());
@@ -502,12 +515,17 @@ impl Backend for CpuBackend {
                 self.copy_kv_rows(copies, &sequence.to.runs(), saved, &saves)?;
             }
             self.land(copies, &sequence.from, &mut sequence.to, &moves)?;
+            if let Some(tail) = &mut sequence.tail {
+                assert_eq!((tail.rows(), tail.cols(), tail.dtype()), (1, selected.tail.len(), DType::F32));
+                // SAFETY: the only reference to the row's elements.
+                unsafe { view::row_mut(tail, 0) }.copy_from_slice(&selected.tail);
+            }
         }
         Ok(())
     }
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
-        let Admission { row, mut slots, mut store, mut cache, saved, mut index, maps } = admission;
+        let Admission { row, mut slots, mut store, mut cache, saved, mut index, maps, mean } = admission;
         let heads = slots.geometry.kv_heads;
         let mut rows = vec![row as u32; heads];
         if slots.pool.is_some() {
@@ -527,6 +545,9 @@ impl Backend for CpuBackend {
         let places: Vec<Slot> = (0..).zip(&rows).map(|(head, &row)| runs.slot(head, row as usize)).collect();
         self.encode_kv(stream, keys, values, payload, &geometry, &places, store.buffers_mut())?;
         self.store_kv_rows(stream, keys, values, &mut cache, &admitted)?;
+        if let Some(mean) = mean {
+            self.blend(stream, mean, values)?;
+        }
         let columns = heads * maps.outputs;
         let mut partial = self.allocate(4 * columns, Place::Device, "a partial key")?;
         self.project_heads(stream, keys, maps, partial.rows_mut(DType::F32, 1, columns))?;
@@ -553,23 +574,18 @@ impl Backend for CpuBackend {
         true
     }
 
-    fn blend(&self, _: &Stream, from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: RowsMut<'_>) -> Result<()> {
-        assert_activations!(toward, out);
-        assert_eq!((toward.rows(), toward.cols()), (out.rows(), out.cols()));
-        if let Some(from) = &from {
-            assert_activations!(from);
-            assert_eq!((from.rows(), from.cols()), (out.rows(), out.cols()));
-        }
-        tail::blend(from, toward, factor, out);
+    fn blend(&self, _: &Stream, blend: Blend<'_>, toward: Rows<'_>) -> Result<()> {
+        blend.check(toward);
+        tail::blend(blend, toward);
         Ok(())
     }
 
-    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: &[f32], out: RowsMut<'_>) -> Result<()> {
-        assert_activations!(means, out);
-        assert_eq!((means.rows(), out.rows()), (1, 1));
-        assert!(!weights.is_empty() && out.cols().is_multiple_of(weights.len()));
-        let d = out.cols() / weights.len();
-        assert!(means.cols().is_multiple_of(d) && weights.len().is_multiple_of(means.cols() / d));
+    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, weights, out);
+        assert_eq!((means.rows(), weights.rows(), out.rows()), (1, 1, 1));
+        assert!(weights.cols() > 0 && out.cols().is_multiple_of(weights.cols()));
+        let d = out.cols() / weights.cols();
+        assert!(means.cols().is_multiple_of(d) && weights.cols().is_multiple_of(means.cols() / d));
         tail::add(means, weights, out);
         Ok(())
     }

@@ -14,14 +14,16 @@ struct Table<'a> {
     step: u32,
     /// The token in each row, where it is not the row's number.
     tokens: Option<Vec<u32>>,
+    by_list: bool,
 }
 
 impl<'a> Table<'a> {
     fn new(slots: &'a mut SlotsMut<'_>, head: usize) -> Table<'a> {
-        let SlotsMut { geometry, limit, guard, step, .. } = *slots;
+        let SlotsMut { geometry, limit, guard, step, by_list, .. } = *slots;
         let at = slots.layer * geometry.kv_heads + head;
         let tokens = slots.pool.as_ref().map(|pool| evict::tokens(pool, at));
-        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step, tokens };
+        let words = words_mut(slots.tables, &geometry);
+        let mut table = Table { words, geometry, at, limit, guard, step, tokens, by_list };
         if table.header(Header::Step) != step {
             table.set(Header::Step, step);
             for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
@@ -94,6 +96,22 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// Lists the slots that this step has used and those that are guarded; says how many.
+    fn list_attended(&mut self, head: usize) -> usize {
+        let g = self.geometry;
+        let (used, rows, to) = (g.used_at(self.at), g.rows_at(self.at), g.attended_at() + head * g.attended);
+        let mut count = 0;
+        for slot in 0..self.held() {
+            if self.words[used + slot] == self.step || self.protects(self.words[rows + slot]) {
+                assert!(count < g.attended, "more slots listed than the tables have room for");
+                self.words[to + count] = slot as u32;
+                count += 1;
+            }
+        }
+        self.words[g.attended_lists_at() + SlotGeometry::COUNT * head + 2] = count as u32;
+        count
+    }
+
     /// The `count` slots unused for longest, ascending.
     fn victims(&self, count: usize) -> Vec<u32> {
         let (used, rows) = (self.geometry.used_at(self.at), self.geometry.rows_at(self.at));
@@ -163,10 +181,32 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     let change = table.header(Header::Changes);
     table.put(change as usize, slot, row);
     table.set(Header::Changes, change + 1);
-    let held = table.held() as u32;
-    table.set(Header::Attended, held);
-    table.add(Header::AllAttended, held);
+    let attended = if table.by_list { table.list_attended(head) } else { table.held() } as u32;
+    table.set(Header::Attended, attended);
+    table.add(Header::AllAttended, attended);
     slot
+}
+
+/// Rows, of `rows` rows, that this step will attend whatever it selects, KV head by KV head: those in slots, or those that
+/// are guarded.
+pub(super) fn present(slots: &SlotsMut<'_>, rows: usize) -> Vec<Vec<u32>> {
+    let SlotsMut { tables, geometry, layer, limit, guard, by_list, pool, .. } = slots;
+    if *by_list && pool.is_none() {
+        let guarded = (0..guard.below.min(guard.from)).chain(guard.from..rows as u32);
+        return vec![guarded.collect(); geometry.kv_heads];
+    }
+    let mut rows = vec![Vec::new(); geometry.kv_heads];
+    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit, by_list: false };
+    held(&slots).iter().for_each(|held| rows[held.head as usize].push(held.from));
+    if let (true, Some(pool)) = (by_list, pool) {
+        // What is guarded is in slots, too. In the order of tokens.
+        for (head, rows) in rows.iter_mut().enumerate() {
+            let tokens = evict::tokens(pool, layer * geometry.kv_heads + head);
+            rows.retain(|&row| guard.protects(tokens[row as usize]));
+            rows.sort_unstable_by_key(|&row| tokens[row as usize]);
+        }
+    }
+    rows
 }
 
 /// Slots in use of each KV head.
@@ -174,6 +214,14 @@ pub(super) fn counts(slots: &Slots<'_>) -> Vec<u32> {
     let geometry = slots.geometry;
     let words = words(slots.tables, &geometry);
     (0..geometry.kv_heads).map(|head| words[geometry.count_at(slots.layer * geometry.kv_heads + head)]).collect()
+}
+
+/// The slots that the last layer to list has listed.
+pub(super) fn listed(slots: &Slots<'_>) -> Vec<Vec<u32>> {
+    let g = slots.geometry;
+    let words = words(slots.tables, &g);
+    let count = |head: usize| words[g.attended_lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..g.kv_heads).map(|head| words[g.attended_at() + head * g.attended..][..count(head)].to_vec()).collect()
 }
 
 /// Every row that has a slot, and where.

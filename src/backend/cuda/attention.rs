@@ -197,6 +197,7 @@ fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
         Visible::Causal => segment.position + 1 - first_seen(shape, segment.position),
         Visible::First(counts) => counts.iter().copied().max().unwrap_or(0) as usize,
         Visible::Listed(rows) => rows.iter().map(Vec::len).max().unwrap_or(0),
+        Visible::Slots(slots) if slots.by_list => slots.limit.min(slots.geometry.attended),
         Visible::Slots(slots) => slots.limit,
     }
 }
@@ -307,10 +308,11 @@ pub(super) fn listed_bytes(visible: &Visible<'_>) -> usize {
 pub(super) fn push_listed(queue: &mut Queue, visible: &Visible<'_>) -> u64 {
     let listed: Vec<Listed> = match visible {
         Visible::Causal => return 0,
-        // The tables begin with what `Listed` is.
+        // The tables begin with what `Listed` is, and so do their lists.
         Visible::Slots(slots) => {
-            let first = slots.layer * slots.geometry.kv_heads;
-            return address(slots.tables.address()) + (first * size_of::<Listed>()) as u64;
+            let counts = SlotGeometry::COUNT * slots.layer * slots.geometry.kv_heads;
+            let word = if slots.by_list { slots.geometry.attended_lists_at() } else { counts };
+            return address(slots.tables.address()) + 4 * word as u64;
         }
         Visible::First(counts) => counts.iter().map(|&count| Listed { rows: 0, count, unused: 0 }).collect(),
         Visible::Listed(rows) => rows

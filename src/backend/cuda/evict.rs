@@ -10,10 +10,10 @@ use crate::backend::{Buffer, Lost, PoolGeometry, PoolMut};
 
 plain! {
     pub(super) struct Pool {
-        tables: u64,
+        pub(super) tables: u64,
         lost: u64,
         lost_stride: u64,
-        room: u32,
+        pub(super) room: u32,
         rows: u32,
         capacity: u32,
         rule: u32,

@@ -52,6 +52,7 @@ modules! {
     Rotary: "rotary";
     Slots: "slots";
     StoreKv: "store_kv";
+    Tail: "tail";
     Upload: "upload";
 }
 

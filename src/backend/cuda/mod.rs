@@ -24,15 +24,16 @@ mod rehearse;
 mod rowwise;
 mod slots;
 mod store_kv;
+mod tail;
 
 use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
-    KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut,
-    Segment, Selected, Shape, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, Stream, Visible,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry,
+    KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut,
+    Segment, Selected, Selection, Shape, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, Stream, Visible,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -575,7 +576,7 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         assert_activations!(queries);
         assert_eq!(place_of(stream).0, place_of(copies).0, "entries are copied on a stream beside");
-        for Prefetch { rehearsal, slots, from, to, saved } in &*sequences {
+        for Prefetch { rehearsal, slots, from, to, saved, tail } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
             let (a, b) = (from.geometry(), to.geometry());
@@ -584,6 +585,11 @@ impl Backend for CudaBackend {
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
             assert_saved(&slots.geometry, to, saved);
             assert_pool(slots);
+            if let Some(tail) = tail {
+                let heads = queries.cols() / rehearsal.runs.geometry().columns;
+                assert_eq!((tail.rows(), tail.cols(), tail.dtype()), (1, heads, DType::F32));
+                assert!(!matches!(rehearsal.selection, Selection::Paper { .. }), "that rule knows no probabilities");
+            }
         }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::prefetch(&self.shared, &mut queue, place_of(copies).1, queries, sequences)
@@ -591,7 +597,7 @@ impl Backend for CudaBackend {
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
         assert_activations!(keys, values);
-        let Admission { row, slots, store, cache, saved, index, maps } = &admission;
+        let Admission { row, slots, store, cache, saved, index, maps, mean } = &admission;
         let store = store.runs();
         assert_tables(slots.tables, &slots.geometry, slots.layer);
         assert_saved(&slots.geometry, cache, saved);
@@ -609,6 +615,10 @@ impl Backend for CudaBackend {
         assert_eq!((index.geometry().kv_heads, slots.geometry.kv_heads), (a.kv_heads, a.kv_heads));
         assert!(*row < store.capacity() && *row < index.capacity() && *row < slots.geometry.rows, "a row past the end");
         assert!(slots.limit > 0 && slots.limit <= slots.geometry.slots.min(cache.capacity()), "slots past the end");
+        assert!(!slots.by_list || slots.geometry.attended > 0, "no room for a list");
+        if let Some(mean) = mean {
+            mean.check(values);
+        }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::admit(&self.shared, &mut queue, keys, values, admission)
     }
@@ -631,6 +641,26 @@ impl Backend for CudaBackend {
         assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
         let (mut queue, _entered) = self.enter(stream)?;
         slots::refill(&self.shared, &mut queue, slots, from, to)
+    }
+
+    fn has_tail(&self) -> bool {
+        true
+    }
+
+    fn blend(&self, stream: &Stream, blend: Blend<'_>, toward: Rows<'_>) -> Result<()> {
+        blend.check(toward);
+        let (mut queue, _entered) = self.enter(stream)?;
+        tail::blend(&self.shared, &mut queue, blend, toward)
+    }
+
+    fn add_tail(&self, stream: &Stream, means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, weights, out);
+        assert_eq!((means.rows(), weights.rows(), out.rows()), (1, 1, 1));
+        assert!(weights.cols() > 0 && out.cols().is_multiple_of(weights.cols()));
+        let d = out.cols() / weights.cols();
+        assert!(means.cols().is_multiple_of(d) && weights.cols().is_multiple_of(means.cols() / d));
+        let (mut queue, _entered) = self.enter(stream)?;
+        tail::add(&self.shared, &mut queue, means, weights, out)
     }
 
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

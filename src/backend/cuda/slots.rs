@@ -6,11 +6,12 @@ use super::index::{self, Layout, extent_table};
 use super::kernels::{Kernel, Module};
 use super::queue::Queue;
 use super::rehearse::{self, Lists};
+use super::tail;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{
-    Admission, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, Prefetch, Rehearsal, Rows, SlotGeometry, Slots,
-    SlotsMut, StoredRuns,
+    Admission, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, PoolGeometry, Prefetch, Rehearsal, Rows, SlotGeometry,
+    Slots, SlotsMut, StoredRuns,
 };
 
 plain! {
@@ -22,6 +23,8 @@ plain! {
         selected: u64,
         move_counts: u64,
         moves: u64,
+        attended_lists: u64,
+        attended: u64,
         stride: u64,
         slots: u32,
         rows: u32,
@@ -31,6 +34,8 @@ plain! {
         from: u32,
         step: u32,
         row: u32,
+        most_attended: u32,
+        unused: u32,
         pool: Pool,
     }
 
@@ -75,6 +80,10 @@ plain! {
         cache: u64,
         index: u64,
         saved: u64,
+        mean_from: u64,
+        mean: u64,
+        mean_factor: f32,
+        unused: u32,
     }
 
     struct Admit {
@@ -116,7 +125,7 @@ pub(super) struct LastAdmit {
 
 /// Where what lies in a sequence's tables. `row` is that of a new token.
 fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
-    let SlotsMut { geometry: g, layer, limit, guard, step, .. } = *slots;
+    let SlotsMut { geometry: g, layer, limit, guard, step, by_list, .. } = *slots;
     let first = layer * g.kv_heads;
     let at = |word: usize| address(slots.tables.address()) + 4 * word as u64;
     Tables {
@@ -127,6 +136,8 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         selected: at(g.selected_rows_at(layer)),
         move_counts: at(g.move_counts_at(layer)),
         moves: at(g.moves_at(layer)),
+        attended_lists: if by_list { at(g.attended_lists_at()) } else { 0 },
+        attended: at(g.attended_at()),
         stride: g.table_words() as u64,
         slots: g.slots as u32,
         rows: g.rows as u32,
@@ -136,7 +147,29 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         from: guard.from,
         step,
         row: row as u32,
+        most_attended: g.attended as u32,
+        unused: 0,
         pool: evict::pool_of(slots.pool.as_ref(), layer),
+    }
+}
+
+/// Where a rehearsal finds what is in slots, and puts the weights.
+fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
+    let rows = tables.used + 4 * u64::from(tables.slots);
+    let slots = rows + 4 * u64::from(tables.slots);
+    let pool = &tables.pool;
+    tail::Tables {
+        counts: tables.counts,
+        rows,
+        slots,
+        weights,
+        tokens: if pool.tables == 0 { 0 } else { pool.tables + 4 * PoolGeometry::HEADER as u64 },
+        stride: tables.stride,
+        tokens_stride: PoolGeometry::HEADER as u64 + 2 * u64::from(pool.room),
+        below: tables.below,
+        from: tables.from,
+        by_list: (tables.attended_lists != 0).into(),
+        unused: 0,
     }
 }
 
@@ -170,8 +203,16 @@ pub(super) fn prefetch(
 ) -> Result<()> {
     let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
     let tables: Vec<Tables> = sequences.iter().map(|sequence| tables_of(&sequence.slots, 0)).collect();
-    let lists: Vec<Lists> =
-        tables.iter().map(|t| Lists { rows: t.selected, counts: t.selected_counts, most: t.most }).collect();
+    let lists: Vec<Lists> = sequences
+        .iter()
+        .zip(&tables)
+        .map(|(sequence, t)| Lists {
+            rows: t.selected,
+            counts: t.selected_counts,
+            most: t.most,
+            tail: sequence.tail.as_ref().map(|tail| tail_of(t, address(tail.base()))),
+        })
+        .collect();
     rehearse::rehearse_into(shared, queue, queries, &rehearsals, &lists)?;
 
     let alike = |a: &Prefetch<'_>, b: &Prefetch<'_>| {
@@ -298,7 +339,7 @@ pub(super) fn admit(
     values: Rows<'_>,
     admission: Admission<'_>,
 ) -> Result<()> {
-    let Admission { row, slots, store, mut cache, saved, index, maps } = admission;
+    let Admission { row, slots, store, mut cache, saved, index, maps, mean } = admission;
     let store = store.runs();
     let geometry = *store.geometry();
     let extents: Vec<u64> = index::extent_table((0..index.extents()).map(|i| index.extent(i)));
@@ -316,6 +357,11 @@ pub(super) fn admit(
         cache: queue.block.push_table(bytes_of(&cached)),
         index: queue.block.push_table(bytes_of(&extents)),
         saved: saved.map_or(0, |saved| queue.block.push_table(bytes_of(&saved))),
+        // What has no beginning begins where it ends.
+        mean_from: mean.as_ref().map_or(0, |mean| address(mean.from.unwrap_or(mean.out.as_rows()).base())),
+        mean: mean.as_ref().map_or(0, |mean| address(mean.out.base())),
+        mean_factor: mean.as_ref().map_or(0.0, |mean| mean.factor),
+        unused: 0,
     };
     let of_index: &IndexGeometry = index.geometry();
     let mut params = Admit {

@@ -9,7 +9,7 @@ mod room;
 use std::sync::Arc;
 
 use crate::Result;
-use crate::backend::{AttentionShape, Backend, Event, KvRuns, Place, Prefetch, Rows, Visible};
+use crate::backend::{AttentionShape, Backend, Event, KvRuns, Place, Prefetch, Rows, RowsMut, Visible};
 use crate::kv::{
     self, CacheMut, DeviceCache, DevicePool, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store,
 };
@@ -17,6 +17,7 @@ use crate::kv::{
 use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
+use super::tail::Tail;
 use super::traced::Traced;
 use super::{Ahead, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
 pub(super) use room::table_bytes;
@@ -28,6 +29,8 @@ pub(in crate::policy) struct OnDevice {
     index: SequenceIndex,
     cache: DeviceCache,
     prompt: Prompt,
+    /// What stands for the entries that are not attended.
+    tail: Option<Tail>,
     /// How many tokens and rows there are.
     held: Held,
     /// Which token is in which row, where some may give way.
@@ -41,6 +44,8 @@ pub(in crate::policy) struct OnDevice {
     whole_before: bool,
     /// The prefetch under way of each layer of the store.
     fetches: Vec<Option<Event>>,
+    /// Whether this step attends each layer's slots by a list: what is guarded and what was selected.
+    by_list: Vec<bool>,
     counters: KvCounters,
     counted: KvCounters,
     /// What the cache has counted, and had counted when our counters were last reset.
@@ -62,7 +67,7 @@ impl OnDevice {
         let plan = Plan::new(options, &setting)?;
         let trace = Traced::create(options, &setting)?;
         let exact = options.payload == Payload::Exact;
-        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let Setting { backend, pool, geometry, heads, capacity, .. } = setting;
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
         let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
@@ -76,12 +81,14 @@ impl OnDevice {
             index: SequenceIndex::new(pool.clone(), index),
             cache: DeviceCache::new(&*backend, pool.clone(), stored, exact, trace.is_some())?,
             prompt: Prompt::new(pool, stored),
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored, heads)?) } else { None },
             whole: true,
             whole_before: true,
             held: Held::on_device(options, plan::least_rows(&options.infinigen), &stored),
             pool: DevicePool::new(&*backend, options.eviction, &stored, options.payload, &index, capacity)?,
             resident_tokens,
             call: 0,
+            by_list: vec![false; stored.layers],
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -110,6 +117,12 @@ impl OnDevice {
         rows <= self.plan.slots(rows)
     }
 
+    /// Whether a step attends a layer's slots by a list, before the layer has taken the token at `position`. (What is all
+    /// here is attended whole, even if it was rehearsed to know what is used.)
+    fn lists(&self, layer: usize, position: usize) -> bool {
+        !(self.plan.attend_cache || self.whole && self.fits(self.held.after(layer, position)))
+    }
+
     /// Writes down what the last token has selected, where that is asked for.
     fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
         self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache, self.pool.as_ref()))
@@ -120,8 +133,6 @@ impl OnDevice {
 fn refuse(options: &PolicyOptions) -> Result<()> {
     let what = if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
-    } else if !options.infinigen.attend_cache {
-        "a cache that is not attended whole (paper mode)"
     } else {
         return Ok(());
     };
@@ -138,6 +149,9 @@ impl Policy for OnDevice {
             pool.begin();
         }
         self.prompt.begin();
+        if let Some(tail) = &mut self.tail {
+            tail.begin();
+        }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -176,9 +190,12 @@ impl Policy for OnDevice {
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
-        let place = self.place(stored, position);
-        let CacheMut { slots, entries: to, saved } = place.cache(&mut self.cache, self.pool.as_mut());
-        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to, saved }))
+        let (place, by_list) = (self.place(stored, position), self.lists(stored, position));
+        let CacheMut { mut slots, entries: to, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        slots.by_list = by_list;
+        let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
+        let from = self.store.entries(stored);
+        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from, to, saved, tail })))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
@@ -186,6 +203,9 @@ impl Policy for OnDevice {
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
             if let Some(trace) = &mut self.trace {
                 trace.rehearsed(step, layer, self.held.count(layer, step.position));
+            }
+            if let Some(tail) = &mut self.tail {
+                tail.rehearsed(layer);
             }
         }
         Ok(())
@@ -198,7 +218,10 @@ impl Policy for OnDevice {
         };
         if step.phase == Phase::Decode {
             // The tables are the prefetch's until it is done.
-            if let Some(fetched) = self.fetches[layer].take() {
+            let fetched = self.fetches[layer].take();
+            // What was not rehearsed is all here, and attended.
+            self.by_list[layer] = fetched.is_some() && self.lists(layer, step.position);
+            if let Some(fetched) = fetched {
                 step.backend.wait(step.stream, &fetched)?;
             }
             return self.admit(step, layer, keys, values);
@@ -233,7 +256,7 @@ impl Policy for OnDevice {
             Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
             Some(layer) => {
                 let limit = self.plan.slots(self.held.count(layer, step.position + 1));
-                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit)))
+                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.by_list[layer])))
             }
         }
     }
@@ -245,12 +268,28 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        let most = self.plan.ranked(step.position + step.rows);
-        if last { self.prompt.observe(step, (layer, most), shape, queries, &self.store) } else { Ok(()) }
+        if !last {
+            return Ok(());
+        }
+        let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.blend_runs(step, layer, self.prompt.runs(layer, &self.store), length, 1.0)?;
+        }
+        self.prompt.observe(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)
+    }
+
+    fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
+        match (self.stored(step.layer), &self.tail) {
+            (Some(layer), Some(tail)) => tail.add(step, layer, attended),
+            _ => Ok(()),
+        }
     }
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.commit();
+        }
         self.held.commit(length);
         if !self.prompt.ended() {
             self.whole &= self.fits(self.held.count(0, length));
@@ -285,6 +324,9 @@ impl Policy for OnDevice {
         // What was undone is in a trace too; one that cannot be written keeps no step from being undone.
         let _ = self.write_trace(step);
         self.prompt.roll_back();
+        if let Some(tail) = &mut self.tail {
+            tail.roll_back();
+        }
         self.counters = self.counted;
         self.whole = self.whole_before;
         if let Some(columns) = self.plan.columns_mut() {
@@ -305,6 +347,9 @@ impl Policy for OnDevice {
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        if let Some(tail) = &mut self.tail {
+            tail.truncate(step, &mut self.prompt, &mut self.store, length, self.held.in_order())?;
+        }
         self.cache.begin();
         self.held.truncate(length);
         if let Some(pool) = &mut self.pool {
@@ -329,6 +374,7 @@ impl Policy for OnDevice {
         let (stored, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
         let device = device + self.pool.as_ref().map_or(0, DevicePool::bytes);
+        let device = device + self.tail.as_ref().map_or(0, Tail::bytes);
         match self.place {
             Place::Pinned => TierBytes { device, pinned: stored, file },
             Place::Device => TierBytes { device: device + stored, pinned: 0, file },

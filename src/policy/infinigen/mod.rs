@@ -72,7 +72,7 @@ impl Infinigen {
     pub(super) fn new(options: &PolicyOptions, setting: Setting) -> Result<Infinigen> {
         super::refuse_window("infinigen", &setting)?;
         let plan = Plan::new(options, &setting)?;
-        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let Setting { backend, pool, geometry, heads, capacity, .. } = setting;
         let (resident, stored) = split(&geometry, plan.resident_layers);
         let (rows, _) = plan::full_rows(options, capacity);
         let index = index_geometry(&stored, plan.columns, plan.bits);
@@ -82,7 +82,7 @@ impl Infinigen {
             index: SequenceIndex::new(pool.clone(), index),
             cache: HotCache::new(pool.clone(), stored),
             prompt: Prompt::new(pool, stored),
-            tail: if plan.tail { Some(Tail::new(&*backend, &stored)?) } else { None },
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored, heads)?) } else { None },
             selected: vec![Selected::default(); stored.layers],
             listed: vec![vec![Vec::new(); geometry.kv_heads]; stored.layers],
             partial_key: backend.allocate(geometry.kv_heads * plan.columns * 4, Place::Device, "partial keys")?,
@@ -142,31 +142,6 @@ impl Infinigen {
             list.sort_unstable();
             list.dedup();
         }
-    }
-
-    /// Takes the values of every token from `length` on out of the tail's means.
-    fn truncate_tail(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        let Some(tail) = &mut self.tail else { return Ok(()) };
-        let forgotten = (step.position + step.rows).saturating_sub(length);
-        tail.begin();
-        if forgotten > 0 && length > 0 {
-            // By reading what is forgotten, from the end on, or what stays, whichever is less.
-            let goes = forgotten < length && self.held.in_order();
-            let (first, end) = if goes { (length, length + forgotten) } else { (0, length) };
-            for layer in 0..self.selected.len() {
-                for at in (first..end).step_by(kv::EXTENT_TOKENS) {
-                    let rows = kv::EXTENT_TOKENS.min(end - at);
-                    let begin = if goes { end - (at - first) - rows } else { at };
-                    let runs = self.prompt.bring(step, layer, &mut *self.store, begin..begin + rows)?;
-                    let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
-                    tail.blend_runs(step, layer, runs, rows, factor)?;
-                }
-            }
-            tail.commit();
-            tail.begin();
-            self.prompt.finish();
-        }
-        Ok(())
     }
 
     fn count_attended(&mut self, attended: u64, held: usize) {
@@ -236,7 +211,7 @@ impl Policy for Infinigen {
         let (guard, slots) = (self.plan.guard(step.position + 1), self.slots(layer, step.position));
         let past = self.held.count(layer, step.position);
         if let Some(tail) = &mut self.tail {
-            tail.rehearsed(layer);
+            tail.rehearsed_by_host(step, layer, &self.selected[layer].tail)?;
         }
         self.moves.clear();
         for head in 0..self.kv_heads() {
@@ -343,7 +318,7 @@ impl Policy for Infinigen {
 
     fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
         match (self.stored(step.layer), &self.tail) {
-            (Some(layer), Some(tail)) => tail.add(step, layer, &self.selected[layer].tail, attended),
+            (Some(layer), Some(tail)) => tail.add(step, layer, attended),
             _ => Ok(()),
         }
     }
@@ -405,7 +380,9 @@ impl Policy for Infinigen {
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.truncate_tail(step, length)?;
+        if let Some(tail) = &mut self.tail {
+            tail.truncate(step, &mut self.prompt, &mut *self.store, length, self.held.in_order())?;
+        }
         self.cache.begin();
         self.held.truncate(length);
         for layer in 0..self.selected.len() {

@@ -162,6 +162,11 @@ impl Plan {
         most_rehearsed(&self.options, length, evicts)
     }
 
+    /// Most slots that a step lists for a sequence of `length` tokens; 0 where the cache is attended whole.
+    pub(super) fn most_attended(&self, length: usize, evicts: bool) -> usize {
+        most_attended(&self.options, length, evicts)
+    }
+
     /// Rows of a prompt of `length` tokens that may get a slot by their rank, though others get one anyway.
     pub(super) fn ranked(&self, length: usize) -> usize {
         (self.slots(length) + always(&self.options)).min(length)
@@ -226,6 +231,11 @@ pub(super) fn full_rows(options: &PolicyOptions, capacity: usize) -> (usize, usi
 /// Slots that sinks, window and the newest token take.
 fn always(options: &InfinigenOptions) -> usize {
     options.sinks + options.window.max(1) + 1
+}
+
+/// See [`Plan::most_attended`].
+pub(super) fn most_attended(options: &InfinigenOptions, length: usize, evicts: bool) -> usize {
+    if options.attend_cache { 0 } else { always(options) + most_rehearsed(options, length, evicts) }
 }
 
 /// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what is always

@@ -78,8 +78,9 @@ impl OnDevice {
         self.cache.reserve(self.plan.slots(rows))?;
         if rows > self.cache.rows() {
             let rows = table_rows(rows, self.capacity);
-            let (slots, most) = (self.plan.slots(rows), self.plan.most_rehearsed(rows, self.held.evicts()));
-            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
+            let evicts = self.held.evicts();
+            let lists = (self.plan.most_rehearsed(rows, evicts), self.plan.most_attended(rows, evicts));
+            self.cache.reserve_tables(&*self.backend, rows, self.plan.slots(rows), lists)?;
         }
         self.store.reserve(rows)?;
         if let Some(pool) = &mut self.pool {
@@ -111,7 +112,8 @@ impl OnDevice {
         if row.is_none() {
             self.counters.evicted += heads as u64;
         }
-        let CacheMut { slots, entries, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        let CacheMut { mut slots, entries, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        slots.by_list = self.by_list[layer];
         let admission = Admission {
             row: row.unwrap_or(0),
             slots,
@@ -120,6 +122,7 @@ impl OnDevice {
             saved,
             index: self.index.layer_mut(layer),
             maps: self.plan.key_maps(step.layer),
+            mean: self.tail.as_mut().map(|tail| tail.next_mean(layer, step.position)),
         };
         step.backend.admit(step.stream, keys, values, admission)
     }
@@ -141,7 +144,9 @@ pub(in crate::policy::infinigen) fn table_bytes(
     let (own, evicts) = (&options.infinigen, options.eviction != Eviction::Off);
     let (slots, selected) = (plan::slots(own, rows), plan::most_rehearsed(own, rows, evicts));
     let lists = if options.trace.is_some() { stored.layers } else { 1 };
-    let tables = SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected, lists };
+    let attended = plan::most_attended(own, rows, evicts);
+    let &KvGeometry { layers, kv_heads, .. } = stored;
+    let tables = SlotGeometry { layers, kv_heads, slots, rows, selected, lists, attended };
     let saved = if options.payload == Payload::Exact { 0 } else { stored.extents(selected + 1) };
     let pool = if evicts { DevicePool::bytes_of(stored, options.payload, index, rows) } else { 0 };
     tables.bytes() + saved * stored.extent_bytes() + pool
