@@ -207,24 +207,36 @@ fn the_device_evicts_what_the_host_does() {
     let back = [vec![(0, 12)], singly(12, 21), vec![(21, 8)], singly(8, 45), vec![(45, 44)], singly(45, 50)].concat();
     // Until counters saturate.
     let on = [vec![(0, 8)], singly(8, 400)].concat();
-    for (number, (kind, pool, cache, rule, payload, calls)) in [
-        (Eviction::Fifo, 20, 12, Rule::Share(0.2), Payload::Exact, &short),
-        (Eviction::Lru, 20, 13, Rule::Share(0.2), Payload::Int8, &short),
-        (Eviction::Counter, 22, 14, Rule::Probability { below: 4.0, most: 0.3 }, Payload::Exact, &short),
-        (Eviction::Lru, 18, 60, Rule::Share(0.2), Payload::Exact, &short),
-        (Eviction::Counter, 8, 8, Rule::Share(0.2), Payload::Int4, &long.concat()),
-        (Eviction::Fifo, 24, 24, Rule::Paper { alpha: 2.0, most: 0.2 }, Payload::Int8, &long.concat()),
-        (Eviction::Counter, 20, 11, Rule::Share(0.3), Payload::Int8, &long.concat()),
-        (Eviction::Lru, 22, 12, Rule::Share(0.2), Payload::Exact, &back),
-        (Eviction::Counter, 22, 12, Rule::Share(0.2), Payload::Int8, &back),
-        (Eviction::Counter, 13, 60, Rule::Share(0.3), Payload::Exact, &on),
+    for (number, (kind, pool, options, payload, calls)) in [
+        (Eviction::Fifo, 20, options(12, Rule::Share(0.2)), Payload::Exact, &short),
+        (Eviction::Lru, 20, options(13, Rule::Share(0.2)), Payload::Int8, &short),
+        (Eviction::Counter, 22, options(14, Rule::Probability { below: 4.0, most: 0.3 }), Payload::Exact, &short),
+        (Eviction::Lru, 18, options(60, Rule::Share(0.2)), Payload::Exact, &short),
+        (Eviction::Counter, 8, options(8, Rule::Share(0.2)), Payload::Int4, &long.concat()),
+        (Eviction::Fifo, 24, options(24, Rule::Paper { alpha: 2.0, most: 0.2 }), Payload::Int8, &long.concat()),
+        (Eviction::Counter, 20, options(11, Rule::Share(0.3)), Payload::Int8, &long.concat()),
+        (Eviction::Lru, 22, options(12, Rule::Share(0.2)), Payload::Exact, &back),
+        (Eviction::Counter, 22, options(12, Rule::Share(0.2)), Payload::Int8, &back),
+        (Eviction::Counter, 13, options(60, Rule::Share(0.3)), Payload::Exact, &on),
+        // Where all that is held is in the cache, it is attended whole.
+        (Eviction::Lru, 20, listing(options(13, Rule::Share(0.2))), Payload::Exact, &short),
+        (
+            Eviction::Counter,
+            22,
+            listing(options(14, Rule::Probability { below: 4.0, most: 0.3 })),
+            Payload::Int8,
+            &back,
+        ),
+        (Eviction::Fifo, 24, listing(options(12, Rule::Share(0.2))), Payload::Int4, &long.concat()),
+        (Eviction::Lru, 18, listing(options(60, Rule::Paper { alpha: 2.0, most: 0.2 })), Payload::Exact, &short),
+        (Eviction::Counter, 20, paper(12, 2.0), Payload::Exact, &short),
     ]
     .into_iter()
     .enumerate()
     {
-        let files = tempfile::tempdir().unwrap();
+        let (files, own) = (tempfile::tempdir().unwrap(), &options.policy.infinigen);
         let traced = |name: &str| {
-            let mut options = options(cache, rule);
+            let mut options = options.clone();
             let policy = &mut options.policy;
             (policy.eviction, policy.pool_tokens, policy.payload) = (kind, pool, payload);
             policy.trace = Some(files.path().join(name));
@@ -236,7 +248,7 @@ fn the_device_evicts_what_the_host_does() {
         let mut host = failing(&model, &traced("host"), &left);
         let mut evicted = 0;
         for (call, &(from, to)) in calls.iter().enumerate() {
-            let case = format!("{kind:?}, {pool} rows, {cache} slots, {rule:?}, {payload:?}, tokens {from}..{to}");
+            let case = format!("{kind:?}, {pool} rows, {own:?}, {payload:?}, tokens {from}..{to}");
             let make = |session: &mut Session, fail: usize| {
                 let text: Vec<u32> = (from..to).map(|i| tokens[(i + 7 * fail) % tokens.len()]).collect();
                 match text.len() {
@@ -274,7 +286,7 @@ fn the_device_evicts_what_the_host_does() {
         assert!(evicted > 0, "nothing was evicted");
         drop((device, host));
         let of = |name: &str| std::fs::read(files.path().join(name)).unwrap();
-        assert!(of("device") == of("host"), "{kind:?}, {pool} rows, {cache} slots, {rule:?}: traces differ");
+        assert!(of("device") == of("host"), "{kind:?}, {pool} rows, {own:?}: traces differ");
     }
 }
 
