@@ -803,8 +803,7 @@ typedef struct {
    *
    * With eviction the session holds as many tokens as there is room for (`pool_tokens`), and each KV head of each
    * layer loses one for each new one; first tokens and window stay. The resident layers lose none: their room, for
-   * `capacity` tokens, is taken at once. A prompt's tokens past the pool are decoded one by one. On a GPU anything
-   * but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
+   * `capacity` tokens, is taken at once. A prompt's tokens past the pool are decoded one by one.
    */
   int32_t eviction;
   /**

@@ -6,16 +6,8 @@
 // beside it: tiles begin at multiples of their size, and one of which a row sees nothing changes nothing of it.
 //
 // grid: query heads × row tiles, those that see the most first; heads that share KV run side by side.
+#include "async.cuh"
 #include "attend.cuh"
-
-// Addresses in shared memory are numbers of 32 bits here: what the instructions below take.
-__device__ __forceinline__ u32 shared_address(const void *p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-
-// 16 bytes from an address in device memory to shared memory; done at wait_for_copies.
-__device__ __forceinline__ void copy_16(u32 to, u64 from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8 × 8 matrices of 16-bit numbers. Lane 8i + r says where row r of matrix i lies; lane 4r + c gets columns 2c and
 // 2c + 1 of row r of each, or, transposed, rows 2c and 2c + 1 of column r.

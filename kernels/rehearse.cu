@@ -15,7 +15,8 @@
 
 struct Sequence {
     const u64 *extents;
-    float *scores;     // query heads × stride; after rehearse_rank, a KV head's first row holds its rows' keys
+    float *scores;     // query heads × stride
+    u32 *keys;         // KV heads × stride: ranks as numbers
     float2 *stats;     // query heads × (stride / CHUNK): m and the sum
     u32 *histograms;   // KV heads × BINS
     u32 *counted;      // KV heads: rows that the rule's limit lets pass
@@ -270,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(256) rehearse_rank(Rehearse p) {
     if (begin >= s.to || begin + CHUNK <= s.from) return;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const u32 row0 = begin + ROWS * threadIdx.x;
-    float *scores = s.scores + u64(kv_head * p.group) * s.stride + row0;
+    const float *scores = s.scores + u64(kv_head * p.group) * s.stride + row0;
     float next[ROWS];  // on its way while the chunks are merged
     load_floats<ROWS>(scores, next);
     const u32 chunks = (s.rows + CHUNK - 1) / CHUNK;
@@ -310,8 +311,7 @@ extern "C" __global__ void __launch_bounds__(256) rehearse_rank(Rehearse p) {
         if (selectable) atomicAdd(&histogram[keys[i] >> (32 - DIGIT)], 1);
         if (s.rule == PROBABILITY) counted += selectable && ranks[i] > -s.limit;
     }
-    // In place of the first head's logits, which only this thread has read.
-    *reinterpret_cast<uint4 *>(scores) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
+    *reinterpret_cast<uint4 *>(s.keys + u64(kv_head) * s.stride + row0) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
     counted = warp_sum(counted);
     if (lane == 0 && counted) atomicAdd(s.counted + kv_head, counted);
     __syncthreads();
@@ -383,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
     const Sequence s = p.sequences[blockIdx.z];
     const u32 kv_head = blockIdx.x, tid = threadIdx.x;
     u32 *out = s.out_rows + u64(kv_head) * s.capacity;
-    const u32 *keys = reinterpret_cast<const u32 *>(s.scores + u64(kv_head * p.group) * s.stride);
+    const u32 *keys = s.keys + u64(kv_head) * s.stride;
     u32 count = s.rule == PROBABILITY ? s.counted[kv_head] : 0, turn = 0;
     Replay replay = {};
     u32 list_begin = 0, list_end = 0;

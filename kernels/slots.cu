@@ -3,7 +3,7 @@
 //
 // A block a KV head and sequence. Misses, victims and journal have one order whatever the threads do: rows ascending,
 // slots ascending.
-#include "index.cuh"
+#include "evict.cuh"
 
 constexpr u32 NONE = 0xffffffffu;
 
@@ -20,15 +20,20 @@ struct Tables {
     u32 *selected;
     u32 *move_counts;
     u32 *moves;
+    uint4 *attended_lists;  // or null: where a KV head's attended slots are listed, how many they are, zero
+    u32 *attended;          // the slots themselves
     u64 stride;
     u32 slots;     // room in a table
     u32 rows;
     u32 most;      // room for selected rows
     u32 limit;     // slots that may be used
-    u32 below;     // guarded rows: below this, and from that on
+    u32 below;     // guarded tokens: below this, and from that on
     u32 from;
     u32 step;
     u32 row;       // of a new token
+    u32 most_attended;  // room for listed slots
+    u32 unused;
+    Pool pool;
 };
 
 struct Table {
@@ -62,33 +67,10 @@ struct Table {
     }
 };
 
-constexpr u32 THREADS = 512, WARPS = THREADS / WARP;
-
-// Sum of what the threads before this one have, and of all. Every thread calls it.
-__device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 sum = x;
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u32 before = __shfl_up_sync(FULL, sum, step);
-        if (lane >= step) sum += before;
-    }
-    __syncthreads();  // the last call's totals have been read
-    if (lane == WARP - 1) totals[warp] = sum;
-    __syncthreads();
-    u32 before = 0;
-    total = 0;
-#pragma unroll
-    for (u32 w = 0; w < WARPS; w++) {
-        before += w < warp ? totals[w] : 0;
-        total += totals[w];
-    }
-    return before + sum - x;
-}
-
 // Whether a slot may be given away in this step.
-__device__ __forceinline__ bool gives_way(const Tables &t, u32 used, u32 row) {
-    return used < t.step && row >= t.below && row < t.from;
+__device__ __forceinline__ bool gives_way(const Tables &t, const Held &held, u32 used, u32 row) {
+    const u32 token = held.token(row);
+    return used < t.step && token >= t.below && token < t.from;
 }
 
 struct Request {
@@ -97,13 +79,18 @@ struct Request {
 
 // grid: KV heads × sequences.
 extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
-    __shared__ u32 totals[WARPS], histogram[256], found[2];
+    __shared__ u32 totals[WARPS + 1], histogram[256], found[2];
     const Tables t = p.sequences[blockIdx.y];
     const u32 head = blockIdx.x, tid = threadIdx.x;
     Table table(t, head);
+    const Held pool(t.pool, head);
     if (tid == 0) table.begin(t.step);
-    const u32 count = min(t.selected_counts[head], t.most);
-    const u32 *selected = t.selected + head * t.most;
+    u32 count = min(t.selected_counts[head], t.most);
+    u32 *selected = t.selected + head * t.most;
+    if (t.pool.tables) {
+        count = use_selected(t.pool, pool, t.below, t.from, selected, count, totals);
+        if (tid == 0) t.selected_counts[head] = count;
+    }
     u32 *moves = t.moves + 2 * head * t.most;
 
     // Hits are marked; misses move up: their row, and for now their place among the selected.
@@ -136,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
             __syncthreads();
             for (u32 slot = tid; slot < held; slot += THREADS) {
                 const u32 used = table.used[slot];
-                if (gives_way(t, used, table.rows[slot]) && (shift == 24 || used >> (shift + 8) == prefix)) {
+                if (gives_way(t, pool, used, table.rows[slot]) && (shift == 24 || used >> (shift + 8) == prefix)) {
                     atomicAdd(&histogram[used >> shift & 255], 1);
                 }
             }
@@ -160,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
         for (u32 first = 0; first < held; first += THREADS) {
             const u32 slot = first + tid;
             const u32 used = slot < held ? table.used[slot] : NONE;
-            const bool may = slot < held && gives_way(t, used, table.rows[slot]);
+            const bool may = slot < held && gives_way(t, pool, used, table.rows[slot]);
             const bool old = may && used < prefix, same = may && used == prefix;
             u32 both;
             const u32 before = scan(u32(old) | u32(same) << 16, totals, both);
@@ -201,96 +188,46 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     }
 }
 
-// Where entries lie, by row or by slot.
-struct Runs {
-    const u64 *extents;
-    u64 layer_offset;
-    u64 run_bytes;
-    u64 extent_tokens;
-};
-
-__device__ __forceinline__ u64 row_of(const Runs &runs, u32 head, u32 row, u32 bytes) {
-    const u32 tokens = u32(runs.extent_tokens);
-    return runs.extents[row / tokens] + runs.layer_offset + head * runs.run_bytes + u64(row % tokens) * bytes;
-}
-
-struct Gathered {
-    const u32 *counts;  // moves of each KV head, `count_stride` words apart
-    const u32 *rows;    // of the first KV head; `list_stride` words from head to head, `step` from move to move
-    const u32 *slots;   // null: move i goes to slot i
-    Runs from;
-    Runs to;
-    u32 count_stride;
-    u32 step;
-    u64 list_stride;
-};
-
-struct Gather {
-    const Gathered *sequences;
-    u32 count;  // sequences
-    u32 kv_heads;
-    u32 row_bytes;
-    u32 unused;
-};
-
-constexpr u32 LISTS = 1024;  // that are counted together
-constexpr u32 IN_FLIGHT = 4;  // rows of a warp
-
-// A few blocks copy all rows that are wanted, a warp a row, list by list in ascending order: neighbours are read together.
-template <class Unit> __device__ void gather(const Gather &p) {
-    __shared__ u32 ends[LISTS], totals[WARPS];
-    const u32 lists = p.count * p.kv_heads, tid = threadIdx.x;
-    const u32 warp = blockIdx.x * WARPS + tid / WARP, warps = gridDim.x * WARPS, lane = tid % WARP;
-    for (u32 first = 0; first < lists; first += LISTS) {
-        const u32 here = min(LISTS, lists - first);
-        u32 all = 0;
-        for (u32 l0 = 0; l0 < here; l0 += THREADS) {
-            const u32 list = first + l0 + tid;
-            const bool real = l0 + tid < here;
-            u32 count = 0;
-            if (real) {
-                const Gathered &g = p.sequences[list / p.kv_heads];
-                count = g.counts[list % p.kv_heads * g.count_stride];
+// Lists the slots that this step has used and those that are guarded, in ascending order; says how many. By a whole block.
+__device__ u32 list_attended(const Tables &t, const Table &table, const Held &pool, u32 head) {
+    __shared__ u32 totals[WARPS];
+    constexpr u32 MANY = 4;  // slots of a thread at a time
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, held = table.count;
+    u32 *list = t.attended + u64(head) * t.most_attended;
+    u32 listed = 0;
+    for (u32 first = 0; first < held; first += THREADS * MANY) {
+        u32 wanted[MANY], here = 0;  // of a warp
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 slot = first + (warp * MANY + i) * WARP + lane;
+            bool attended = false;
+            if (slot < held) {
+                const u32 token = pool.token(table.rows[slot]);
+                attended = table.used[slot] == t.step || token < t.below || token >= t.from;
             }
-            u32 total;
-            const u32 before = all + scan(count, totals, total);
-            if (real) ends[l0 + tid] = before + count;
-            all += total;
+            wanted[i] = __ballot_sync(FULL, attended);
+            here += __popc(wanted[i]);
         }
+        if (lane == 0) totals[warp] = here;
         __syncthreads();
-        // All warps move through the rows together: what is read at a time lies in few pages.
-        const u32 units = p.row_bytes / sizeof(Unit);
-        u32 list = 0;
-        for (u32 begin = 0; begin < all; begin += warps * IN_FLIGHT) {
-            const Unit *from[IN_FLIGHT];
-            Unit *to[IN_FLIGHT];
+        u32 at = listed;
+        for (u32 w = 0; w < WARPS; w++) {
+            at += w < warp ? totals[w] : 0;
+            listed += totals[w];
+        }
 #pragma unroll
-            for (u32 k = 0; k < IN_FLIGHT; k++) {
-                const u32 i = min(begin + k * warps + warp, all - 1);
-                while (ends[list] <= i) list++;
-                const Gathered &g = p.sequences[(first + list) / p.kv_heads];
-                const u32 head = (first + list) % p.kv_heads, at = i - (list ? ends[list - 1] : 0);
-                const u64 move = head * g.list_stride + u64(at) * g.step;
-                const u32 slot = g.slots ? g.slots[move] : at;
-                from[k] = reinterpret_cast<const Unit *>(row_of(g.from, head, g.rows[move], p.row_bytes));
-                to[k] = reinterpret_cast<Unit *>(row_of(g.to, head, slot, p.row_bytes));
-            }
-            for (u32 u = lane; u < units; u += WARP) {
-                Unit values[IN_FLIGHT];
-#pragma unroll
-                for (u32 k = 0; k < IN_FLIGHT; k++) values[k] = from[k][u];
-#pragma unroll
-                for (u32 k = 0; k < IN_FLIGHT; k++) {
-                    if (begin + k * warps + warp < all) to[k][u] = values[k];
-                }
-            }
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 to = at + __popc(wanted[i] & ((1u << lane) - 1));
+            if ((wanted[i] >> lane & 1) && to < t.most_attended) list[to] = first + (warp * MANY + i) * WARP + lane;
+            at += __popc(wanted[i]);
         }
         __syncthreads();
     }
+    listed = min(listed, t.most_attended);
+    const u64 address = reinterpret_cast<u64>(list);
+    if (threadIdx.x == 0) t.attended_lists[head] = make_uint4(u32(address), u32(address >> 32), listed, 0);
+    return listed;
 }
-
-extern "C" __global__ void __launch_bounds__(512) slots_gather_16(Gather p) { gather<uint4>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_gather_4(Gather p) { gather<u32>(p); }
 
 // A new token of one sequence.
 struct Token {
@@ -300,6 +237,11 @@ struct Token {
     const u64 *store;  // addresses of extents
     const u64 *cache;
     const u64 *index;
+    const u64 *saved;  // where what lies in the token's slot is kept, as the cache: in row `most` of its tables; or null
+    const float *mean_from;  // the layer's mean value of all KV heads before this token
+    float *mean;             // and with it, or null
+    float mean_factor;
+    u32 unused;
 };
 
 struct Admit {
@@ -312,13 +254,37 @@ struct Admit {
     u64 cache_run_bytes;
     u32 extent_tokens;  // of store and cache
     u32 head_dim;
-    u32 row_bytes;
-    u32 unused;
+    u32 row_bytes;     // of the cache
+    u32 stored_bytes;  // of the store
 };
 
+// A block notes that the token in a row is lost, and keeps what will be overwritten: what a call that is given up brings back.
+__device__ void keep(const Admit &p, const Token &token, const Held &held, u32 head, u32 row, const u8 *entry) {
+    const Pool &pool = token.tables.pool;
+    const u32 victim = held.token(row), tid = threadIdx.x;
+    const u32 kept = held.header[BEGUN] == pool.begun + 1 ? held.header[KEPT] : 0, lost = held.header[LOST];
+    const bool there = victim < pool.begun;
+    if (there) {
+        const Lost to(pool, head, p.stored_bytes, p.index.words);
+        copy_bytes(entry, to.entry(kept), p.stored_bytes, tid, THREADS);
+        const u64 run = run_of(p.index, token.index, head, row);
+        for (u32 w = tid; w < to.key_words; w += THREADS) {
+            to.key(kept)[w] = *key_word(p.index, run, row % p.index.extent_tokens, w);
+        }
+        if (tid == 0) to.rows[kept] = row;
+    }
+    __syncthreads();  // everyone has read the header
+    if (tid == 0) {
+        held.header[LOST] = lost ? min(lost, victim + 1) : victim + 1;
+        held.header[KEPT] = kept + there;
+        held.header[BEGUN] = pool.begun + 1;
+    }
+}
+
 // grid: sequences × KV heads. A slot for the new token, its entry into slot and store, its partial key into the index.
-template <class T> __device__ void admit(const Admit &p) {
-    extern __shared__ __align__(16) float partial[];  // columns
+// P is how entries are stored.
+template <class P, class T> __device__ void admit(const Admit &p) {
+    extern __shared__ __align__(16) float partial[];  // columns; behind them, aligned to 16, a stored row
     __shared__ u64 best[WARPS];
     __shared__ u32 taken;
     const Token &token = p.tokens[blockIdx.x];
@@ -326,19 +292,27 @@ template <class T> __device__ void admit(const Admit &p) {
     const u32 head = blockIdx.y, tid = threadIdx.x, warp = tid / WARP, lane = tid % WARP;
     const float *key = token.keys + head * p.head_dim, *value = token.values + head * p.head_dim;
     Table table(t, head);
+    const Held pool(t.pool, head);
     const u32 held = table.count;
+    const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
+    u32 row = t.row, own = NONE;
+    if (t.pool.full) {
+        row = find_victim(t.pool, pool, t.below, t.from, table.used, table.slots, t.step);
+        own = table.slots[row];
+        keep(p, token, pool, head, row, reinterpret_cast<const u8 *>(row_of(stored, head, row, p.stored_bytes)));
+    }
     // What one thread will need is on its way while the others search.
     u32 header[HEADER];
     if (tid == 0) {
 #pragma unroll
         for (u32 i = 0; i < HEADER; i++) header[i] = table.header[i];
     }
-    if (held >= t.limit) {
+    if (held >= t.limit && own == NONE) {
         u64 oldest = ~0ull;
 #pragma unroll 4
         for (u32 slot = tid; slot < held; slot += THREADS) {
             const u32 used = table.used[slot];
-            if (gives_way(t, used, table.rows[slot])) oldest = min(oldest, u64(used) << 32 | slot);
+            if (gives_way(t, pool, used, table.rows[slot])) oldest = min(oldest, u64(used) << 32 | slot);
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) oldest = min(oldest, __shfl_xor_sync(FULL, oldest, step));
@@ -359,7 +333,11 @@ template <class T> __device__ void admit(const Admit &p) {
         }
         const u32 change = header[CHANGES]++;
         u32 slot = held, now = held + 1;
-        if (held < t.limit) {
+        if (own != NONE) {
+            slot = own;
+            now = held;
+            table.change(change, slot, row, table.used[slot]);
+        } else if (held < t.limit) {
             table.change(change, slot, NONE, 0);
             table.count = now;
         } else {
@@ -371,9 +349,14 @@ template <class T> __device__ void admit(const Admit &p) {
             table.change(change, slot, gone, u32(oldest >> 32));
             table.slots[gone] = NONE;
         }
-        table.rows[slot] = t.row;
+        table.rows[slot] = row;
         table.used[slot] = t.step;
-        table.slots[t.row] = slot;
+        table.slots[row] = slot;
+        if (t.pool.tables) {
+            pool.tokens[row] = t.pool.token + 1;
+            pool.uses[row] = 0;
+        }
+        if (t.attended_lists) now = 0;  // counted below
         const u64 attended = (u64(header[ALL_ATTENDED + 1]) << 32 | header[ALL_ATTENDED]) + now;
         header[ALL_ATTENDED] = u32(attended);
         header[ALL_ATTENDED + 1] = u32(attended >> 32);
@@ -383,20 +366,54 @@ template <class T> __device__ void admit(const Admit &p) {
         taken = slot;
     }
     __syncthreads();
+    if (t.attended_lists) {
+        const u32 listed = list_attended(t, table, pool, head);
+        if (tid == 0) {
+            table.header[ATTENDED] = listed;
+            table.add(ALL_ATTENDED, listed);
+        }
+    }
     const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
-    const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
     T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));
-    T *store = reinterpret_cast<T *>(row_of(stored, head, t.row, p.row_bytes));
+    u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, row, p.stored_bytes));
+    constexpr bool exact = is_exact<P>;
+    if (!exact && token.saved) {
+        const Runs saves = {token.saved, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
+        T *saved = reinterpret_cast<T *>(row_of(saves, head, t.most, p.row_bytes));
+        for (u32 c = tid; c < p.head_dim; c += THREADS) {
+            saved[c] = cache[c];
+            saved[p.head_dim + c] = cache[p.head_dim + c];
+        }
+    }
     for (u32 c = tid; c < p.head_dim; c += THREADS) {
         const T k = narrow<T>(key[c]), v = narrow<T>(value[c]);
         cache[c] = k;
         cache[p.head_dim + c] = v;
-        store[c] = k;
-        store[p.head_dim + c] = v;
+        if (exact) {
+            reinterpret_cast<T *>(store)[c] = k;
+            reinterpret_cast<T *>(store)[p.head_dim + c] = v;
+        }
+        if (token.mean) {
+            // Rounded one by one, as by tail_blend.
+            const u32 at = head * p.head_dim + c;
+            const float before = token.mean_from[at];
+            token.mean[at] = __fadd_rn(before, __fmul_rn(token.mean_factor, __fsub_rn(value[c], before)));
+        }
     }
-    if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, t.row), t.row % p.index.extent_tokens, partial);
+    if (!exact && warp == 1) {
+        u8 *encoded = reinterpret_cast<u8 *>(partial + (p.index.columns + 3) / 4 * 4);
+        P::encode(key, value, p.head_dim, lane, encoded);
+        __syncwarp();
+        copy_bytes(encoded, store, p.stored_bytes, lane, WARP);
+    }
+    if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, row), row % p.index.extent_tokens, partial);
 }
 
-extern "C" __global__ void __launch_bounds__(512) slots_admit_f32(Admit p) { admit<float>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_admit_f16(Admit p) { admit<f16>(p); }
-extern "C" __global__ void __launch_bounds__(512) slots_admit_bf16(Admit p) { admit<bf16>(p); }
+// slots_admit_STORED_TYPE.
+#define ADMIT(NAME, P, T) \
+    extern "C" __global__ void __launch_bounds__(512) slots_admit_##NAME(Admit p) { admit<P, T>(p); }
+#define ADMITS(NAME, T) ADMIT(exact_##NAME, Exact<T>, T) ADMIT(int8_##NAME, Int8, T) ADMIT(int4_##NAME, Int4, T)
+
+ADMITS(f32, float)
+ADMITS(f16, f16)
+ADMITS(bf16, bf16)

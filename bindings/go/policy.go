@@ -45,8 +45,7 @@ const (
 	ChecksumFile KVFileFlags = C.KVA_KV_FILE_CHECKSUM // keep a checksum of every row, and compare it on every read
 )
 
-// Eviction is which entry gives way when there is no more room for KV. On a GPU all but
-// [EvictionOff] is refused with [ErrUnsupported].
+// Eviction is which entry gives way when there is no more room for KV.
 type Eviction int32
 
 // The evictions.

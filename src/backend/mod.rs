@@ -10,6 +10,7 @@ mod blocks;
 mod buffer;
 pub mod cpu;
 pub mod cuda;
+mod evicting;
 mod index;
 mod payload;
 mod replay;
@@ -22,12 +23,13 @@ mod weights;
 use crate::{Error, Result};
 pub use blocks::Blocks;
 pub use buffer::{Buffer, DType, Place, Rows, RowsMut};
+pub use evicting::{Lost, PoolGeometry, PoolHeader, PoolMut, VictimRule};
 pub use index::{IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Rehearsal, Selected, Selection};
-pub use payload::{Landing, Payload, Slot, StoredRuns};
+pub use payload::{Landing, Payload, Slot, StoredRuns, StoredRunsMut};
 pub use replay::Replay;
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use scratch::{Product, Scratch, Work};
-pub use slots::{Admission, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+pub use slots::{Admission, Blend, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 use std::ops::Range;
 pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
@@ -291,38 +293,51 @@ pub trait Backend: Send + Sync {
 
     /// Rehearses attention as [`Backend::rehearse`] does, looks the selected rows up in each sequence's tables, marks them
     /// as used, gives those that are not there the slots of the rows unused for longest (ties: the lower slot; both rows
-    /// and slots in ascending order), and copies their entries. The host learns of none of it.
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()>;
+    /// and slots in ascending order), and copies their entries. Tails are found out where they are wanted. The host learns of
+    /// none of it. With a pool, rows whose tokens are guarded are left out of what is selected, and the use of the others is
+    /// noted.
+    ///
+    /// Entries are copied on `copies`, a stream beside `stream` or the same, after all else: so the next layer's rows are
+    /// looked up while this one's come. What is recorded on `copies` afterwards stands for everything.
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()>;
 
     /// Takes a new token's keys and values (one row): into its row of the store, into a slot of the cache (a free one, or
-    /// that of the row unused for longest), and its partial key into the index.
+    /// that of the row unused for longest), its partial key into the index, and the values into the layer's mean. Lists what
+    /// is attended, where that is not every slot in use.
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()>;
 
-    /// Copies the entry of every row that has a slot into it.
-    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
+    /// Copies a buffer to another of the same size.
+    fn copy(&self, stream: &Stream, from: &Buffer, to: &mut Buffer) -> Result<()>;
 
-    /// Whether [`Backend::rehearse`] finds out tails and corrections, and [`Backend::blend`] and [`Backend::add_tail`] work.
+    /// Brings back what [`Backend::admit`] has overwritten in a full pool, in the call that is given up: entries and partial
+    /// keys. What is known of the rows stays as it is.
+    fn take_back(&self, stream: &Stream, lost: Lost<'_>) -> Result<()>;
+
+    /// Copies the entry of every row that has a slot into it.
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
+
+    /// Whether rehearsals find out tails and, on the host, corrections ([`Backend::rehearse`], or [`Backend::prefetch`] where the device selects), and
+    /// [`Backend::blend`] and [`Backend::add_tail`] work.
     fn has_tail(&self) -> bool {
         false
     }
 
-    /// `out = from + factor · (toward − from)`, element by element; what `out` holds already stands for `from` where there
-    /// is none. `from` and `out` are f32, `toward` activations, all of one shape.
-    fn blend(
-        &self,
-        _stream: &Stream,
-        _from: Option<Rows<'_>>,
-        _toward: Rows<'_>,
-        _factor: f32,
-        _out: RowsMut<'_>,
-    ) -> Result<()> {
+    /// `out = from + factor · (toward − from)`, element by element, each operation rounded. `toward` are activations of the
+    /// shape of `out`.
+    fn blend(&self, _stream: &Stream, _blend: Blend<'_>, _toward: Rows<'_>) -> Result<()> {
         Err(Error::unsupported("this backend cannot blend rows"))
     }
 
     /// Lets each query head attend its KV head's mean value with a weight and everything else with the rest of it:
-    /// `out[h] += weights[h] · (means[h's KV head] − out[h])`. `means` is one row of f32, `kv_heads × d`, `out` one of
-    /// activations, `weights.len() × d`.
-    fn add_tail(&self, _stream: &Stream, _means: Rows<'_>, _weights: &[f32], _out: RowsMut<'_>) -> Result<()> {
+    /// `out[h] += weights[h] · (means[h's KV head] − out[h])`, each operation rounded. `means` and `weights` are one row of
+    /// f32 each, `kv_heads × d` and `heads`, `out` one of activations, `heads × d`.
+    fn add_tail(&self, _stream: &Stream, _means: Rows<'_>, _weights: Rows<'_>, _out: RowsMut<'_>) -> Result<()> {
         Err(Error::unsupported("this backend cannot add tails"))
     }
 
@@ -386,6 +401,6 @@ pub enum Visible<'a> {
     First(&'a [u32]),
     /// Of KV head g the rows `rows[g]`, in any order of tokens, all in the past. For segments of one row.
     Listed(&'a [Vec<u32>]),
-    /// Of each KV head the slots in use, of which the device keeps the number. For segments of one row.
+    /// Of each KV head the slots in use, or those that the step has listed: the device knows which. For segments of one row.
     Slots(Slots<'a>),
 }

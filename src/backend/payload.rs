@@ -129,10 +129,49 @@ impl<'a> StoredRuns<'a> {
         self.offset
     }
 
+    /// The extents, as the buffers of [`StoredRuns::slot`].
+    pub fn buffers(&self) -> &'a [Buffer] {
+        self.extents
+    }
+
+    /// Where a row of a head's runs lies.
+    pub fn slot(&self, head: usize, row: usize) -> Slot {
+        let tokens = self.geometry.extent_tokens;
+        let offset = self.offset + head * self.run_bytes() + row % tokens * self.row_bytes();
+        Slot { buffer: row / tokens, offset }
+    }
+
     /// Address of the run of `head` in extent `extent`.
     pub fn run(&self, extent: usize, head: usize) -> *const u8 {
         assert!(head < self.geometry.kv_heads);
         // SAFETY: `new` saw that every extent holds all runs of all layers, and `head` is below their number.
         unsafe { self.extents[extent].address().add(self.offset + head * self.run_bytes()) }
+    }
+}
+
+/// As [`StoredRuns`], for writing.
+#[derive(Debug)]
+pub struct StoredRunsMut<'a> {
+    extents: &'a mut [Buffer],
+    geometry: KvGeometry,
+    payload: Payload,
+    layer: usize,
+}
+
+impl<'a> StoredRunsMut<'a> {
+    /// As [`StoredRuns::new`].
+    pub fn new(extents: &'a mut [Buffer], geometry: KvGeometry, payload: Payload, layer: usize) -> StoredRunsMut<'a> {
+        StoredRuns::new(extents, geometry, payload, layer);
+        StoredRunsMut { extents, geometry, payload, layer }
+    }
+
+    /// The same runs, for reading.
+    pub fn runs(&self) -> StoredRuns<'_> {
+        StoredRuns::new(self.extents, self.geometry, self.payload, self.layer)
+    }
+
+    /// The extents, as the buffers of [`StoredRuns::slot`].
+    pub fn buffers_mut(&mut self) -> &mut [Buffer] {
+        self.extents
     }
 }

@@ -123,6 +123,11 @@ impl<'a> KvRunsMut<'a> {
         self.extents.len()
     }
 
+    /// The same runs, for reading.
+    pub fn runs(&self) -> KvRuns<'_> {
+        KvRuns { extents: self.extents, geometry: self.geometry, offset: self.offset }
+    }
+
     /// Address of extent `extent`.
     pub fn extent_mut(&mut self, extent: usize) -> *mut u8 {
         self.extents[extent].address_mut()

@@ -4,7 +4,9 @@
 //! it between steps only ([`SlotGeometry`] says where what lies); within a step [`super::Backend::prefetch`] and
 //! [`super::Backend::admit`] do.
 
-use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
+use super::{
+    Buffer, DType, HeadMaps, IndexRunsMut, KvRunsMut, PoolMut, Rehearsal, Rows, RowsMut, StoredRuns, StoredRunsMut,
+};
 
 /// The shape of a sequence's tables.
 ///
@@ -14,7 +16,11 @@ use super::{Buffer, HeadMaps, IndexRunsMut, KvRuns, KvRunsMut, Rehearsal};
 /// 3. for every layer and KV head its table: the step in which each slot was used last, the row in each slot, the slot of
 ///    each row (`NONE` for none), and the journal: [`SlotGeometry::CHANGE`] words for each change of the last step;
 /// 4. for every KV head what the last rehearsal selected: a count, then room for rows; and the moves that it made: a
-///    count, then room for pairs of row and slot.
+///    count, then room for pairs of row and slot. All layers share the lists of what was selected, and even and odd layers
+///    those of moves, because one layer's moves are made while the next one's are found; unless [`SlotGeometry::lists`]
+///    says that each layer has its own;
+/// 5. where steps list what they attend, for every KV head the list of the last layer that did: what attention reads (two
+///    words that are the backend's own, the length, one zero), and for every KV head room for slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotGeometry {
     /// Layers that have tables.
@@ -27,6 +33,10 @@ pub struct SlotGeometry {
     pub rows: usize,
     /// Most rows that a step selects.
     pub selected: usize,
+    /// Layers whose lists of a step are kept: `layers` where somebody reads them when the step is over, else 1.
+    pub lists: usize,
+    /// Most slots that a step lists for a KV head; 0 where it never does.
+    pub attended: usize,
 }
 
 /// Words of a table's header.
@@ -101,29 +111,57 @@ impl SlotGeometry {
         self.slots_at(table) + self.rows
     }
 
-    /// Where the counts of selected rows begin, one a KV head.
-    pub const fn selected_counts_at(&self) -> usize {
+    /// Where the lists of all layers begin.
+    pub const fn lists_at(&self) -> usize {
         self.used_at(self.tables())
     }
 
-    /// Where the selected rows begin: `selected` words a KV head.
-    pub const fn selected_rows_at(&self) -> usize {
-        self.selected_counts_at() + self.kv_heads
+    /// Layers whose moves are kept: two at least.
+    const fn move_lists(&self) -> usize {
+        if self.lists < 2 { 2 } else { self.lists }
     }
 
-    /// Where the counts of moves begin, one a KV head.
-    pub const fn move_counts_at(&self) -> usize {
-        self.selected_rows_at() + self.kv_heads * self.selected
+    /// Where a layer's counts of selected rows begin, one a KV head.
+    pub const fn selected_counts_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.kv_heads * (layer % self.lists)
     }
 
-    /// Where the moves begin: `2 · selected` words a KV head.
-    pub const fn moves_at(&self) -> usize {
-        self.move_counts_at() + self.kv_heads
+    /// Where a layer's selected rows begin: `selected` words a KV head.
+    pub const fn selected_rows_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.kv_heads * (self.lists + layer % self.lists * self.selected)
+    }
+
+    /// Where a layer's counts of moves begin, one a KV head.
+    pub const fn move_counts_at(&self, layer: usize) -> usize {
+        self.lists_at() + self.kv_heads * (self.lists * (1 + self.selected) + layer % self.move_lists())
+    }
+
+    /// Where a layer's moves begin: `2 · selected` words a KV head.
+    pub const fn moves_at(&self, layer: usize) -> usize {
+        let (lists, moves) = (self.lists, self.move_lists());
+        let before = lists * (1 + self.selected) + moves + 2 * (layer % moves) * self.selected;
+        self.lists_at() + self.kv_heads * before
+    }
+
+    /// Where the lists of all layers end.
+    pub const fn lists_end(&self) -> usize {
+        let (lists, moves) = (self.lists, self.move_lists());
+        self.lists_at() + self.kv_heads * (lists * (1 + self.selected) + moves * (1 + 2 * self.selected))
+    }
+
+    /// Where the headers of what is attended begin: [`SlotGeometry::COUNT`] words a KV head. (Addresses are among them.)
+    pub const fn attended_lists_at(&self) -> usize {
+        self.lists_end().next_multiple_of(Self::COUNT)
+    }
+
+    /// Where the listed slots begin: `attended` words a KV head.
+    pub const fn attended_at(&self) -> usize {
+        self.attended_lists_at() + Self::COUNT * self.kv_heads
     }
 
     /// Words of the whole buffer.
     pub const fn words(&self) -> usize {
-        self.moves_at() + 2 * self.kv_heads * self.selected
+        self.attended_at() + self.attended * self.kv_heads
     }
 
     /// Bytes of the whole buffer.
@@ -159,10 +197,15 @@ pub struct SlotsMut<'a> {
     pub layer: usize,
     /// Slots that may be used: enough for what is guarded, what is selected, and one more.
     pub limit: usize,
-    /// What never gives way.
+    /// What never gives way: tokens.
     pub guard: Guard,
     /// The step's number, from 1, higher in every step.
     pub step: u32,
+    /// The pool whose rows these are, where it may be full; elsewhere row t is token t.
+    pub pool: Option<PoolMut<'a>>,
+    /// Whether this step attends the slots of what is guarded and what it has used (selected, or new), which
+    /// [`super::Backend::admit`] lists in ascending order, and not every slot in use.
+    pub by_list: bool,
 }
 
 /// The tables of one layer, for attention.
@@ -176,6 +219,8 @@ pub struct Slots<'a> {
     pub layer: usize,
     /// Slots that may be in use.
     pub limit: usize,
+    /// Whether the slots that the step has listed are attended, and not every slot in use.
+    pub by_list: bool,
 }
 
 /// One sequence in [`super::Backend::prefetch`].
@@ -186,24 +231,57 @@ pub struct Prefetch<'a> {
     /// Where it is looked up.
     pub slots: SlotsMut<'a>,
     /// Entries of the layer, by row: host memory that the device reads in place.
-    pub from: KvRuns<'a>,
+    pub from: StoredRuns<'a>,
     /// Entries of the layer, by slot.
     pub to: KvRunsMut<'a>,
+    /// Where what lay in the slots of this step's misses is kept, where the store would not give back the same bits: for each
+    /// KV head that of the i-th move in row i.
+    pub saved: Option<KvRunsMut<'a>>,
+    /// Given, where the tail is wanted: for each query head the speculated probability, 0 to 1, of all rows of the index that
+    /// are neither selected nor were in a slot before (or are not guarded, where the step lists); one row of f32. Not with [`super::Selection::Paper`], which knows no
+    /// probabilities.
+    pub tail: Option<RowsMut<'a>>,
 }
 
 /// One token in [`super::Backend::admit`].
 #[derive(Debug)]
 pub struct Admission<'a> {
-    /// Its row.
+    /// Its row; where the pool is full it takes that of a victim instead.
     pub row: usize,
-    /// Where it gets a slot.
+    /// Where it gets a slot: that of the victim, if it has one.
     pub slots: SlotsMut<'a>,
     /// Entries of the layer, by row.
-    pub store: KvRunsMut<'a>,
-    /// Entries of the layer, by slot.
+    pub store: StoredRunsMut<'a>,
+    /// Entries of the layer, by slot: the new one is exact here, however it is stored.
     pub cache: KvRunsMut<'a>,
+    /// As in [`Prefetch`]: what lay in the token's slot, in row [`SlotGeometry::selected`].
+    pub saved: Option<KvRunsMut<'a>>,
     /// Partial keys of the layer, by row.
     pub index: IndexRunsMut<'a>,
     /// From keys to partial keys.
     pub maps: &'a HeadMaps,
+    /// Given, where the layer's mean value is kept: how it moves towards the token's values.
+    pub mean: Option<Blend<'a>>,
+}
+
+/// How rows of f32 move towards others of the same shape; see [`super::Backend::blend`].
+#[derive(Debug)]
+pub struct Blend<'a> {
+    /// Where they begin. None: what `out` holds.
+    pub from: Option<Rows<'a>>,
+    /// Where they end.
+    pub out: RowsMut<'a>,
+    /// How far they go: 0 and they stay, 1 and they get there.
+    pub factor: f32,
+}
+
+impl Blend<'_> {
+    /// Asserts that all shapes are that of `toward`.
+    pub(super) fn check(&self, toward: Rows<'_>) {
+        let shape = (toward.rows(), toward.cols());
+        assert_eq!((self.out.rows(), self.out.cols(), self.out.dtype()), (shape.0, shape.1, DType::F32));
+        if let Some(from) = &self.from {
+            assert_eq!((from.rows(), from.cols(), from.dtype()), (shape.0, shape.1, DType::F32));
+        }
+    }
 }

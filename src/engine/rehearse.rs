@@ -52,9 +52,9 @@ impl Forward<'_> {
         if plans.is_empty() {
             return Ok(());
         }
-        // All of it on the side stream, from what the main one has computed so far.
+        // All of it on a side stream, from what the main one has computed so far.
         let input_ready = self.backend.record(&self.workspace.stream)?;
-        self.backend.wait(&self.workspace.fetch, &input_ready)?;
+        self.backend.wait(&self.workspace.ahead, &input_ready)?;
         // Plans of the same weight and maps on neighbouring rows, as of a batch of one policy, are computed together: the
         // weight is read once, and a row's bits do not depend on the rows beside it.
         let mut at = 0;
@@ -63,7 +63,7 @@ impl Forward<'_> {
             at += run.len();
         }
         drop(plans);
-        self.queried = Some(self.backend.record(&self.workspace.fetch)?);
+        self.queried = Some(self.backend.record(&self.workspace.ahead)?);
 
         self.rehearse_rows(layer, parts, &wanted)?;
         let (backend, w) = (self.backend, &*self.workspace);
@@ -91,7 +91,7 @@ impl Forward<'_> {
                 }
                 Some(Ahead::Prefetch(mut prefetch)) => {
                     prefetch.rehearsal.row = at;
-                    prefetches.push(prefetch);
+                    prefetches.push(*prefetch);
                 }
                 None => {}
             }
@@ -102,12 +102,12 @@ impl Forward<'_> {
         // Partial queries of another width lie otherwise in their rows.
         for alike in rehearsals.chunk_by(|a, b| a.runs.geometry().columns == b.runs.geometry().columns) {
             let (own, rest) = places.split_at_mut(alike.len());
-            backend.rehearse(&w.fetch, partial(alike[0].runs.geometry().columns), alike, own)?;
+            backend.rehearse(&w.ahead, partial(alike[0].runs.geometry().columns), alike, own)?;
             places = rest;
         }
         let columns = |prefetch: &Prefetch<'_>| prefetch.rehearsal.runs.geometry().columns;
         for alike in prefetches.chunk_by_mut(|a, b| columns(a) == columns(b)) {
-            backend.prefetch(&w.fetch, partial(columns(&alike[0])), alike)?;
+            backend.prefetch(&w.ahead, &w.fetch, partial(columns(&alike[0])), alike)?;
         }
         Ok(())
     }
@@ -122,7 +122,7 @@ impl Forward<'_> {
         at: usize,
     ) -> Result<()> {
         let (backend, d, w) = (self.backend, self.dimensions, &mut *self.workspace);
-        let stream = &w.fetch;
+        let stream = &w.ahead;
         let (first, end) = (plan.row, plan.row + rows);
         let q_width = d.heads * d.head_dim;
         let predicted = match plan.source {

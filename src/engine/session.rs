@@ -256,6 +256,7 @@ impl Session {
         }
         if length < self.tokens.len() {
             self.usable()?;
+            self.count()?; // which tells a policy what its device has dropped
             let refused = |error: Error| error.within(format!("cannot truncate to {length} tokens"));
             self.policy.can_truncate(length).map_err(refused)?;
             let rows = self.tokens.len() - length;

@@ -59,6 +59,8 @@ pub(super) struct Workspace {
     /// Beside it: what is fetched for a layer while the one before is computed.
     pub(super) fetch: Stream,
     pub(super) measured: Measured,
+    /// Beside both: what finds that out, so that it is known when the fetch before ends.
+    pub(super) ahead: Stream,
     /// Token ids.
     pub(super) tokens: Slot,
     /// Positions of the tokens.
@@ -122,6 +124,7 @@ impl Workspace {
         let stream = backend.stream()?;
         Ok(Workspace {
             fetch: backend.side_stream(&stream)?,
+            ahead: backend.side_stream(&stream)?,
             stream,
             measured: Measured::default(),
             tokens: Slot::new("token ids", 1, DType::U32),

@@ -55,8 +55,7 @@ pub struct kva_session_options {
     ///
     /// With eviction the session holds as many tokens as there is room for (`pool_tokens`), and each KV head of each
     /// layer loses one for each new one; first tokens and window stay. The resident layers lose none: their room, for
-    /// `capacity` tokens, is taken at once. A prompt's tokens past the pool are decoded one by one. On a GPU anything
-    /// but `KVA_EVICTION_OFF` returns `KVA_ERROR_UNSUPPORTED` when the session is created.
+    /// `capacity` tokens, is taken at once. A prompt's tokens past the pool are decoded one by one.
     pub eviction: i32,
     /// `KVA_POLICY_WINDOW` and `KVA_POLICY_H2O`: tokens to attend, sinks included, as a share of those that the session
     /// holds, above 0 and at most 1; not looked at where `budget_tokens` is not 0. Default: 0.2.

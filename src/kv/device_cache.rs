@@ -2,16 +2,18 @@
 //!
 //! Within a step `Backend::prefetch` and `Backend::admit` change the tables. What happens seldom (a prompt that fills the
 //! cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
-//! changes them, they go back, and the entries are copied anew from the store.
+//! changes them, they go back, and entries are fetched from the store.
 
 use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Place, SlotGeometry, Slots, SlotsMut, Stream,
+    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Move, Place, SlotGeometry, Slots, SlotsMut,
+    Stream,
 };
 
-use super::{HotCache, Pool, RamStore, SequenceKv};
+use super::device_saved::Saved;
+use super::{DeviceLists, HotCache, Pool, RamStore, SequenceKv, Store};
 
 /// What the tables' memory is for.
 const TABLES: &str = "the hot cache's tables";
@@ -33,7 +35,19 @@ pub struct DeviceCache {
     host: HotCache,
     /// The tables before this step edited them, if it has; nothing inside where there were none.
     before: Option<Option<Vec<u32>>>,
+    /// Entries that a step has overwritten, where the store would not give back the same bits: see [`Saved`].
+    saved: Option<Saved>,
     refilled: u64,
+}
+
+/// The cache of a layer in one step.
+pub struct CacheMut<'a> {
+    /// Its tables.
+    pub slots: SlotsMut<'a>,
+    /// Entries, by slot.
+    pub entries: KvRunsMut<'a>,
+    /// See [`Prefetch::saved`](crate::backend::Prefetch::saved).
+    pub saved: Option<KvRunsMut<'a>>,
 }
 
 /// What all steps did together.
@@ -50,9 +64,18 @@ pub struct CacheTotals {
 }
 
 impl DeviceCache {
-    /// An empty cache of the layers of `kv`, without room.
-    pub fn new(backend: &dyn Backend, pool: Arc<Pool>, kv: KvGeometry) -> Result<DeviceCache> {
-        let geometry = SlotGeometry { layers: kv.layers, kv_heads: kv.kv_heads, slots: 0, rows: 0, selected: 0 };
+    /// An empty cache of the layers of `kv`, without room. `exact`: the store gives back the bits that it was given.
+    /// `listed`: what each layer selects is kept until the step is over ([`DeviceCache::lists`]).
+    pub fn new(
+        backend: &dyn Backend,
+        pool: Arc<Pool>,
+        kv: KvGeometry,
+        exact: bool,
+        listed: bool,
+    ) -> Result<DeviceCache> {
+        let KvGeometry { layers, kv_heads, .. } = kv;
+        let lists = if listed { layers } else { 1 };
+        let geometry = SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists, attended: 0 };
         Ok(DeviceCache {
             tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
@@ -62,6 +85,7 @@ impl DeviceCache {
             step: 1,
             host: HotCache::new(pool.clone(), kv),
             before: None,
+            saved: (!exact).then(|| Saved::new(pool.clone(), kv)),
             refilled: 0,
             kv: SequenceKv::new(pool, kv),
         })
@@ -78,9 +102,18 @@ impl DeviceCache {
     }
 
     /// Makes room in the tables for sequences of `rows` tokens, of which up to `slots` have slots and a step selects up to
-    /// `selected`. On an error nothing has changed.
-    pub fn reserve_tables(&mut self, backend: &dyn Backend, rows: usize, slots: usize, selected: usize) -> Result<()> {
-        let geometry = SlotGeometry { slots, rows, selected, ..self.geometry };
+    /// `selected` and lists up to `attended`. On an error nothing has changed.
+    pub fn reserve_tables(
+        &mut self,
+        backend: &dyn Backend,
+        rows: usize,
+        slots: usize,
+        (selected, attended): (usize, usize),
+    ) -> Result<()> {
+        let geometry = SlotGeometry { slots, rows, selected, attended, ..self.geometry };
+        if let Some(saved) = &mut self.saved {
+            saved.reserve(selected)?;
+        }
         self.grown = Some((geometry, backend.allocate(geometry.bytes(), Place::Device, TABLES)?));
         Ok(())
     }
@@ -110,6 +143,9 @@ impl DeviceCache {
     /// Gives back the room past the first `slots` slots, and that of tables that were reserved in vain.
     pub fn shrink(&mut self, slots: usize) {
         self.grown = None;
+        if let Some(saved) = &mut self.saved {
+            saved.shrink(self.geometry.selected);
+        }
         self.kv.truncate(slots);
     }
 
@@ -118,7 +154,7 @@ impl DeviceCache {
         let other =
             [self.grown.as_ref().map(|(_, tables)| tables), self.outgrown.as_ref().map(|(_, tables, _)| tables)];
         let other = other.into_iter().flatten().map(Buffer::bytes).sum::<usize>();
-        self.kv.bytes() + self.tables.bytes() + other
+        self.kv.bytes() + self.tables.bytes() + other + self.saved.as_ref().map_or(0, Saved::bytes)
     }
 
     /// A new step begins; the last one can no longer be undone.
@@ -126,6 +162,23 @@ impl DeviceCache {
         self.step += 1;
         self.before = None;
         self.outgrown = None;
+        if let Some(saved) = &mut self.saved {
+            saved.begin();
+        }
+    }
+
+    /// The step goes on with another token: what the last one has used may give way.
+    pub fn next_token(&mut self) {
+        self.step += 1;
+    }
+
+    /// Keeps tables and entries, for a step of several tokens, whose journals tell of the last one only.
+    pub fn keep_all(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        self.keep(backend, stream)?;
+        if self.before.is_none() {
+            self.before = Some(if self.ready { Some(self.get(backend, stream)?) } else { None });
+        }
+        Ok(())
     }
 
     /// The entries of a layer.
@@ -133,15 +186,19 @@ impl DeviceCache {
         self.kv.layer(layer)
     }
 
-    /// The tables of a layer, for attention that reads up to `limit` slots.
-    pub fn slots(&self, layer: usize, limit: usize) -> Slots<'_> {
-        Slots { tables: &self.tables, geometry: self.geometry, layer, limit }
+    /// The tables of a layer, for attention that reads up to `limit` slots: those in use, or those listed.
+    pub fn slots(&self, layer: usize, limit: usize, by_list: bool) -> Slots<'_> {
+        Slots { tables: &self.tables, geometry: self.geometry, layer, limit, by_list }
     }
 
-    /// The tables of a layer in this step, of which `limit` slots may be used, and its entries.
-    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> (SlotsMut<'_>, KvRunsMut<'_>) {
+    /// The tables of a layer in this step, of which `limit` slots may be used, its entries, and where those are kept that
+    /// the step overwrites. (There is no pool, and the step does not list.)
+    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> CacheMut<'_> {
         let DeviceCache { geometry, step, .. } = *self;
-        (SlotsMut { tables: &mut self.tables, geometry, layer, limit, guard, step }, self.kv.layer_mut(layer))
+        let tables = &mut self.tables;
+        let slots = SlotsMut { tables, geometry, layer, limit, guard, step, pool: None, by_list: false };
+        let saved = self.saved.as_mut().map(|saved| saved.layer_mut(layer));
+        CacheMut { slots, entries: self.kv.layer_mut(layer), saved }
     }
 
     /// Makes the tables of an empty cache, where nothing has yet.
@@ -152,58 +209,95 @@ impl DeviceCache {
         Ok(())
     }
 
-    /// Lets `change` work on the tables, and fetches every entry that is in them afterwards.
+    /// Keeps all entries, for an [`DeviceCache::edit`] that may be undone.
+    pub fn keep(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        match &mut self.saved {
+            Some(saved) if self.ready => saved.keep(backend, stream, self.kv.buffers()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets `change` work on the tables of each layer, and fetches what it asks for.
     pub fn edit(
         &mut self,
         backend: &dyn Backend,
         stream: &Stream,
-        store: &RamStore,
-        change: impl FnOnce(&mut HotCache),
+        store: &mut RamStore,
+        mut change: impl FnMut(&mut HotCache, usize, &mut Vec<Move>),
     ) -> Result<()> {
         self.grow(backend, stream)?;
         let before = if self.ready { Some(self.get(backend, stream)?) } else { None };
         let mut words = before.clone().unwrap_or_else(|| self.empty());
         self.before.get_or_insert(before);
         self.load_host(&words);
-        change(&mut self.host);
+        let mut moves = vec![Vec::new(); self.geometry.layers];
+        moves.iter_mut().enumerate().for_each(|(layer, moves)| change(&mut self.host, layer, moves));
         self.store_host(&mut words);
         self.put(backend, stream, &words)?;
-        let g = &self.geometry;
-        self.refilled += (0..g.tables()).map(|table| u64::from(words[g.count_at(table)])).sum::<u64>();
-        self.refill(backend, stream, store)
+        for (layer, mut moves) in moves.into_iter().enumerate() {
+            // Some may have given way to others since.
+            moves.retain(|m| self.host.slot(layer, m.head as usize, m.from) == Some(m.to));
+            moves.sort_unstable_by_key(|m| (m.head, m.from));
+            moves.dedup();
+            self.refilled += moves.len() as u64;
+            if moves.len() == self.host.counts(layer).iter().map(|&count| count as usize).sum::<usize>() {
+                self.refill(backend, stream, store, layer)?;
+            } else {
+                store.begin_fetch(layer, &moves)?;
+                store.finish_fetch(backend, stream, layer, &mut self.kv.layer_mut(layer))?;
+            }
+        }
+        Ok(())
     }
 
-    /// Takes back what this step has changed, and fetches what was there before.
+    /// Takes back what this step has changed, entries and all.
     pub fn undo(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
+        if self.saved.is_some() {
+            self.restore(backend, stream)?;
+        }
         if let Some((geometry, tables, ready)) = self.outgrown.take() {
             // The step had done nothing yet when it moved.
             (self.geometry, self.tables, self.ready, self.before) = (geometry, tables, ready, None);
-            return if ready { self.refill(backend, stream, store) } else { Ok(()) };
+        } else {
+            let before = match self.before.take() {
+                Some(before) => before,
+                None if self.ready => Some(self.get(backend, stream)?),
+                None => None,
+            };
+            self.ready = before.is_some();
+            if let Some(mut words) = before {
+                for table in 0..self.geometry.tables() {
+                    self.undo_table(&mut words, table);
+                }
+                self.put(backend, stream, &words)?;
+            }
         }
-        let before = match self.before.take() {
-            Some(before) => before,
-            None if self.ready => Some(self.get(backend, stream)?),
-            None => None,
-        };
-        let Some(mut words) = before else {
-            self.ready = false;
-            return Ok(());
-        };
-        for table in 0..self.geometry.tables() {
-            self.undo_table(&mut words, table);
-        }
-        self.put(backend, stream, &words)?;
-        self.refill(backend, stream, store)
-    }
-
-    /// Fetches every entry that is in the tables.
-    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore) -> Result<()> {
-        for layer in 0..self.geometry.layers {
-            let (tables, geometry) = (&self.tables, self.geometry);
-            let slots = Slots { tables, geometry, layer, limit: geometry.slots };
-            backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))?;
+        if self.ready && self.saved.is_none() {
+            for layer in 0..self.geometry.layers {
+                self.refill(backend, stream, store, layer)?;
+            }
         }
         Ok(())
+    }
+
+    /// Brings back the entries that this step has overwritten.
+    fn restore(&mut self, backend: &dyn Backend, stream: &Stream) -> Result<()> {
+        let words = if self.ready && self.before.is_none() { Some(self.get(backend, stream)?) } else { None };
+        let (g, step, saved) = (self.geometry, self.step, self.saved.as_mut().expect("entries are kept"));
+        match words {
+            Some(words) => (0..g.layers).try_for_each(|layer| {
+                let moves = saved.overwritten(&g, &words, layer, step);
+                backend.copy_kv_rows(stream, &saved.layer(layer), &mut self.kv.layer_mut(layer), &moves)
+            }),
+            None => saved.restore(backend, stream, self.kv.buffers_mut()),
+        }
+    }
+
+    /// Fetches every entry that is in the tables of a layer.
+    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore, layer: usize) -> Result<()> {
+        let (tables, geometry) = (&self.tables, self.geometry);
+        let slots = Slots { tables, geometry, layer, limit: geometry.slots, by_list: false };
+        backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))
     }
 
     fn undo_table(&self, words: &mut [u32], table: usize) {
@@ -256,6 +350,13 @@ impl DeviceCache {
             totals.attended += total(header, Header::AllAttended as usize);
         }
         Ok(totals)
+    }
+
+    /// What every layer's last rehearsal selected and missed.
+    pub fn lists(&self, backend: &dyn Backend, stream: &Stream) -> Result<DeviceLists> {
+        let g = self.geometry;
+        let lists = self.tables.rows(DType::U32, 1, g.words()).col_range(g.lists_at(), g.lists_end() - g.lists_at());
+        Ok(DeviceLists::new(g, download(backend, stream, lists)?))
     }
 
     fn empty(&self) -> Vec<u32> {

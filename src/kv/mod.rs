@@ -8,6 +8,9 @@
 //! - What may not enter: what a layer attends (that is `policy`), and how (that is `backend`).
 
 mod device_cache;
+mod device_lists;
+mod device_pool;
+mod device_saved;
 mod extents;
 mod hot;
 mod kept;
@@ -23,7 +26,9 @@ mod tier;
 mod victim;
 
 pub use crate::backend::{Guard, Payload};
-pub use device_cache::{CacheTotals, DeviceCache};
+pub use device_cache::{CacheMut, CacheTotals, DeviceCache};
+pub use device_lists::DeviceLists;
+pub use device_pool::{DevicePool, PoolTokens};
 pub use extents::Extents;
 pub use hot::HotCache;
 pub use kept::{Entries, Kept};

@@ -88,11 +88,12 @@ pub enum QuerySource<'a> {
 }
 
 /// What a rehearsal leads to.
+#[allow(clippy::large_enum_variant, reason = "it is taken apart as soon as it is made")]
 pub enum Ahead<'a> {
     /// What is selected, for the host to go on with in [`Policy::rehearsed`].
     Select(Rehearsal<'a>, &'a mut Selected),
     /// All that comes of it, on the device.
-    Prefetch(Prefetch<'a>),
+    Prefetch(Box<Prefetch<'a>>),
 }
 
 /// The KV side of one session.

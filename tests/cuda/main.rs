@@ -12,6 +12,7 @@ mod rig;
 mod rowwise;
 mod slots;
 mod streams;
+mod tail;
 
 use kvahead::ErrorCode;
 use kvahead::backend::cuda::CudaBackend;

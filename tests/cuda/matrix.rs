@@ -41,6 +41,11 @@ impl Case {
     }
 }
 
+fn large(dtype: DType, depth: usize, outputs: usize) -> impl Iterator<Item = Case> {
+    let case = move |rows| Case { dtype, rows, depth, outputs, bias: rows == 9, accumulate: rows == 3 };
+    [1, 3, 8, 9, 20, 32, 45].into_iter().map(case)
+}
+
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for dtype in STORED {
@@ -52,10 +57,8 @@ fn cases() -> Vec<Case> {
             }
         }
         cases.push(Case { dtype, rows: 1, depth: 64, outputs: 20001, bias: true, accumulate: false });
-        // Large enough for tensor cores; one to four tiles of rows, and more.
-        for rows in [1, 3, 8, 9, 20, 32, 45] {
-            cases.push(Case { dtype, rows, depth: 1032, outputs: 4099, bias: rows == 9, accumulate: rows == 3 });
-        }
+        // Large enough for tensor cores; one to three eights of rows, and more.
+        cases.extend(large(dtype, 1032, 4099));
     }
     cases
 }
@@ -63,7 +66,9 @@ fn cases() -> Vec<Case> {
 #[test]
 fn decode_products() {
     with_both(|cuda, cpu| {
-        for case in cases() {
+        // Few and many outputs a multiprocessor, too, and less depth than a block has warps for.
+        let more = [(1400, 3001), (264, 16390)].into_iter().flat_map(|(d, n)| large(DType::BF16, d, n));
+        for case in cases().into_iter().chain(more) {
             let got = case.run(cuda, Shape::Decode, false);
             assert_close(&case.name(), &got, &case.run(cpu, Shape::Decode, false), 4e-6);
             assert_same(&case.name(), &case.run(cuda, Shape::Decode, true), &got);

@@ -2,14 +2,18 @@
 //! version leaves.
 
 use kvahead::backend::{
-    Admission, AttentionShape, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
-    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Place, Prefetch, Rehearsal, Segment, Selection, SlotGeometry, Slots,
-    SlotsMut, Visible,
+    Admission, AttentionShape, Blend, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
+    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Lost, Payload, Place, PoolGeometry, PoolMut, Prefetch, Rehearsal,
+    Segment, Selection, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, VictimRule, Visible,
 };
 
 use crate::rig::*;
 
 const LAYERS: usize = 2;
+
+/// Of a batch, the sequence that attends what it lists, and the one without a tail.
+const LISTS: usize = 1;
+const NO_TAIL: usize = 2;
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -17,6 +21,9 @@ struct Shape {
     index: IndexGeometry,
     slots: SlotGeometry,
     group: usize,
+    payload: Payload,
+    /// Who gives way, where the pool is full from the first step on.
+    rule: Option<VictimRule>,
 }
 
 impl Shape {
@@ -25,9 +32,33 @@ impl Shape {
         Shape {
             kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
-            slots: SlotGeometry { layers, kv_heads, slots, rows, selected },
+            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS, attended: selected + 13 },
             group,
+            payload: Payload::Exact,
+            rule: None,
         }
+    }
+
+    /// With a full pool.
+    fn evicting(self, rule: VictimRule) -> Shape {
+        Shape { rule: Some(rule), ..self }
+    }
+
+    /// The pool of a call that loses up to five rows.
+    fn pool(&self) -> PoolGeometry {
+        PoolGeometry {
+            layers: LAYERS,
+            kv_heads: self.kv.kv_heads,
+            rows: self.slots.rows,
+            lost: 5,
+            stored_bytes: self.payload.row_bytes(&self.kv),
+            index_bytes: self.index.row_bytes() + 4,
+        }
+    }
+
+    /// With entries that are stored so.
+    fn stored(self, payload: Payload) -> Shape {
+        Shape { payload, ..self }
     }
 }
 
@@ -35,9 +66,26 @@ impl Shape {
 struct Sequence {
     store: Vec<Buffer>,
     cache: Vec<Buffer>,
+    /// What the cache held before the step, where the store is not exact.
+    saved: Vec<Buffer>,
     index: Vec<Buffer>,
     tables: Buffer,
+    pool: Pool,
+    /// What a rehearsal finds of each layer's query heads, and the values' mean of each layer, before and after a token.
+    weights: Buffer,
+    means: [Buffer; 2],
     length: usize,
+    /// Rows that hold tokens: as many as there are tokens, but where the pool is full.
+    rows: usize,
+    /// Tokens when the call began.
+    begun: usize,
+}
+
+/// Its pool, where it has one.
+struct Pool {
+    tables: Buffer,
+    before: Buffer,
+    lost: Buffer,
 }
 
 impl Sequence {
@@ -48,13 +96,44 @@ impl Sequence {
         let mut tables = rig.b.allocate(shape.slots.bytes(), Place::Device, "a test").unwrap();
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         rig.b.upload(&rig.stream, &bytes, &mut tables, 0).unwrap();
+        let width = shape.kv.kv_heads * shape.kv.head_dim;
         Sequence {
-            store: extents(shape.slots.rows.div_ceil(64), shape.kv.extent_bytes(), Place::Pinned),
+            store: extents(
+                shape.slots.rows.div_ceil(64),
+                shape.slots.tables() * 64 * shape.payload.row_bytes(&shape.kv),
+                Place::Pinned,
+            ),
             cache: extents(shape.slots.slots.div_ceil(64), shape.kv.extent_bytes(), Place::Device),
+            saved: extents(shape.slots.selected / 64 + 1, shape.kv.extent_bytes(), Place::Device),
             index: extents(shape.slots.rows.div_ceil(64), shape.index.extent_bytes(), Place::Device),
             tables,
+            pool: {
+                let pool = |bytes| rig.b.allocate(bytes, Place::Device, "a test").unwrap();
+                let (bytes, lost) = (shape.pool().bytes(), shape.pool().lost_bytes());
+                Pool { tables: pool(bytes), before: pool(bytes), lost: pool(lost) }
+            },
+            weights: rig.poisoned(LAYERS * shape.kv.kv_heads * shape.group),
+            means: [0.0; 2].map(|zero| rig.buffer(DType::F32, &vec![zero; LAYERS * width])),
             length,
+            rows: length,
+            begun: length,
         }
+    }
+
+    fn take_back(&mut self, rig: &Rig<'_>, shape: &Shape) {
+        for layer in 0..LAYERS {
+            let lost = Lost {
+                tables: &self.pool.tables,
+                lost: &self.pool.lost,
+                geometry: shape.pool(),
+                layer,
+                begun: self.begun,
+                store: StoredRunsMut::new(&mut self.store, shape.kv, shape.payload, layer),
+                index: IndexRunsMut::new(&mut self.index, shape.index, layer),
+            };
+            rig.b.take_back(&rig.stream, lost).unwrap();
+        }
+        rig.b.copy(&rig.stream, &self.pool.before, &mut self.pool.tables).unwrap();
     }
 
     fn words(&self, rig: &Rig<'_>) -> Vec<u32> {
@@ -64,14 +143,19 @@ impl Sequence {
 
     fn slots_mut<'a>(
         tables: &'a mut Buffer,
+        pool: &'a mut Pool,
         shape: &Shape,
-        layer: usize,
-        length: usize,
-        limit: usize,
-        step: u32,
+        at: At,
+        (token, rows, begun): (usize, usize, usize),
+        by_list: bool,
     ) -> SlotsMut<'a> {
-        let guard = Guard { below: 3, from: length.saturating_sub(9) as u32 };
-        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step }
+        let At { layer, limit, step } = at;
+        let guard = Guard { below: 3, from: (token + 1).saturating_sub(9) as u32 };
+        let Pool { tables: known, lost, .. } = pool;
+        let geometry = shape.pool();
+        let pool =
+            shape.rule.map(|rule| PoolMut { tables: known, lost, geometry, rule, rows, token, full: true, begun });
+        SlotsMut { tables, geometry: shape.slots, layer, limit, guard, step, pool, by_list }
     }
 }
 
@@ -109,6 +193,21 @@ fn filled(shape: &SlotGeometry, length: usize, count: usize, random: &mut Random
     words
 }
 
+/// A pool in order whose rows have been used: counts that are about to saturate, or times.
+fn used(shape: &Shape, length: usize, random: &mut Random) -> Vec<u8> {
+    let g = shape.pool();
+    let mut words = vec![0u32; g.bytes() / 4];
+    for table in 0..LAYERS * shape.kv.kv_heads {
+        for used in &mut words[g.uses_at(table)..][..length] {
+            *used = match shape.rule {
+                Some(VictimRule::Counter) => 245 + random.below(10) as u32,
+                _ => 2 * random.below(length / 2) as u32,
+            };
+        }
+    }
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
 /// Sets words to zero that mean nothing: room that is not in use.
 fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
     for table in 0..shape.tables() {
@@ -119,8 +218,26 @@ fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
         let journal = shape.journal_at(table);
         words[journal + SlotGeometry::CHANGE * changes..journal + SlotGeometry::CHANGE * (shape.selected + 1)].fill(0);
     }
-    words.truncate(shape.selected_counts_at());
+    for layer in 0..shape.layers {
+        for head in 0..shape.kv_heads {
+            for (count, list, length) in [
+                (shape.selected_counts_at(layer), shape.selected_rows_at(layer), 1),
+                (shape.move_counts_at(layer), shape.moves_at(layer), 2),
+            ] {
+                let (used, room) = (length * words[count + head] as usize, length * shape.selected);
+                words[list + head * room + used..list + (head + 1) * room].fill(0);
+            }
+        }
+    }
     words
+}
+
+/// The slots that the last layer to do so has listed.
+fn lists(shape: &SlotGeometry, words: &[u32]) -> Vec<Vec<u32>> {
+    let count = |head: usize| words[shape.attended_lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..shape.kv_heads)
+        .map(|head| words[shape.attended_at() + head * shape.attended..][..count(head)].to_vec())
+        .collect()
 }
 
 fn entries(rig: &Rig<'_>, extents: &[Buffer]) -> Vec<u8> {
@@ -143,45 +260,59 @@ struct At {
 }
 
 fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q: &[f32]) {
-    let At { layer, limit, step } = at;
-    let width = shape.group * shape.kv.kv_heads * shape.index.columns;
+    let layer = at.layer;
+    let heads = shape.group * shape.kv.kv_heads;
+    let width = heads * shape.index.columns;
     let queries = rig.buffer(DType::F32, q);
+    let saves = shape.payload != Payload::Exact;
     let mut all: Vec<Prefetch<'_>> = sequences
         .iter_mut()
         .enumerate()
         .map(|(row, s)| {
-            let position = s.length;
-            let to = position.saturating_sub(8);
+            let token = (s.length, s.rows, s.begun);
+            // In a full pool the window may be anywhere.
+            let to = if shape.rule.is_some() { s.rows } else { s.length.saturating_sub(8) };
             let selection = match row % 2 {
                 0 => Selection::Count { count: shape.slots.selected },
                 _ => Selection::Probability { below: 5.0, least: 1, most: shape.slots.selected },
             };
             let runs = IndexRuns::new(&s.index, shape.index, layer);
             Prefetch {
-                rehearsal: Rehearsal { row, runs, rows: position, from: 3.min(to), to, scale: 0.3, selection },
-                slots: Sequence::slots_mut(&mut s.tables, shape, layer, position + 1, limit, step),
-                from: KvRuns::new(&s.store, shape.kv, layer),
+                rehearsal: Rehearsal { row, runs, rows: s.rows, from: 3.min(to), to, scale: 0.3, selection },
+                slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, token, row == LISTS),
+                from: StoredRuns::new(&s.store, shape.kv, shape.payload, layer),
                 to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+                saved: saves.then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
+                // Not every sequence of a batch has a tail.
+                tail: (row != NO_TAIL).then(|| s.weights.rows_mut(DType::F32, LAYERS, heads).row_range(layer, 1)),
             }
         })
         .collect();
-    rig.b.prefetch(&rig.stream, queries.rows(DType::F32, q.len() / width, width), &mut all).unwrap();
+    rig.b.prefetch(&rig.stream, &rig.stream, queries.rows(DType::F32, q.len() / width, width), &mut all).unwrap();
 }
 
 fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &[f32], maps: &HeadMaps) {
-    let At { layer, limit, step } = at;
+    let layer = at.layer;
     let width = shape.kv.kv_heads * shape.kv.head_dim;
     let rows = rig.buffer(DType::F32, kv);
     let rows = rows.rows(DType::F32, sequences.len(), 2 * width);
     for (i, s) in sequences.iter_mut().enumerate() {
         let own = rows.row_range(i, 1);
+        let [a, b] = &mut s.means;
+        let (from, out) = if at.step % 2 == 0 { (&*a, b) } else { (&*b, a) };
+        let from = from.rows(DType::F32, LAYERS, width).row_range(layer, 1);
+        let out = out.rows_mut(DType::F32, LAYERS, width).row_range(layer, 1);
+        // The first sequence goes on from what is there.
+        let from = (i != 0).then_some(from);
         let admission = Admission {
             row: s.length,
-            slots: Sequence::slots_mut(&mut s.tables, shape, layer, s.length + 1, limit, step),
-            store: KvRunsMut::new(&mut s.store, shape.kv, layer),
+            slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, (s.length, s.rows, s.begun), i == LISTS),
+            store: StoredRunsMut::new(&mut s.store, shape.kv, shape.payload, layer),
             cache: KvRunsMut::new(&mut s.cache, shape.kv, layer),
+            saved: (shape.payload != Payload::Exact).then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
             index: IndexRunsMut::new(&mut s.index, shape.index, layer),
             maps,
+            mean: (i != NO_TAIL).then(|| Blend { from, out, factor: 1.0 / (s.length + 1) as f32 }),
         };
         rig.b.admit(&rig.stream, own.col_range(0, width), own.col_range(width, width), admission).unwrap();
     }
@@ -195,7 +326,19 @@ fn steps_leave_what_the_cpu_leaves() {
             (Shape::new(1, 8, 128, DType::BF16, 40, 11), 37, 20),
             (Shape::new(5, 1, 80, DType::F16, 320, 120), 300, 290),
             (Shape::new(2, 4, 62, DType::BF16, 200, 64), 180, 180),
+            (Shape::new(3, 3, 64, DType::F32, 90, 20).stored(Payload::Int8), 90, 60),
+            (Shape::new(2, 8, 128, DType::BF16, 40, 11).stored(Payload::Int8), 37, 20),
+            (Shape::new(2, 2, 128, DType::F16, 140, 70).stored(Payload::Int4), 120, 110),
+            (Shape::new(5, 1, 80, DType::BF16, 320, 120).stored(Payload::Int4), 300, 290),
+            (Shape::new(2, 4, 61, DType::BF16, 200, 64).stored(Payload::Int8), 180, 180),
+            (Shape::new(2, 4, 61, DType::F32, 200, 64).stored(Payload::Int4), 180, 180),
+            (Shape::new(3, 3, 64, DType::F32, 90, 20).evicting(VictimRule::Fifo), 90, 60),
+            (Shape::new(2, 2, 64, DType::BF16, 90, 30).evicting(VictimRule::Lru).stored(Payload::Int8), 70, 70),
+            (Shape::new(2, 2, 128, DType::F16, 400, 40).evicting(VictimRule::Lru), 400, 300),
+            (Shape::new(3, 4, 64, DType::BF16, 120, 60).evicting(VictimRule::Counter), 110, 100),
+            (Shape::new(1, 4, 61, DType::F32, 90, 20).evicting(VictimRule::Counter).stored(Payload::Int4), 90, 60),
         ];
+        let mut largest = 0f32;
         for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
             let mut random = Random(77 + number as u64);
             let lengths = [400, 310, 333];
@@ -205,8 +348,11 @@ fn steps_leave_what_the_cpu_leaves() {
             let mut both: [Vec<Sequence>; 2] = [Vec::new(), Vec::new()];
             for length in lengths {
                 let words = filled(&shape.slots, length, held, &mut random);
+                let known = used(&shape, length, &mut random);
                 for (rig, sequences) in rigs.iter().zip(&mut both) {
-                    sequences.push(Sequence::new(rig, &shape, &words, length));
+                    let mut sequence = Sequence::new(rig, &shape, &words, length);
+                    rig.b.upload(&rig.stream, &known, &mut sequence.pool.tables, 0).unwrap();
+                    sequences.push(sequence);
                 }
                 for layer in 0..LAYERS {
                     let (keys, values) = (random.normals(length * width), random.normals(length * width));
@@ -218,20 +364,35 @@ fn steps_leave_what_the_cpu_leaves() {
                         let s = sequences.last_mut().unwrap();
                         let (k, v) = (rig.buffer(DType::F32, &keys), rig.buffer(DType::F32, &values));
                         let (k, v) = (k.rows(DType::F32, length, width), v.rows(DType::F32, length, width));
-                        let runs = &mut KvRunsMut::new(&mut s.store, shape.kv, layer);
-                        rig.b.store_kv(&rig.stream, k, v, runs, 0).unwrap();
+                        let mut runs = StoredRunsMut::new(&mut s.store, shape.kv, shape.payload, layer);
+                        let places: Vec<Slot> = (0..length * shape.kv.kv_heads)
+                            .map(|i| runs.runs().slot(i % shape.kv.kv_heads, i / shape.kv.kv_heads))
+                            .collect();
+                        let store = runs.buffers_mut();
+                        rig.b.encode_kv(&rig.stream, k, v, shape.payload, &shape.kv, &places, store).unwrap();
                         let p = rig.buffer(DType::F32, &partial);
                         let p = p.rows(DType::F32, length, partial.len() / length);
                         let runs = &mut IndexRunsMut::new(&mut s.index, shape.index, layer);
                         rig.b.index_append(&rig.stream, p, runs, 0).unwrap();
-                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit };
-                        let from = KvRuns::new(&s.store, shape.kv, layer);
+                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit, by_list: false };
+                        let from = StoredRuns::new(&s.store, shape.kv, shape.payload, layer);
                         let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
                         rig.b.refill(&rig.stream, slots, &from, to).unwrap();
                     }
                 }
             }
+            let mut stores: Vec<Vec<u8>> = Vec::new();
             for step in 10..42 {
+                // Calls of three tokens each.
+                if shape.rule.is_some() && step % 3 == 1 {
+                    stores = both[0].iter().map(|s| entries(cuda, &s.store)).collect();
+                    for (rig, s) in
+                        rigs.iter().zip(&mut both).flat_map(|(rig, all)| all.iter_mut().map(move |s| (rig, s)))
+                    {
+                        s.begun = s.length;
+                        rig.b.copy(&rig.stream, &s.pool.tables, &mut s.pool.before).unwrap();
+                    }
+                }
                 for layer in 0..LAYERS {
                     let at = At { layer, limit, step };
                     let q = random.normals(lengths.len() * shape.group * shape.kv.kv_heads * shape.index.columns);
@@ -251,11 +412,45 @@ fn steps_leave_what_the_cpu_leaves() {
                     assert_eq!(differs, None, "{case}: word {differs:?} of the tables");
                     assert!(entries(cuda, &a.cache) == entries(cpu, &b.cache), "{case}: entries in slots differ");
                     assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
+                    assert!(entries(cuda, &a.saved) == entries(cpu, &b.saved), "{case}: what was kept differs");
+                    assert!(cuda.bytes(&a.pool.tables) == cpu.bytes(&b.pool.tables), "{case}: the pools differ");
+                    if i == LISTS {
+                        let (got, want) = (lists(&shape.slots, &a.words(cuda)), lists(&shape.slots, &b.words(cpu)));
+                        assert_eq!(got, want, "{case}: what is listed");
+                        let least = 12 + usize::from(step % 5 != 0);
+                        assert!(got.iter().all(|list| list.len() >= least && list.is_sorted()), "{case}: {got:?}");
+                    }
+                    for (a, b) in a.means.iter().zip(&b.means) {
+                        assert!(cuda.bytes(a) == cpu.bytes(b), "{case}: mean values differ");
+                    }
+                    let weights = shape.kv.kv_heads * shape.group;
+                    let of = |rig: &Rig<'_>, s: &Sequence| rig.floats(s.weights.rows(DType::F32, LAYERS, weights));
+                    if i != NO_TAIL && step > 10 {
+                        assert_close(&case, &of(cuda, a), &of(cpu, b), 1e-5);
+                        largest = of(cuda, a).into_iter().fold(largest, f32::max);
+                    } else {
+                        assert!(of(cuda, a).iter().all(|weight| weight.is_nan()), "{case}: a tail nobody asked for");
+                    }
                 }
-                both.iter_mut().flatten().for_each(|s| s.length += 1);
+                // Every other call is undone, and another one takes its place.
+                let undone = shape.rule.is_some() && step % 6 == 0;
+                for (rig, sequences) in rigs.iter().zip(&mut both).filter(|_| undone) {
+                    sequences.iter_mut().for_each(|s| s.take_back(rig, &shape));
+                }
+                for (i, (a, b)) in both[0].iter().zip(&both[1]).enumerate().filter(|_| undone) {
+                    let case = format!("shape {number}, step {step} undone, sequence {i}");
+                    assert!(entries(cuda, &a.store) == stores[i], "{case}: the store is not what it was");
+                    assert!(entries(cpu, &b.store) == stores[i], "{case}: the CPU's store is not what it was");
+                    assert!(cuda.bytes(&a.pool.tables) == cpu.bytes(&b.pool.tables), "{case}: the pools differ");
+                }
+                for s in both.iter_mut().flatten() {
+                    s.length = if undone { s.begun } else { s.length + 1 };
+                    s.rows += usize::from(shape.rule.is_none());
+                }
             }
             attends_its_slots(cuda, cpu, &shape, &both, limit, &mut random);
         }
+        assert!(largest > 0.3, "there was no tail to speak of: {largest}");
     });
 }
 
@@ -282,7 +477,13 @@ fn attends_its_slots(
                 rows: 1,
                 position: s.length,
                 runs: KvRuns::new(&s.cache, shape.kv, 1),
-                visible: Visible::Slots(Slots { tables: &s.tables, geometry: shape.slots, layer: 1, limit }),
+                visible: Visible::Slots(Slots {
+                    tables: &s.tables,
+                    geometry: shape.slots,
+                    layer: LAYERS - 1,
+                    limit,
+                    by_list: row == LISTS,
+                }),
             })
             .collect();
         let (rows, width) = (sequences.len(), heads * head_dim);

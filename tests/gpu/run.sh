@@ -87,7 +87,7 @@ for part in "${parts[@]}"; do
     case $part in
         operations) run operations "$here/cuda" ;;
         golden) run golden "$here/golden_logits" ;;
-        # Eviction is the CPU backend's.
+        # evict:: reads what attention reads, as the CPU backend lets it; device:: and engine:: evict too.
         policies) run policies "$here/policies" --skip evict:: ;;
         real)
             if [ -e "$KVAHEAD_TEST_ROOT/.cache/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then

@@ -35,9 +35,7 @@ fn there(model: &Model, policy: &PolicyOptions) -> bool {
     let in_file = matches!(policy.tier, KvTier::File(_));
     let evicts = policy.eviction != Eviction::Off;
     // What only the host's variant of infinigen does.
-    let own = &policy.infinigen;
-    let by_host = policy.payload != Payload::Exact || !own.attend_cache || own.correct > 0.0;
-    if policy.kind == PolicyKind::Infinigen && by_host && backend.selects_on_device() {
+    if policy.infinigen.correct > 0.0 && backend.selects_on_device() {
         return false;
     }
     (backend.has_files() || !in_file) && (backend.has_eviction() || !evicts)

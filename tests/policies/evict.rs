@@ -58,6 +58,26 @@ fn session(model: &Model, policy: &PolicyOptions) -> Session {
     Session::new(model, &options(policy)).unwrap()
 }
 
+/// Who finds the victims: the host, or what a device does by itself.
+#[derive(Clone, Copy, Debug)]
+enum Chooser {
+    Host,
+    Device,
+}
+
+const CHOOSERS: [Chooser; 2] = [Chooser::Host, Chooser::Device];
+
+fn create(chooser: Chooser, policy: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
+    match chooser {
+        Chooser::Host => policy::create(policy, setting),
+        Chooser::Device => policy::create_on_device(policy, setting),
+    }
+}
+
+fn chosen_by(chooser: Chooser, model: &Model, policy: &PolicyOptions) -> Session {
+    Session::with_policy(model, &options(policy), |setting| create(chooser, policy, setting)).unwrap()
+}
+
 /// Prompts by their lengths, with single tokens (1) decoded. Logits after each.
 fn run(session: &mut Session, tokens: &[u32], calls: &[usize]) -> Vec<Vec<f32>> {
     let mut from = 0;
@@ -99,9 +119,9 @@ struct Watching {
     kv_heads: usize,
 }
 
-/// The bytes of some columns of a row of f32.
+/// The bytes of some columns of a row of 32-bit numbers.
 fn bytes(rows: &Rows<'_>, row: usize, from: usize, count: usize) -> Vec<u8> {
-    assert!(rows.dtype() == DType::F32 && row < rows.rows() && from + count <= rows.cols());
+    assert!(rows.dtype().bytes() == 4 && row < rows.rows() && from + count <= rows.cols());
     // SAFETY: in bounds of a live window, on the CPU.
     let part = unsafe { std::slice::from_raw_parts(rows.base().add((row * rows.stride() + from) * 4), count * 4) };
     part.to_vec()
@@ -148,7 +168,12 @@ impl Policy for Watching {
                     Visible::Causal => (0..=step.position as u32).collect(),
                     Visible::First(counts) => (0..counts[head]).collect(),
                     Visible::Listed(lists) => lists[head].clone(),
-                    Visible::Slots(_) => unreachable!("eviction is the host's"),
+                    Visible::Slots(slots) => {
+                        let g = slots.geometry;
+                        let words = slots.tables.rows(DType::U32, 1, g.words());
+                        let count = bytes(&words, 0, g.count_at(slots.layer * g.kv_heads + head), 1);
+                        (0..u32::from_ne_bytes(count.try_into().unwrap())).collect()
+                    }
                 };
                 let tokens: BTreeSet<u32> = rows
                     .iter()
@@ -201,14 +226,14 @@ struct Outcome {
     counters: KvCounters,
 }
 
-fn watch(model: &Model, policy: &PolicyOptions, tokens: &[u32], calls: &[usize]) -> Outcome {
+fn watch(chooser: Chooser, model: &Model, policy: &PolicyOptions, tokens: &[u32], calls: &[usize]) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
     let trace = folder.path().join("trace");
     let policy = PolicyOptions { trace: Some(trace.clone()), ..policy.clone() };
     let log = Arc::new(Mutex::new(Log::default()));
     let mut session = Session::with_policy(model, &options(&policy), |setting| {
         let kv_heads = setting.geometry.kv_heads;
-        Ok(Box::new(Watching { inner: policy::create(&policy, setting)?, log: log.clone(), kv_heads }))
+        Ok(Box::new(Watching { inner: create(chooser, &policy, setting)?, log: log.clone(), kv_heads }))
     })
     .unwrap();
     let logits = run(&mut session, tokens, calls);
@@ -325,7 +350,7 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
     let model = model();
     let (layers, heads) = (model.config().layers, model.config().kv_heads);
     let tokens = text(120);
-    for kind in KINDS {
+    for (kind, chooser) in KINDS.iter().flat_map(|&kind| CHOOSERS.map(|chooser| (kind, chooser))) {
         for (limit, cache, correct) in [
             (24, 100, 0.0),
             (24, 24, 0.0),
@@ -339,12 +364,13 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
             (40, 16, 0.2),
         ] {
             for calls in scenarios() {
-                let what = format!("{kind:?}, {limit} rows, {cache} slots, {correct} corrected, {calls:?}");
+                let what =
+                    format!("{kind:?} by {chooser:?}, {limit} rows, {cache} slots, {correct} corrected, {calls:?}");
                 let mut policy = evicting(kind, limit, cache);
                 if correct > 0.0 {
                     (policy.infinigen.correct, policy.infinigen.predictor) = (correct, Predictor::Own);
                 }
-                let outcome = watch(&model, &policy, &tokens, &calls);
+                let outcome = watch(chooser, &model, &policy, &tokens, &calls);
                 let total: usize = calls.iter().sum();
                 let mut evicted = 0;
                 for layer in RESIDENT..layers {
@@ -561,6 +587,10 @@ fn a_pool_without_room_evicts() {
             // The same as with a limit of one extent of its own.
             let own = PolicyOptions { pool_tokens: 256, ..policy.clone() };
             assert!(run(&mut session(&unlimited, &own), &tokens, &calls) == logits, "{kind:?}");
+            drop(limited);
+            // The device finds the same.
+            let mut limited = chosen_by(Chooser::Device, &model, &policy);
+            assert!(run(&mut limited, &tokens, &calls) == logits, "{kind:?}");
             drop(limited);
             // Without eviction that is the end, and the session keeps what it has.
             let off = PolicyOptions { eviction: Eviction::Off, ..policy.clone() };

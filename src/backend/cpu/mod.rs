@@ -13,6 +13,7 @@
 mod activation;
 mod attention;
 mod embed;
+mod evict;
 mod gemm;
 mod index;
 mod log_probability;
@@ -35,9 +36,9 @@ mod unit;
 mod view;
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
-    KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows,
-    RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible, Work,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
+    KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation,
+    Rows, RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible, Work,
 };
 use crate::{Error, Result};
 use half::bf16;
@@ -86,6 +87,13 @@ impl CpuBackend {
             Error::unsupported(format!("this processor lacks {wanted:?}: its level is {:?}", Level::detect()))
         })?;
         Ok(CpuBackend { level, pool: Pool::new(threads)?, scratch: ScratchPool::default() })
+    }
+
+    /// Widens rows of stored runs into others.
+    fn land(&self, stream: &Stream, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) -> Result<()> {
+        let landing = |m: &Move| Landing { from: from.slot(m.head as usize, m.from as usize), head: m.head, to: m.to };
+        let landings: Vec<Landing> = moves.iter().map(landing).collect();
+        self.decode_kv_rows(stream, from.payload(), from.buffers(), &landings, to)
     }
 
     /// The instruction set in use.
@@ -406,14 +414,23 @@ impl Backend for CpuBackend {
         let counts: Vec<Vec<u32>> = segments
             .iter()
             .map(|segment| match segment.visible {
-                Visible::Slots(slots) => slots::counts(&slots),
+                Visible::Slots(slots) if !slots.by_list => slots::counts(&slots),
                 _ => Vec::new(),
             })
             .collect();
-        let counted = segments.iter().zip(&counts).map(|(segment, counts)| match segment.visible {
-            Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
-            _ => *segment,
-        });
+        let lists: Vec<Vec<Vec<u32>>> = segments
+            .iter()
+            .map(|segment| match segment.visible {
+                Visible::Slots(slots) if slots.by_list => slots::listed(&slots),
+                _ => Vec::new(),
+            })
+            .collect();
+        let counted =
+            segments.iter().zip(counts.iter().zip(&lists)).map(|(segment, (counts, lists))| match segment.visible {
+                Visible::Slots(slots) if slots.by_list => Segment { visible: Visible::Listed(lists), ..*segment },
+                Visible::Slots(_) => Segment { visible: Visible::First(counts), ..*segment },
+                _ => *segment,
+            });
         let segments: Vec<Segment<'_>> = counted.collect();
         for (i, segment) in segments.iter().enumerate() {
             assert_attention(attention, segment, q.rows());
@@ -503,57 +520,103 @@ impl Backend for CpuBackend {
         index::rehearse(self, queries, rehearsals, selected)
     }
 
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
+        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some())
+        {
+            selected.present = slots::present(&sequence.slots, sequence.rehearsal.rows);
+        }
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
-        for (sequence, selected) in sequences.iter_mut().zip(&selected) {
-            let mut moves = Vec::new();
-            for (head, rows) in selected.rows.iter().enumerate() {
+        for (sequence, selected) in sequences.iter_mut().zip(&mut selected) {
+            let (mut moves, mut saves) = (Vec::new(), Vec::new());
+            for (head, rows) in selected.rows.iter_mut().enumerate() {
+                let first = moves.len();
+                evict::select(&mut sequence.slots, head, rows);
                 slots::request(&mut sequence.slots, head, rows, &mut moves);
+                saves.extend((0..).zip(&moves[first..]).map(|(to, m)| Move { from: m.to, to, ..*m }));
             }
-            self.copy_kv_rows(stream, &sequence.from, &mut sequence.to, &moves)?;
+            if let Some(saved) = &mut sequence.saved {
+                self.copy_kv_rows(copies, &sequence.to.runs(), saved, &saves)?;
+            }
+            self.land(copies, &sequence.from, &mut sequence.to, &moves)?;
+            if let Some(tail) = &mut sequence.tail {
+                assert_eq!((tail.rows(), tail.cols(), tail.dtype()), (1, selected.tail.len(), DType::F32));
+                // SAFETY: the only reference to the row's elements.
+                unsafe { view::row_mut(tail, 0) }.copy_from_slice(&selected.tail);
+            }
         }
         Ok(())
     }
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
-        let Admission { row, mut slots, mut store, mut cache, mut index, maps } = admission;
+        let Admission { row, mut slots, mut store, mut cache, saved, mut index, maps, mean } = admission;
         let heads = slots.geometry.kv_heads;
-        let admitted: Vec<u32> = (0..heads).map(|head| slots::admit(&mut slots, head, row as u32)).collect();
-        self.store_kv(stream, keys, values, &mut store, row)?;
+        let mut rows = vec![row as u32; heads];
+        if slots.pool.is_some() {
+            for (head, row) in rows.iter_mut().enumerate() {
+                let selected = slots::has_selected(&slots, head);
+                *row = evict::place(&mut slots, head, selected, &store, &mut index);
+            }
+        }
+        let admitted: Vec<u32> = (0..).zip(&rows).map(|(head, &row)| slots::admit(&mut slots, head, row)).collect();
+        if let Some(mut saved) = saved {
+            let to = slots.geometry.selected as u32;
+            let saves = (0..).zip(&admitted).map(|(head, &from)| Move { head, from, to });
+            self.copy_kv_rows(stream, &cache.runs(), &mut saved, &saves.collect::<Vec<_>>())?;
+        }
+        let runs = store.runs();
+        let (geometry, payload) = (*runs.geometry(), runs.payload());
+        let places: Vec<Slot> = (0..).zip(&rows).map(|(head, &row)| runs.slot(head, row as usize)).collect();
+        self.encode_kv(stream, keys, values, payload, &geometry, &places, store.buffers_mut())?;
         self.store_kv_rows(stream, keys, values, &mut cache, &admitted)?;
+        if let Some(mean) = mean {
+            self.blend(stream, mean, values)?;
+        }
         let columns = heads * maps.outputs;
         let mut partial = self.allocate(4 * columns, Place::Device, "a partial key")?;
         self.project_heads(stream, keys, maps, partial.rows_mut(DType::F32, 1, columns))?;
-        self.index_append(stream, partial.rows(DType::F32, 1, columns), &mut index, row)
+        self.index_store_rows(stream, partial.rows(DType::F32, 1, columns), &mut index, &rows)
     }
 
-    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
-        self.copy_kv_rows(stream, from, to, &slots::held(&slots))
+    fn copy(&self, _: &Stream, from: &Buffer, to: &mut Buffer) -> Result<()> {
+        assert_eq!(from.bytes(), to.bytes(), "buffers of two sizes");
+        // SAFETY: as many bytes of both, and `to` is borrowed mutably, so that it is another.
+        unsafe { std::ptr::copy_nonoverlapping(from.address(), to.address_mut(), from.bytes()) };
+        Ok(())
+    }
+
+    fn take_back(&self, _: &Stream, lost: Lost<'_>) -> Result<()> {
+        evict::take_back(lost);
+        Ok(())
+    }
+
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
+        self.land(stream, from, to, &slots::held(&slots))
     }
 
     fn has_tail(&self) -> bool {
         true
     }
 
-    fn blend(&self, _: &Stream, from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: RowsMut<'_>) -> Result<()> {
-        assert_activations!(toward, out);
-        assert_eq!((toward.rows(), toward.cols()), (out.rows(), out.cols()));
-        if let Some(from) = &from {
-            assert_activations!(from);
-            assert_eq!((from.rows(), from.cols()), (out.rows(), out.cols()));
-        }
-        tail::blend(from, toward, factor, out);
+    fn blend(&self, _: &Stream, blend: Blend<'_>, toward: Rows<'_>) -> Result<()> {
+        blend.check(toward);
+        tail::blend(blend, toward);
         Ok(())
     }
 
-    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: &[f32], out: RowsMut<'_>) -> Result<()> {
-        assert_activations!(means, out);
-        assert_eq!((means.rows(), out.rows()), (1, 1));
-        assert!(!weights.is_empty() && out.cols().is_multiple_of(weights.len()));
-        let d = out.cols() / weights.len();
-        assert!(means.cols().is_multiple_of(d) && weights.len().is_multiple_of(means.cols() / d));
+    fn add_tail(&self, _: &Stream, means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, weights, out);
+        assert_eq!((means.rows(), weights.rows(), out.rows()), (1, 1, 1));
+        assert!(weights.cols() > 0 && out.cols().is_multiple_of(weights.cols()));
+        let d = out.cols() / weights.cols();
+        assert!(means.cols().is_multiple_of(d) && weights.cols().is_multiple_of(means.cols() / d));
         tail::add(means, weights, out);
         Ok(())
     }

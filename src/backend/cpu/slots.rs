@@ -1,6 +1,7 @@
 //! Tables of a hot cache in a buffer, as [`SlotGeometry`] lays them out: what a device does by itself, here on the host.
 //! Simple rather than fast, and the oracle of every other backend. (`kv::HotCache` is what sessions on the CPU use.)
 
+use super::evict;
 use crate::backend::{Buffer, Guard, Header, Move, SlotGeometry, Slots, SlotsMut};
 
 /// One table.
@@ -11,13 +12,18 @@ struct Table<'a> {
     limit: usize,
     guard: Guard,
     step: u32,
+    /// The token in each row, where it is not the row's number.
+    tokens: Option<Vec<u32>>,
+    by_list: bool,
 }
 
 impl<'a> Table<'a> {
     fn new(slots: &'a mut SlotsMut<'_>, head: usize) -> Table<'a> {
-        let SlotsMut { geometry, limit, guard, step, .. } = *slots;
+        let SlotsMut { geometry, limit, guard, step, by_list, .. } = *slots;
         let at = slots.layer * geometry.kv_heads + head;
-        let mut table = Table { words: words_mut(slots.tables, &geometry), geometry, at, limit, guard, step };
+        let tokens = slots.pool.as_ref().map(|pool| evict::tokens(pool, at));
+        let words = words_mut(slots.tables, &geometry);
+        let mut table = Table { words, geometry, at, limit, guard, step, tokens, by_list };
         if table.header(Header::Step) != step {
             table.set(Header::Step, step);
             for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
@@ -50,6 +56,11 @@ impl<'a> Table<'a> {
         &mut self.words[self.geometry.slots_at(self.at) + row as usize]
     }
 
+    /// Whether a row's token never gives way.
+    fn protects(&self, row: u32) -> bool {
+        self.guard.protects(self.tokens.as_ref().map_or(row, |tokens| tokens[row as usize]))
+    }
+
     /// The `i`-th change of this step: `slot` had `row`, last used in `used`.
     fn journal(&mut self, i: usize, slot: u32, row: u32, used: u32) {
         let at = self.geometry.journal_at(self.at) + SlotGeometry::CHANGE * i;
@@ -62,7 +73,7 @@ impl<'a> Table<'a> {
         if (slot as usize) < self.held() {
             let before = self.words[rows + slot as usize];
             self.journal(change, slot, before, self.words[used + slot as usize]);
-            *self.slot_of(before) = SlotGeometry::NONE;
+            *self.slot_of(before) = SlotGeometry::NONE; // or, where its row is a new token's, again below
         } else {
             self.journal(change, slot, SlotGeometry::NONE, 0);
             self.words[self.geometry.count_at(self.at)] += 1;
@@ -72,11 +83,40 @@ impl<'a> Table<'a> {
         *self.slot_of(row) = slot;
     }
 
+    /// Writes down what this step selected, and the moves that it made.
+    fn list(&mut self, selected: &[u32], moves: &[Move]) {
+        let g = self.geometry;
+        let (layer, head) = (self.at / g.kv_heads, self.at % g.kv_heads);
+        self.words[g.selected_counts_at(layer) + head] = selected.len() as u32;
+        self.words[g.selected_rows_at(layer) + head * g.selected..][..selected.len()].copy_from_slice(selected);
+        self.words[g.move_counts_at(layer) + head] = moves.len() as u32;
+        let at = g.moves_at(layer) + 2 * head * g.selected;
+        for (i, m) in moves.iter().enumerate() {
+            self.words[at + 2 * i..at + 2 * i + 2].copy_from_slice(&[m.from, m.to]);
+        }
+    }
+
+    /// Lists the slots that this step has used and those that are guarded; says how many.
+    fn list_attended(&mut self, head: usize) -> usize {
+        let g = self.geometry;
+        let (used, rows, to) = (g.used_at(self.at), g.rows_at(self.at), g.attended_at() + head * g.attended);
+        let mut count = 0;
+        for slot in 0..self.held() {
+            if self.words[used + slot] == self.step || self.protects(self.words[rows + slot]) {
+                assert!(count < g.attended, "more slots listed than the tables have room for");
+                self.words[to + count] = slot as u32;
+                count += 1;
+            }
+        }
+        self.words[g.attended_lists_at() + SlotGeometry::COUNT * head + 2] = count as u32;
+        count
+    }
+
     /// The `count` slots unused for longest, ascending.
     fn victims(&self, count: usize) -> Vec<u32> {
         let (used, rows) = (self.geometry.used_at(self.at), self.geometry.rows_at(self.at));
         let mut candidates: Vec<(u32, u32)> = (0..self.held())
-            .filter(|&slot| self.words[used + slot] < self.step && !self.guard.protects(self.words[rows + slot]))
+            .filter(|&slot| self.words[used + slot] < self.step && !self.protects(self.words[rows + slot]))
             .map(|slot| (self.words[used + slot], slot as u32))
             .collect();
         candidates.sort_unstable();
@@ -111,6 +151,7 @@ pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], m
         table.put(i, slot, row);
         moves.push(Move { head: head as u32, from: row, to: slot });
     }
+    table.list(selected, &moves[moves.len() - missed.len()..]);
     let (all, missed) = (selected.len() as u32, missed.len() as u32);
     table.set(Header::Changes, all);
     table.set(Header::Selected, all);
@@ -119,20 +160,53 @@ pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], m
     table.add(Header::AllMissed, missed);
 }
 
-/// Gives a new row a slot.
+/// Whether this step has selected a row.
+pub(super) fn has_selected(slots: &SlotsMut<'_>, head: usize) -> impl Fn(u32) -> bool + use<> {
+    let (g, table, step) = (slots.geometry, slots.layer * slots.geometry.kv_heads + head, slots.step);
+    let words = words(slots.tables, &g).to_vec();
+    move |row| match words[g.slots_at(table) + row as usize] {
+        SlotGeometry::NONE => false,
+        slot => words[g.used_at(table) + slot as usize] == step,
+    }
+}
+
+/// Gives a new row a slot, or a row that holds another token now the one that it has.
 pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     let mut table = Table::new(slots, head);
-    let slot = match table.held() {
-        held if held < table.limit => held as u32,
-        _ => table.victims(1)[0],
+    let slot = match (*table.slot_of(row), table.held()) {
+        (SlotGeometry::NONE, held) if held < table.limit => held as u32,
+        (SlotGeometry::NONE, _) => table.victims(1)[0],
+        (own, _) => own,
     };
     let change = table.header(Header::Changes);
     table.put(change as usize, slot, row);
     table.set(Header::Changes, change + 1);
-    let held = table.held() as u32;
-    table.set(Header::Attended, held);
-    table.add(Header::AllAttended, held);
+    let attended = if table.by_list { table.list_attended(head) } else { table.held() } as u32;
+    table.set(Header::Attended, attended);
+    table.add(Header::AllAttended, attended);
     slot
+}
+
+/// Rows, of `rows` rows, that this step will attend whatever it selects, KV head by KV head: those in slots, or those that
+/// are guarded.
+pub(super) fn present(slots: &SlotsMut<'_>, rows: usize) -> Vec<Vec<u32>> {
+    let SlotsMut { tables, geometry, layer, limit, guard, by_list, pool, .. } = slots;
+    if *by_list && pool.is_none() {
+        let guarded = (0..guard.below.min(guard.from)).chain(guard.from..rows as u32);
+        return vec![guarded.collect(); geometry.kv_heads];
+    }
+    let mut rows = vec![Vec::new(); geometry.kv_heads];
+    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit, by_list: false };
+    held(&slots).iter().for_each(|held| rows[held.head as usize].push(held.from));
+    if let (true, Some(pool)) = (by_list, pool) {
+        // What is guarded is in slots, too. In the order of tokens.
+        for (head, rows) in rows.iter_mut().enumerate() {
+            let tokens = evict::tokens(pool, layer * geometry.kv_heads + head);
+            rows.retain(|&row| guard.protects(tokens[row as usize]));
+            rows.sort_unstable_by_key(|&row| tokens[row as usize]);
+        }
+    }
+    rows
 }
 
 /// Slots in use of each KV head.
@@ -140,6 +214,14 @@ pub(super) fn counts(slots: &Slots<'_>) -> Vec<u32> {
     let geometry = slots.geometry;
     let words = words(slots.tables, &geometry);
     (0..geometry.kv_heads).map(|head| words[geometry.count_at(slots.layer * geometry.kv_heads + head)]).collect()
+}
+
+/// The slots that the last layer to list has listed.
+pub(super) fn listed(slots: &Slots<'_>) -> Vec<Vec<u32>> {
+    let g = slots.geometry;
+    let words = words(slots.tables, &g);
+    let count = |head: usize| words[g.attended_lists_at() + SlotGeometry::COUNT * head + 2] as usize;
+    (0..g.kv_heads).map(|head| words[g.attended_at() + head * g.attended..][..count(head)].to_vec()).collect()
 }
 
 /// Every row that has a slot, and where.

@@ -3,10 +3,10 @@
 //! A few hundred floats a layer, so neither threads nor vectors are worth their while.
 
 use super::view::{row, row_mut};
-use crate::backend::{Rows, RowsMut};
+use crate::backend::{Blend, Rows, RowsMut};
 
 /// See `Backend::blend`.
-pub(super) fn blend(from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: RowsMut<'_>) {
+pub(super) fn blend(Blend { from, out, factor }: Blend<'_>, toward: Rows<'_>) {
     for i in 0..out.rows() {
         // SAFETY: the only reference to the row's elements.
         let out = unsafe { row_mut(&out, i) };
@@ -18,7 +18,8 @@ pub(super) fn blend(from: Option<Rows<'_>>, toward: Rows<'_>, factor: f32, out: 
 }
 
 /// See `Backend::add_tail`.
-pub(super) fn add(means: Rows<'_>, weights: &[f32], out: RowsMut<'_>) {
+pub(super) fn add(means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) {
+    let weights = row(&weights, 0);
     let d = out.cols() / weights.len();
     let group = weights.len() / (means.cols() / d);
     // SAFETY: the only reference to the row's elements.

@@ -43,8 +43,10 @@ plain! {
         group: u32,
         passes: u32,
         most_chunks: u32,
+        span: u32,
         lanes: u32,
         scale: f32,
+        unused: u32,
     }
 
     struct Prefill {
@@ -66,17 +68,40 @@ plain! {
 /// Widest head that the kernels hold.
 pub(super) const MOST_HEAD_DIM: usize = 256;
 
-/// Threads of a decode block, and its longest chunk (`attend_decode.cuh`).
+/// Threads of a decode block, and the tokens of its longest chunk and span of chunks (`attend_decode.cuh`).
 const DECODE_THREADS: usize = 128;
 const MOST_CHUNK: usize = 256;
+const MOST_SPAN: usize = 256;
 
-/// Kernels by query heads that a block takes: 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
-const DECODE_F32: [&str; 4] =
-    ["attend_decode_f32_2", "attend_decode_f32_4", "attend_decode_f32_8", "attend_decode_f32_scalar_2"];
-const DECODE_F16: [&str; 4] =
-    ["attend_decode_f16_2", "attend_decode_f16_4", "attend_decode_f16_8", "attend_decode_f16_scalar_2"];
-const DECODE_BF16: [&str; 4] =
-    ["attend_decode_bf16_2", "attend_decode_bf16_4", "attend_decode_bf16_8", "attend_decode_bf16_scalar_2"];
+/// Blocks for each multiprocessor that there are still, where a block takes several chunks.
+const SPAN_BLOCKS: usize = 3;
+
+/// Of a decode block, what a thread has on its way: steps, rows of a step.
+const AHEAD: usize = 2;
+const UNROLL: usize = 4;
+
+/// Kernels by query heads that a block takes: 1, 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
+const DECODE_F32: [&str; 5] = [
+    "attend_decode_f32_1",
+    "attend_decode_f32_2",
+    "attend_decode_f32_4",
+    "attend_decode_f32_8",
+    "attend_decode_f32_scalar_2",
+];
+const DECODE_F16: [&str; 5] = [
+    "attend_decode_f16_1",
+    "attend_decode_f16_2",
+    "attend_decode_f16_4",
+    "attend_decode_f16_8",
+    "attend_decode_f16_scalar_2",
+];
+const DECODE_BF16: [&str; 5] = [
+    "attend_decode_bf16_1",
+    "attend_decode_bf16_2",
+    "attend_decode_bf16_4",
+    "attend_decode_bf16_8",
+    "attend_decode_bf16_scalar_2",
+];
 
 /// Segments of one decode launch: a grid's third dimension.
 const MOST_SEGMENTS: usize = 65535;
@@ -172,6 +197,7 @@ fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
         Visible::Causal => segment.position + 1 - first_seen(shape, segment.position),
         Visible::First(counts) => counts.iter().copied().max().unwrap_or(0) as usize,
         Visible::Listed(rows) => rows.iter().map(Vec::len).max().unwrap_or(0),
+        Visible::Slots(slots) if slots.by_list => slots.limit.min(slots.geometry.attended),
         Visible::Slots(slots) => slots.limit,
     }
 }
@@ -180,7 +206,8 @@ fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
 fn decode_tile(vectors: bool, dtype: DType, group: usize) -> (usize, usize) {
     match group {
         _ if !vectors => (2, 1),
-        0..=2 => (2, 16 / dtype.bytes()),
+        0..=1 => (1, 16 / dtype.bytes()),
+        2 => (2, 16 / dtype.bytes()),
         3..=4 => (4, 16 / dtype.bytes()),
         _ => (8, 16 / dtype.bytes()),
     }
@@ -214,16 +241,17 @@ fn decode(
         DType::U32 => unreachable!("keys and values are not u32"),
     };
     let name = match (width, tile) {
-        (1, _) => names[3],
-        (_, 2) => names[0],
-        (_, 4) => names[1],
-        _ => names[2],
+        (1, _) => names[4],
+        (_, tile) => names[usize::ilog2(tile) as usize],
     };
     let passes = group.div_ceil(tile);
     let lanes = (geometry.head_dim / width).next_power_of_two().min(32);
     // A power of two, so that the launch stays the same for a while as sequences grow.
     let chunks = segments.iter().map(|s| attended(shape, s)).map(|n| n.div_ceil(chunk_tokens(n))).max().unwrap_or(0);
     let most_chunks = chunks.next_power_of_two();
+    let longest = segments.iter().map(|s| chunk_tokens(attended(shape, s))).max().unwrap_or(MOST_CHUNK);
+    let blocks = most_chunks * shape.kv_heads * passes * segments.len();
+    let span = (blocks / (SPAN_BLOCKS * shared.context.multiprocessors)).clamp(1, MOST_SPAN / longest).min(most_chunks);
     let heads = segments.len() * shape.heads;
     let partials = queue.scratch(Use::Partials, heads * most_chunks * (geometry.head_dim + 2) * 4)?;
     let counters = queue.scratch(Use::Counters, segments.len() * shape.kv_heads * passes * 4)?;
@@ -258,12 +286,22 @@ fn decode(
         group: group as u32,
         passes: passes as u32,
         most_chunks: most_chunks as u32,
+        span: span as u32,
         lanes: lanes as u32,
         scale: shape.scale,
+        unused: 0,
     };
-    let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + DECODE_THREADS * width);
+    let copies = if width == 1 { 0 } else { AHEAD * UNROLL * DECODE_THREADS * 16 };
+    let sums = DECODE_THREADS / 32 * lanes * width;
+    let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + sums) + copies;
     let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
-    queue.push(shared, kernel, [most_chunks, shape.kv_heads * passes, segments.len()], DECODE_THREADS, &params)
+    queue.push(
+        shared,
+        kernel,
+        [most_chunks.div_ceil(span), shape.kv_heads * passes, segments.len()],
+        DECODE_THREADS,
+        &params,
+    )
 }
 
 const _: () = assert!(size_of::<Listed>() == 4 * SlotGeometry::COUNT);
@@ -283,10 +321,11 @@ pub(super) fn listed_bytes(visible: &Visible<'_>) -> usize {
 pub(super) fn push_listed(queue: &mut Queue, visible: &Visible<'_>) -> u64 {
     let listed: Vec<Listed> = match visible {
         Visible::Causal => return 0,
-        // The tables begin with what `Listed` is.
+        // The tables begin with what `Listed` is, and so do their lists.
         Visible::Slots(slots) => {
-            let first = slots.layer * slots.geometry.kv_heads;
-            return address(slots.tables.address()) + (first * size_of::<Listed>()) as u64;
+            let counts = SlotGeometry::COUNT * slots.layer * slots.geometry.kv_heads;
+            let word = if slots.by_list { slots.geometry.attended_lists_at() } else { counts };
+            return address(slots.tables.address()) + 4 * word as u64;
         }
         Visible::First(counts) => counts.iter().map(|&count| Listed { rows: 0, count, unused: 0 }).collect(),
         Visible::Listed(rows) => rows

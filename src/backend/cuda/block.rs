@@ -148,11 +148,11 @@ unsafe impl Plain for f32 {}
 /// Declares structs that kernels take, and proves that they have no padding: fields are 4 or 8 bytes wide, the sum of their
 /// sizes is the struct's, and that is a multiple of 8.
 macro_rules! plain {
-    ($($(#[$doc:meta])* $vis:vis struct $name:ident { $($field:ident: $type:ty,)* })*) => {$(
+    ($($(#[$doc:meta])* $vis:vis struct $name:ident { $($seen:vis $field:ident: $type:ty,)* })*) => {$(
         $(#[$doc])*
         #[repr(C)]
         #[derive(Clone, Copy, Debug, PartialEq)]
-        $vis struct $name { $($field: $type,)* }
+        $vis struct $name { $($seen $field: $type,)* }
 
         const _: () = assert!(
             size_of::<$name>() == 0 $(+ size_of::<$type>())* && size_of::<$name>() % 8 == 0,

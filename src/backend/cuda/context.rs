@@ -38,6 +38,7 @@ pub(super) struct Context {
     pub(super) capability: (i32, i32),
     /// Most bytes of shared memory that a block may ask for.
     pub(super) shared_bytes: usize,
+    pub(super) multiprocessors: usize,
 }
 
 // SAFETY: a context handle may be used from every thread that makes it current, which `enter` does; the rest is data.
@@ -73,9 +74,10 @@ impl Context {
             )));
         }
         let shared_bytes = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: `device` is valid; the context is released once, in `drop`.
         let context = check("make a context", unsafe { result::primary_ctx::retain(device) })?;
-        Ok(Context { device, context, name, capability, shared_bytes })
+        Ok(Context { device, context, name, capability, shared_bytes, multiprocessors })
     }
 
     /// Makes the context current on this thread until the guard is dropped.

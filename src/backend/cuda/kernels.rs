@@ -39,6 +39,8 @@ modules! {
     AttendPrefill: "attend_prefill";
     AttendPrefillMma: "attend_prefill_mma";
     Embed: "embed";
+    Evict: "evict";
+    Gather: "gather";
     Gemm: "gemm";
     Index: "index";
     LogProbability: "log_probability";
@@ -51,6 +53,7 @@ modules! {
     Rotary: "rotary";
     Slots: "slots";
     StoreKv: "store_kv";
+    Tail: "tail";
     Upload: "upload";
 }
 

@@ -4,6 +4,7 @@ use super::blas::{Blas, Product};
 use super::block::plain;
 use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
+use super::slots::GATHER_BLOCKS;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{DType, Linear, Rows, RowsMut};
@@ -22,6 +23,21 @@ plain! {
         tiles: u32,
         accumulate: u32,
         unused: u32,
+    }
+
+    struct MatvecMma {
+        x: u64,
+        weight: u64,
+        bias: u64,
+        out: u64,
+        x_stride: u64,
+        out_stride: u64,
+        depth: u32,
+        outputs: u32,
+        rows: u32,
+        row_tiles: u32,
+        parts: u32,
+        accumulate: u32,
     }
 
     struct Gemm {
@@ -78,15 +94,30 @@ const SCALAR: [[&str; 2]; 3] = [
     ["matvec_bf16_scalar_1x1", "matvec_bf16_scalar_4x1"],
 ];
 
-/// Kernels on tensor cores, by tiles of eight rows (`matvec_mma.cu`).
-const MMA_KERNELS: [&str; 4] = ["matvec_mma_8", "matvec_mma_16", "matvec_mma_24", "matvec_mma_32"];
-/// Outputs of a block, by tiles of eight rows.
-const MMA_OUTPUTS: [usize; 4] = [16, 32, 32, 32];
+/// Kernels on tensor cores (`matvec_mma.cu`), by eights of rows and of outputs that a block takes at a time.
+const MMA_KERNELS: [(usize, usize, &str); 8] = [
+    (1, 4, "matvec_mma_8_32"),
+    (1, 5, "matvec_mma_8_40"),
+    (1, 8, "matvec_mma_8_64"),
+    (2, 4, "matvec_mma_16_32"),
+    (2, 5, "matvec_mma_16_40"),
+    (2, 8, "matvec_mma_16_64"),
+    (3, 4, "matvec_mma_24_32"),
+    (3, 5, "matvec_mma_24_40"),
+];
 
-/// Elements from which on a matrix goes to tensor cores. Smaller ones have too few blocks of 16 outputs to fill the chip:
-/// on an H100 a step of the 135M model takes 1.24 ms without and 1.51 ms with; of the 7B model 8 rows 11.1 ms and 8.1 ms.
+/// Threads of their blocks.
+const MMA_THREADS: usize = 512;
+
+/// Bytes of shared memory of a block of such a kernel: two pieces of weights, and sixteen warps' sums.
+const fn mma_shared(rows: usize, outputs: usize) -> usize {
+    2 * outputs * MMA_THREADS * 16 + 16 * outputs * rows * 32 * 8
+}
+
+/// Elements from which on a matrix goes to tensor cores: smaller ones give every multiprocessor too little to do. (Measured on
+/// an H100, with an earlier kernel: a step of the 135M model took 1.24 ms without and 1.51 ms with, of the 7B model with 8 rows
+/// 11.1 ms and 8.1 ms.)
 const MMA_LEAST: usize = 4 << 20;
-const MMA_THREADS: usize = 256;
 
 fn type_index(dtype: DType) -> usize {
     match dtype {
@@ -114,10 +145,10 @@ pub(super) fn decode(
     let index = type_index(weight.dtype);
     // By the matrix alone, never by the rows: the two kernels round differently.
     let large = weight.dtype == DType::BF16 && outputs * weight.inputs >= MMA_LEAST;
-    let (kernel, outputs_a_block, m, threads) = if vectors && large {
-        let tile = rows.div_ceil(8).clamp(1, MMA_KERNELS.len()) - 1;
-        (Kernel::new(Module::MatvecMma, MMA_KERNELS[tile]), MMA_OUTPUTS[tile], 8 * (tile + 1), MMA_THREADS)
-    } else if vectors {
+    if vectors && large {
+        return on_tensor_cores(shared, queue, x, weight, accumulate, out);
+    }
+    let (kernel, outputs_a_block, m) = if vectors {
         let tile = match rows {
             // Two outputs a warp once there are warps enough to fill the chip twice.
             0..=1 => usize::from(outputs >= 16384),
@@ -126,11 +157,11 @@ pub(super) fn decode(
             _ => 4,
         };
         let (m, r) = TILES[tile];
-        (Kernel::new(Module::Matvec, VECTOR[index][tile]), WARPS * r, m, 32 * WARPS)
+        (Kernel::new(Module::Matvec, VECTOR[index][tile]), WARPS * r, m)
     } else {
         let tile = usize::from(rows > 1);
         let (m, r) = SCALAR_TILES[tile];
-        (Kernel::new(Module::Matvec, SCALAR[index][tile]), WARPS * r, m, 32 * WARPS)
+        (Kernel::new(Module::Matvec, SCALAR[index][tile]), WARPS * r, m)
     };
     let tiles = rows.div_ceil(m);
     let params = Matvec {
@@ -148,7 +179,48 @@ pub(super) fn decode(
         unused: 0,
     };
     let grid = [tiles * outputs.div_ceil(outputs_a_block), 1, 1];
-    queue.push(shared, kernel, grid, threads, &params)
+    queue.push(shared, kernel, grid, 32 * WARPS, &params)
+}
+
+/// See `kernels/matvec_mma.cu`.
+fn on_tensor_cores(
+    shared: &Shared,
+    queue: &mut Queue,
+    x: Rows<'_>,
+    weight: &Linear,
+    accumulate: bool,
+    out: RowsMut<'_>,
+) -> Result<()> {
+    let (rows, outputs) = (x.rows(), weight.outputs);
+    let eights = outputs.div_ceil(8);
+    // A part fills its multiprocessor. A few are left to what copies entries meanwhile: without them, some parts would
+    // begin when others have ended.
+    let multiprocessors = shared.context.multiprocessors;
+    let parts = multiprocessors.saturating_sub(GATHER_BLOCKS).max(multiprocessors / 2).min(eights);
+    let share = eights.div_ceil(parts);
+    // Few tiles of rows, for each reads all weights; then few rounds through a part; then few outputs that are not there.
+    let &(tile, at_a_time, name) = MMA_KERNELS
+        .iter()
+        .filter(|(tile, at_a_time, _)| mma_shared(*tile, *at_a_time) <= shared.context.shared_bytes)
+        .min_by_key(|(tile, at_a_time, _)| (rows.div_ceil(8 * tile), *tile, share.div_ceil(*at_a_time), *at_a_time))
+        .expect("the smallest fits every device");
+    let row_tiles = rows.div_ceil(8 * tile);
+    let params = MatvecMma {
+        x: address(x.base()),
+        weight: address(weight.rows().base()),
+        bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
+        out: address(out.base()),
+        x_stride: x.stride() as u64,
+        out_stride: out.stride() as u64,
+        depth: weight.inputs as u32,
+        outputs: outputs as u32,
+        rows: rows as u32,
+        row_tiles: row_tiles as u32,
+        parts: parts as u32,
+        accumulate: accumulate.into(),
+    };
+    let kernel = Kernel::new(Module::MatvecMma, name).with_shared(mma_shared(tile, at_a_time));
+    queue.push(shared, kernel, [parts * row_tiles, 1, 1], MMA_THREADS, &params)
 }
 
 /// `out = x · weightᵀ (+ out) + bias`, blocked for arithmetic.

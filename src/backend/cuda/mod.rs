@@ -12,6 +12,7 @@ mod attention;
 mod blas;
 mod block;
 mod context;
+mod evict;
 mod index;
 mod kernels;
 mod mass;
@@ -24,6 +25,7 @@ mod rowwise;
 mod scratch;
 mod slots;
 mod store_kv;
+mod tail;
 mod timer;
 
 use std::sync::Arc;
@@ -31,9 +33,10 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 
 use crate::backend::{
-    Activation, Admission, AttentionShape, Backend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry, KvRuns,
-    KvRunsMut, Landing, Linear, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut, Scratch,
-    Segment, Selected, Shape, Slot, SlotGeometry, Slots, StoredRuns, Stream, Timed, Timing, Visible, Work,
+    Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexRunsMut, KvGeometry,
+    KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation, Rows, RowsMut,
+    Scratch, Segment, Selected, Selection, Shape, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, Stream, Timed,
+    Timing, Visible, Work,
 };
 use crate::{Error, ErrorCode, Result};
 use blas::Blas;
@@ -168,6 +171,24 @@ fn assert_rehearsal(queries: Rows<'_>, rehearsal: &Rehearsal<'_>) {
 /// Asserts that tables are as long as their shape says.
 fn assert_tables(tables: &Buffer, geometry: &SlotGeometry, layer: usize) {
     assert!(tables.bytes() >= geometry.bytes() && layer < geometry.layers, "tables that are too short");
+}
+
+/// Asserts that what is kept of a step's changes lies as the cache does, and has room.
+fn assert_saved(geometry: &SlotGeometry, cache: &KvRunsMut<'_>, saved: &Option<KvRunsMut<'_>>) {
+    if let Some(saved) = saved {
+        assert_eq!((saved.geometry(), saved.layer_offset()), (cache.geometry(), cache.layer_offset()));
+        assert!(saved.capacity() > geometry.selected, "no room for what a step changes");
+    }
+}
+
+/// Asserts that a pool, if there is one, is as long as its shape says and has the rows that are asked for.
+fn assert_pool(slots: &SlotsMut<'_>) {
+    if let Some(pool) = &slots.pool {
+        evict::assert_pool(pool.tables, pool.lost, &pool.geometry, slots.layer);
+        assert_eq!((pool.geometry.layers, pool.geometry.kv_heads), (slots.geometry.layers, slots.geometry.kv_heads));
+        let rows = pool.rows + usize::from(!pool.full);
+        assert!(rows <= pool.geometry.rows && rows <= slots.geometry.rows, "rows past the end");
+    }
 }
 
 impl Backend for CudaBackend {
@@ -413,6 +434,11 @@ impl Backend for CudaBackend {
         true
     }
 
+    /// Of `infinigen`, whose pools it keeps.
+    fn has_eviction(&self) -> bool {
+        true
+    }
+
     fn copy_kv(
         &self,
         stream: &Stream,
@@ -559,24 +585,41 @@ impl Backend for CudaBackend {
         rehearse::rehearse(&self.shared, &mut queue, queries, rehearsals, selected)
     }
 
-    fn prefetch(&self, stream: &Stream, queries: Rows<'_>, sequences: &mut [Prefetch<'_>]) -> Result<()> {
+    fn prefetch(
+        &self,
+        stream: &Stream,
+        copies: &Stream,
+        queries: Rows<'_>,
+        sequences: &mut [Prefetch<'_>],
+    ) -> Result<()> {
         assert_activations!(queries);
-        for Prefetch { rehearsal, slots, from, to } in &*sequences {
+        assert_eq!(place_of(stream).0, place_of(copies).0, "entries are copied on a stream beside");
+        for Prefetch { rehearsal, slots, from, to, saved, tail } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
             let (a, b) = (from.geometry(), to.geometry());
             assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
             assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
+            assert_saved(&slots.geometry, to, saved);
+            assert_pool(slots);
+            if let Some(tail) = tail {
+                let heads = queries.cols() / rehearsal.runs.geometry().columns;
+                assert_eq!((tail.rows(), tail.cols(), tail.dtype()), (1, heads, DType::F32));
+                assert!(!matches!(rehearsal.selection, Selection::Paper { .. }), "that rule knows no probabilities");
+            }
         }
         let (mut queue, _entered) = self.enter(stream)?;
-        slots::prefetch(&self.shared, &mut queue, queries, sequences)
+        slots::prefetch(&self.shared, &mut queue, place_of(copies).1, queries, sequences)
     }
 
     fn admit(&self, stream: &Stream, keys: Rows<'_>, values: Rows<'_>, admission: Admission<'_>) -> Result<()> {
         assert_activations!(keys, values);
-        let Admission { row, slots, store, cache, index, maps } = &admission;
+        let Admission { row, slots, store, cache, saved, index, maps, mean } = &admission;
+        let store = store.runs();
         assert_tables(slots.tables, &slots.geometry, slots.layer);
+        assert_saved(&slots.geometry, cache, saved);
+        assert_pool(slots);
         let (a, b) = (store.geometry(), cache.geometry());
         assert_eq!(
             (a.kv_heads, a.head_dim, a.dtype, a.extent_tokens),
@@ -590,16 +633,52 @@ impl Backend for CudaBackend {
         assert_eq!((index.geometry().kv_heads, slots.geometry.kv_heads), (a.kv_heads, a.kv_heads));
         assert!(*row < store.capacity() && *row < index.capacity() && *row < slots.geometry.rows, "a row past the end");
         assert!(slots.limit > 0 && slots.limit <= slots.geometry.slots.min(cache.capacity()), "slots past the end");
+        assert!(!slots.by_list || slots.geometry.attended > 0, "no room for a list");
+        if let Some(mean) = mean {
+            mean.check(values);
+        }
         let (mut queue, _entered) = self.enter(stream)?;
         slots::admit(&self.shared, &mut queue, keys, values, admission)
     }
 
-    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
+    fn copy(&self, stream: &Stream, from: &Buffer, to: &mut Buffer) -> Result<()> {
+        assert!(from.bytes() == to.bytes() && from.bytes().is_multiple_of(8), "buffers of two sizes, or of no words");
+        let (mut queue, _entered) = self.enter(stream)?;
+        evict::copy(&self.shared, &mut queue, from, to)
+    }
+
+    fn take_back(&self, stream: &Stream, lost: Lost<'_>) -> Result<()> {
+        evict::assert_pool(lost.tables, lost.lost, &lost.geometry, lost.layer);
+        let (mut queue, _entered) = self.enter(stream)?;
+        evict::take_back(&self.shared, &mut queue, lost)
+    }
+
+    fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {
         assert_tables(slots.tables, &slots.geometry, slots.layer);
         let (a, b) = (from.geometry(), to.geometry());
         assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
         let (mut queue, _entered) = self.enter(stream)?;
         slots::refill(&self.shared, &mut queue, slots, from, to)
+    }
+
+    fn has_tail(&self) -> bool {
+        true
+    }
+
+    fn blend(&self, stream: &Stream, blend: Blend<'_>, toward: Rows<'_>) -> Result<()> {
+        blend.check(toward);
+        let (mut queue, _entered) = self.enter(stream)?;
+        tail::blend(&self.shared, &mut queue, blend, toward)
+    }
+
+    fn add_tail(&self, stream: &Stream, means: Rows<'_>, weights: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_activations!(means, weights, out);
+        assert_eq!((means.rows(), weights.rows(), out.rows()), (1, 1, 1));
+        assert!(weights.cols() > 0 && out.cols().is_multiple_of(weights.cols()));
+        let d = out.cols() / weights.cols();
+        assert!(means.cols().is_multiple_of(d) && weights.cols().is_multiple_of(means.cols() / d));
+        let (mut queue, _entered) = self.enter(stream)?;
+        tail::add(&self.shared, &mut queue, means, weights, out)
     }
 
     fn log_probability(&self, stream: &Stream, logits: Rows<'_>, targets: Rows<'_>, out: RowsMut<'_>) -> Result<()> {

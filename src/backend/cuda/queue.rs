@@ -225,6 +225,8 @@ pub(super) struct Queue {
     pub(super) last_store: Option<super::store_kv::LastStore>,
     /// As `last_store`; see `slots`.
     pub(super) last_admit: Option<super::slots::LastAdmit>,
+    /// As `last_store`; see `tail`.
+    pub(super) last_add: Option<super::tail::LastAdd>,
     /// The last launch, if it was a fetch that another sequence may join; see `payload`.
     pub(super) last_fetch: Option<super::payload::LastFetch>,
 }
@@ -266,13 +268,14 @@ impl Queue {
             timer: Timer::default(),
             last_store: None,
             last_admit: None,
+            last_add: None,
             last_fetch: None,
         })
     }
 
     /// Nothing may join the last launch any more.
     fn last_alone(&mut self) {
-        (self.last_store, self.last_fetch, self.last_admit) = (None, None, None);
+        (self.last_store, self.last_fetch, self.last_admit, self.last_add) = (None, None, None, None);
     }
 
     /// One more lane, or an error where there are no more.
@@ -283,6 +286,11 @@ impl Queue {
         // What is fetched comes first: it needs little of the device, and others will wait for it.
         self.lanes.push(Lane::new(true)?);
         Ok(self.lanes.len() - 1)
+    }
+
+    /// The lane that operations are enqueued on.
+    pub(super) fn lane(&self) -> usize {
+        self.lane
     }
 
     /// Enqueues on `lane` from now on.

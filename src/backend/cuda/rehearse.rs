@@ -1,4 +1,5 @@
-//! Rehearsals of attention on an index, and the rows that they select: three launches for all sequences of a call.
+//! Rehearsals of attention on an index, and the rows that they select: three launches for all sequences of a call, and one
+//! more for those that want the tail.
 //!
 //! [`rehearse_into`] leaves the lists in device memory and waits for nothing, so that it may be part of a step that is
 //! replayed; [`rehearse`] is the operation of the backend, which hands them to the host.
@@ -7,6 +8,7 @@ use super::block::{bytes_of, plain};
 use super::index::{bits, extent_table};
 use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
+use super::tail;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{Buffer, DType, Place, Rehearsal, Replay, Rows, Selected, Selection};
@@ -15,6 +17,7 @@ plain! {
     struct Sequence {
         extents: u64,
         scores: u64,
+        keys: u64,
         stats: u64,
         histograms: u64,
         counted: u64,
@@ -84,12 +87,15 @@ pub(super) struct Lists {
     pub(super) rows: u64,
     pub(super) counts: u64,
     pub(super) most: u32,
+    /// Given, where the tail is wanted.
+    pub(super) tail: Option<tail::Tables>,
 }
 
 /// What a rehearsal takes of scratch memory, in bytes from its start.
 struct Layout {
     /// Floats of a query head's scores: a power of two of chunks, so that memory and launches change rarely.
     stride: usize,
+    keys: usize,
     stats: usize,
     histograms: usize,
     counted: usize,
@@ -103,11 +109,12 @@ impl Layout {
 
     fn of(rows: usize, heads: usize, kv_heads: usize) -> Layout {
         let chunks = rows.div_ceil(CHUNK).next_power_of_two();
-        let stats = 4 * heads * chunks * CHUNK;
+        let keys = 4 * heads * chunks * CHUNK;
+        let stats = keys + 4 * kv_heads * chunks * CHUNK;
         let histograms = stats + 8 * heads * chunks;
         let counted = histograms + 4 * kv_heads * BINS;
         let bytes = (counted + 4 * kv_heads).next_multiple_of(256);
-        Layout { stride: chunks * CHUNK, stats, histograms, counted, bytes }
+        Layout { stride: chunks * CHUNK, keys, stats, histograms, counted, bytes }
     }
 
     fn chunks(&self) -> usize {
@@ -167,9 +174,9 @@ fn launch(
     let mut scratch = queue.scratch(Use::Rehearsals, layouts.iter().map(|l| l.bytes).sum())?;
     let tables: Vec<Vec<u64>> =
         rehearsals.iter().map(|r| extent_table((0..r.runs.extents()).map(|i| r.runs.extent(i)))).collect();
-    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
-        + rehearsals.len() * (size_of::<Sequence>() + size_of::<Replayed>());
-    queue.reserve(bytes, 2 * rehearsals.len() + 1)?;
+    let each = size_of::<Sequence>() + size_of::<tail::Sequence>() + size_of::<Replayed>();
+    let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>() + rehearsals.len() * each;
+    queue.reserve(bytes, 2 * rehearsals.len() + 2)?;
     let sequences: Vec<Sequence> = rehearsals
         .iter()
         .zip(&tables)
@@ -215,7 +222,33 @@ fn launch(
     queue.push(shared, score, [chunks, kv_heads * passes, count], CHUNK / 4, &params)?;
     let rank = Kernel::new(Module::Rehearse, "rehearse_rank").with_shared((4 * group).next_multiple_of(16));
     queue.push(shared, rank, [chunks, kv_heads, count], CHUNK / 4, &params)?;
-    queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_select"), [kv_heads, 1, count], SELECT, &params)
+    queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_select"), [kv_heads, 1, count], SELECT, &params)?;
+
+    let tails: Vec<tail::Sequence> = sequences
+        .iter()
+        .zip(outs)
+        .filter_map(|(sequence, out)| out.tail.map(|tables| sequence.with_tail(tables)))
+        .collect();
+    if tails.is_empty() { Ok(()) } else { tail::weigh(shared, queue, &tails, heads, group) }
+}
+
+impl Sequence {
+    /// What a tail is found from, once rows have been selected.
+    fn with_tail(&self, tables: tail::Tables) -> tail::Sequence {
+        tail::Sequence {
+            scores: self.scores,
+            stats: self.stats,
+            selected: self.out_rows,
+            selected_counts: self.out_counts,
+            tables,
+            stride: self.stride,
+            stats_stride: self.stride / CHUNK as u32,
+            chunks: self.rows.div_ceil(CHUNK as u32),
+            capacity: self.capacity,
+            index_rows: self.rows,
+            unused: 0,
+        }
+    }
 }
 
 /// What the kernels know of one rehearsal whose scratch memory is at `scratch`.
@@ -235,6 +268,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
     Sequence {
         extents,
         scores: scratch,
+        keys: scratch + layout.keys as u64,
         stats: scratch + layout.stats as u64,
         histograms: scratch + layout.histograms as u64,
         counted: scratch + layout.counted as u64,
@@ -315,7 +349,7 @@ pub(super) fn rehearse(
         .map(|r| {
             let (counts, rows) = (memory + 4 * list as u64, memory + 4 * ((counts + list) * width) as u64);
             list += r.runs.geometry().kv_heads;
-            Lists { rows, counts, most: width as u32 }
+            Lists { rows, counts, most: width as u32, tail: None }
         })
         .collect();
     rehearse_into(shared, queue, queries, rehearsals, &outs)?;

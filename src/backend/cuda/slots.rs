@@ -1,15 +1,17 @@
 //! The hot cache with its tables on the device: prefetch, admit, refill. Launches only; nothing waits.
 
 use super::block::{bytes_of, plain};
+use super::evict::{self, Pool};
 use super::index::{self, Layout, extent_table};
 use super::kernels::{Kernel, Module};
 use super::queue::Queue;
 use super::rehearse::{self, Lists};
+use super::tail;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{
-    Admission, DType, IndexGeometry, KvGeometry, KvRuns, KvRunsMut, Place, Prefetch, Rehearsal, Rows, SlotGeometry,
-    Slots, SlotsMut,
+    Admission, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, PoolGeometry, Prefetch, Rehearsal, Rows, SlotGeometry,
+    Slots, SlotsMut, StoredRuns,
 };
 
 plain! {
@@ -21,6 +23,8 @@ plain! {
         selected: u64,
         move_counts: u64,
         moves: u64,
+        attended_lists: u64,
+        attended: u64,
         stride: u64,
         slots: u32,
         rows: u32,
@@ -30,6 +34,9 @@ plain! {
         from: u32,
         step: u32,
         row: u32,
+        most_attended: u32,
+        unused: u32,
+        pool: Pool,
     }
 
     struct Request {
@@ -49,6 +56,7 @@ plain! {
         slots: u64,
         from: Runs,
         to: Runs,
+        saved: Runs,
         count_stride: u32,
         step: u32,
         list_stride: u64,
@@ -59,6 +67,8 @@ plain! {
         count: u32,
         kv_heads: u32,
         row_bytes: u32,
+        to_bytes: u32,
+        head_dim: u32,
         unused: u32,
     }
 
@@ -69,6 +79,11 @@ plain! {
         store: u64,
         cache: u64,
         index: u64,
+        saved: u64,
+        mean_from: u64,
+        mean: u64,
+        mean_factor: f32,
+        unused: u32,
     }
 
     struct Admit {
@@ -82,13 +97,19 @@ plain! {
         extent_tokens: u32,
         head_dim: u32,
         row_bytes: u32,
-        unused: u32,
+        stored_bytes: u32,
     }
 }
 
-/// Threads of a block, and blocks of a gather: few, because the link needs no more and others compute meanwhile.
+/// Threads of a block, and of one of a gather.
 const THREADS: usize = 512;
-const GATHER_BLOCKS: usize = 16;
+const GATHER_THREADS: usize = 1024;
+
+/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it.
+pub(super) const GATHER_BLOCKS: usize = 4;
+
+/// Rows that a warp of a gather has in flight (`gather.cu`).
+const IN_FLIGHT: usize = 4;
 
 /// Sequences of one launch: a grid's second dimension.
 const MOST_SEQUENCES: usize = 65535;
@@ -97,24 +118,26 @@ const MOST_SEQUENCES: usize = 65535;
 #[derive(Clone, Copy)]
 pub(super) struct LastAdmit {
     params: Admit,
-    geometry: KvGeometry,
+    kernel: &'static str,
     /// Bytes of the block that are in use: its tokens end there.
     end: usize,
 }
 
 /// Where what lies in a sequence's tables. `row` is that of a new token.
 fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
-    let SlotsMut { geometry: g, layer, limit, guard, step, .. } = *slots;
+    let SlotsMut { geometry: g, layer, limit, guard, step, by_list, .. } = *slots;
     let first = layer * g.kv_heads;
     let at = |word: usize| address(slots.tables.address()) + 4 * word as u64;
     Tables {
         counts: at(SlotGeometry::COUNT * first),
         headers: at(g.header_at(first)),
         used: at(g.used_at(first)),
-        selected_counts: at(g.selected_counts_at()),
-        selected: at(g.selected_rows_at()),
-        move_counts: at(g.move_counts_at()),
-        moves: at(g.moves_at()),
+        selected_counts: at(g.selected_counts_at(layer)),
+        selected: at(g.selected_rows_at(layer)),
+        move_counts: at(g.move_counts_at(layer)),
+        moves: at(g.moves_at(layer)),
+        attended_lists: if by_list { at(g.attended_lists_at()) } else { 0 },
+        attended: at(g.attended_at()),
         stride: g.table_words() as u64,
         slots: g.slots as u32,
         rows: g.rows as u32,
@@ -124,15 +147,45 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
         from: guard.from,
         step,
         row: row as u32,
+        most_attended: g.attended as u32,
+        unused: 0,
+        pool: evict::pool_of(slots.pool.as_ref(), layer),
     }
 }
 
-fn runs_of(extents: u64, geometry: &KvGeometry, layer_offset: usize) -> Runs {
-    let (run_bytes, extent_tokens) = (geometry.run_bytes() as u64, geometry.extent_tokens as u64);
-    Runs { extents, layer_offset: layer_offset as u64, run_bytes, extent_tokens }
+/// Where a rehearsal finds what is in slots, and puts the weights.
+fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
+    let rows = tables.used + 4 * u64::from(tables.slots);
+    let slots = rows + 4 * u64::from(tables.slots);
+    let pool = &tables.pool;
+    tail::Tables {
+        counts: tables.counts,
+        rows,
+        slots,
+        weights,
+        tokens: if pool.tables == 0 { 0 } else { pool.tables + 4 * PoolGeometry::HEADER as u64 },
+        stride: tables.stride,
+        tokens_stride: PoolGeometry::HEADER as u64 + 2 * u64::from(pool.room),
+        below: tables.below,
+        from: tables.from,
+        by_list: (tables.attended_lists != 0).into(),
+        unused: 0,
+    }
 }
 
-fn read_table(runs: &KvRuns<'_>) -> Vec<u64> {
+/// What the kernels know of runs, but for the address of their extents' table.
+fn runs_of(runs: &KvRuns<'_>) -> Runs {
+    let (run_bytes, extent_tokens) = (runs.geometry().run_bytes() as u64, runs.geometry().extent_tokens as u64);
+    Runs { extents: 0, layer_offset: runs.layer_offset() as u64, run_bytes, extent_tokens }
+}
+
+/// As [`runs_of`].
+fn stored_of(runs: &StoredRuns<'_>) -> Runs {
+    let (run_bytes, extent_tokens) = (runs.run_bytes() as u64, runs.geometry().extent_tokens as u64);
+    Runs { extents: 0, layer_offset: runs.layer_offset() as u64, run_bytes, extent_tokens }
+}
+
+fn stored_table(runs: &StoredRuns<'_>) -> Vec<u64> {
     extent_table((0..runs.extents()).map(|i| runs.extent(i)))
 }
 
@@ -140,21 +193,31 @@ fn write_table(runs: &mut KvRunsMut<'_>) -> Vec<u64> {
     extent_table((0..runs.extents()).map(|i| runs.extent_mut(i).cast_const()))
 }
 
-/// See `Backend::prefetch`.
+/// See `Backend::prefetch`. Entries are copied on the lane `copies`.
 pub(super) fn prefetch(
     shared: &Shared,
     queue: &mut Queue,
+    copies: usize,
     queries: Rows<'_>,
     sequences: &mut [Prefetch<'_>],
 ) -> Result<()> {
     let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
     let tables: Vec<Tables> = sequences.iter().map(|sequence| tables_of(&sequence.slots, 0)).collect();
-    let lists: Vec<Lists> =
-        tables.iter().map(|t| Lists { rows: t.selected, counts: t.selected_counts, most: t.most }).collect();
+    let lists: Vec<Lists> = sequences
+        .iter()
+        .zip(&tables)
+        .map(|(sequence, t)| Lists {
+            rows: t.selected,
+            counts: t.selected_counts,
+            most: t.most,
+            tail: sequence.tail.as_ref().map(|tail| tail_of(t, address(tail.base()))),
+        })
+        .collect();
     rehearse::rehearse_into(shared, queue, queries, &rehearsals, &lists)?;
 
     let alike = |a: &Prefetch<'_>, b: &Prefetch<'_>| {
-        a.from.geometry() == b.from.geometry() && a.from.layer_offset() == b.from.layer_offset()
+        let key = |p: &Prefetch<'_>| (*p.from.geometry(), p.from.payload(), p.from.layer_offset());
+        key(a) == key(b)
     };
     let mut done = 0;
     for sequences in sequences.chunk_by_mut(alike).flat_map(|alike| alike.chunks_mut(MOST_SEQUENCES)) {
@@ -166,53 +229,81 @@ pub(super) fn prefetch(
         let kernel = Kernel::new(Module::Slots, "slots_request");
         queue.push(shared, kernel, [kv_heads, sequences.len(), 1], THREADS, &request)?;
 
-        let extents: Vec<[Vec<u64>; 2]> =
-            sequences.iter_mut().map(|s| [read_table(&s.from), write_table(&mut s.to)]).collect();
-        let bytes = extents.iter().flatten().map(|table| 8 * table.len()).sum::<usize>();
-        queue.reserve(bytes + size_of::<Gathered>() * sequences.len(), 2 * sequences.len() + 1)?;
-        let gathered: Vec<Gathered> = sequences
-            .iter()
-            .zip(&extents)
-            .zip(tables)
-            .map(|((sequence, [from, to]), tables)| Gathered {
+        let wanted = sequences.iter_mut().zip(tables).map(|(sequence, tables)| Wanted {
+            list: Gathered {
                 counts: tables.move_counts,
                 rows: tables.moves,
                 slots: tables.moves + 4,
-                from: runs_of(
-                    queue.block.push_table(bytes_of(from)),
-                    sequence.from.geometry(),
-                    sequence.from.layer_offset(),
-                ),
-                to: runs_of(queue.block.push_table(bytes_of(to)), sequence.to.geometry(), sequence.to.layer_offset()),
+                from: stored_of(&sequence.from),
+                to: runs_of(&sequence.to.runs()),
+                saved: runs_of(&sequence.to.runs()),
                 count_stride: 1,
                 step: 2,
                 list_stride: 2 * u64::from(tables.most),
-            })
-            .collect();
-        gather(shared, queue, &gathered, sequences[0].from.geometry(), sequences[0].from.place())?;
+            },
+            from: stored_table(&sequence.from),
+            to: write_table(&mut sequence.to),
+            saved: sequence.saved.as_mut().map(write_table),
+        });
+        let wanted: Vec<Wanted> = wanted.collect();
+        let (lane, requested) = (queue.lane(), queue.point()?);
+        queue.switch(copies);
+        queue.wait(requested)?;
+        gather(shared, queue, wanted, &sequences[0].from)?;
+        queue.switch(lane);
     }
     Ok(())
 }
 
-/// Copies entries from `place`. The block was asked whether it has room.
-fn gather(
-    shared: &Shared,
-    queue: &mut Queue,
-    sequences: &[Gathered],
-    geometry: &KvGeometry,
-    place: Place,
-) -> Result<()> {
-    let row_bytes = geometry.row_bytes();
+/// Entries to be gathered for one sequence, and addresses of extents.
+struct Wanted {
+    list: Gathered,
+    from: Vec<u64>,
+    to: Vec<u64>,
+    saved: Option<Vec<u64>>,
+}
+
+/// Copies entries that are stored as those of `like` are, or widens them.
+fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &StoredRuns<'_>) -> Result<()> {
+    let words: usize = wanted.iter().map(|w| w.from.len() + w.to.len() + w.saved.as_ref().map_or(0, Vec::len)).sum();
+    queue.reserve(8 * words + size_of::<Gathered>() * wanted.len(), 3 * wanted.len() + 1)?;
+    let lists = wanted.iter().map(|Wanted { list, from, to, saved }| {
+        let mut table = |table: &[u64]| queue.block.push_table(bytes_of(table));
+        Gathered {
+            from: Runs { extents: table(from), ..list.from },
+            to: Runs { extents: table(to), ..list.to },
+            saved: Runs { extents: saved.as_ref().map_or(0, |saved| table(saved)), ..list.saved },
+            ..*list
+        }
+    });
+    let lists: Vec<Gathered> = lists.collect();
+    let (geometry, row_bytes) = (like.geometry(), like.row_bytes());
     let params = Gather {
-        sequences: queue.block.push(bytes_of(sequences)),
-        count: sequences.len() as u32,
+        sequences: queue.block.push(bytes_of(&lists)),
+        count: lists.len() as u32,
         kv_heads: geometry.kv_heads as u32,
         row_bytes: row_bytes as u32,
+        to_bytes: geometry.row_bytes() as u32,
+        head_dim: geometry.head_dim as u32,
         unused: 0,
     };
-    // A row of two halves of at least two bytes each is a multiple of four bytes, and so is its place in an extent.
-    let name = if row_bytes.is_multiple_of(16) { "slots_gather_16" } else { "slots_gather_4" };
-    queue.push(shared, Kernel::new(Module::Slots, name).reading(place), [GATHER_BLOCKS, 1, 1], THREADS, &params)
+    let of_type = |names: [&'static str; 3]| match geometry.dtype {
+        DType::F32 => names[0],
+        DType::F16 => names[1],
+        DType::BF16 => names[2],
+        DType::U32 => unreachable!("keys and values are not u32"),
+    };
+    let name = match like.payload() {
+        // A row of two halves of at least two bytes each is a multiple of four bytes, and so is its place in an extent.
+        Payload::Exact if row_bytes.is_multiple_of(16) => "gather_16",
+        Payload::Exact => "gather_4",
+        Payload::Int8 => of_type(["gather_int8_f32", "gather_int8_f16", "gather_int8_bf16"]),
+        Payload::Int4 => of_type(["gather_int4_f32", "gather_int4_f16", "gather_int4_bf16"]),
+    };
+    let rows = if like.payload() == Payload::Exact { 0 } else { GATHER_THREADS / 32 * IN_FLIGHT };
+    let kernel =
+        Kernel::new(Module::Gather, name).reading(like.place()).with_shared(rows * row_bytes.next_multiple_of(16));
+    queue.push(shared, kernel, [GATHER_BLOCKS, 1, 1], GATHER_THREADS, &params)
 }
 
 /// See `Backend::refill`.
@@ -220,25 +311,25 @@ pub(super) fn refill(
     shared: &Shared,
     queue: &mut Queue,
     slots: Slots<'_>,
-    from: &KvRuns<'_>,
+    from: &StoredRuns<'_>,
     to: &mut KvRunsMut<'_>,
 ) -> Result<()> {
     let g = slots.geometry;
     let first = slots.layer * g.kv_heads;
     let at = |word: usize| address(slots.tables.address()) + 4 * word as u64;
-    let (read, write) = (read_table(from), write_table(to));
-    queue.reserve(8 * (read.len() + write.len()) + size_of::<Gathered>(), 3)?;
-    let all = Gathered {
+    let list = Gathered {
         counts: at(g.count_at(first)),
         rows: at(g.rows_at(first)),
         slots: 0,
-        from: runs_of(queue.block.push_table(bytes_of(&read)), from.geometry(), from.layer_offset()),
-        to: runs_of(queue.block.push_table(bytes_of(&write)), to.geometry(), to.layer_offset()),
+        from: stored_of(from),
+        to: runs_of(&to.runs()),
+        saved: runs_of(&to.runs()),
         count_stride: SlotGeometry::COUNT as u32,
         step: 1,
         list_stride: g.table_words() as u64,
     };
-    gather(shared, queue, &[all], from.geometry(), from.place())
+    let wanted = Wanted { list, from: stored_table(from), to: write_table(to), saved: None };
+    gather(shared, queue, vec![wanted], from)
 }
 
 /// See `Backend::admit`.
@@ -249,14 +340,16 @@ pub(super) fn admit(
     values: Rows<'_>,
     admission: Admission<'_>,
 ) -> Result<()> {
-    let Admission { row, slots, mut store, mut cache, index, maps } = admission;
+    let Admission { row, slots, store, mut cache, saved, index, maps, mean } = admission;
+    let store = store.runs();
     let geometry = *store.geometry();
     let extents: Vec<u64> = index::extent_table((0..index.extents()).map(|i| index.extent(i)));
-    let (stored, cached) = (write_table(&mut store), write_table(&mut cache));
-    let bytes = 8 * (extents.len() + stored.len() + cached.len()) + size_of::<Token>();
+    let (stored, cached) = (stored_table(&store), write_table(&mut cache));
+    let saved = saved.map(|mut saved| write_table(&mut saved));
+    let words = extents.len() + stored.len() + cached.len() + saved.as_ref().map_or(0, Vec::len);
     // Tables first: a token that joins the last launch lies directly behind that one's.
     let last = queue.last_admit;
-    queue.reserve(bytes, 4)?;
+    queue.reserve(8 * words + size_of::<Token>(), 5)?;
     let token = Token {
         tables: tables_of(&slots, row),
         keys: address(keys.base()),
@@ -264,6 +357,12 @@ pub(super) fn admit(
         store: queue.block.push_table(bytes_of(&stored)),
         cache: queue.block.push_table(bytes_of(&cached)),
         index: queue.block.push_table(bytes_of(&extents)),
+        saved: saved.map_or(0, |saved| queue.block.push_table(bytes_of(&saved))),
+        // What has no beginning begins where it ends.
+        mean_from: mean.as_ref().map_or(0, |mean| address(mean.from.unwrap_or(mean.out.as_rows()).base())),
+        mean: mean.as_ref().map_or(0, |mean| address(mean.out.base())),
+        mean_factor: mean.as_ref().map_or(0.0, |mean| mean.factor),
+        unused: 0,
     };
     let of_index: &IndexGeometry = index.geometry();
     let mut params = Admit {
@@ -271,17 +370,18 @@ pub(super) fn admit(
         maps: address(maps.data.address()),
         index: index::layout(of_index, index.layer_offset()),
         store_offset: store.layer_offset() as u64,
-        store_run_bytes: geometry.run_bytes() as u64,
+        store_run_bytes: store.run_bytes() as u64,
         cache_offset: cache.layer_offset() as u64,
         cache_run_bytes: cache.geometry().run_bytes() as u64,
         extent_tokens: geometry.extent_tokens as u32,
         head_dim: geometry.head_dim as u32,
         row_bytes: geometry.row_bytes() as u32,
-        unused: 0,
+        stored_bytes: store.row_bytes() as u32,
     };
+    let name = admit_kernel(store.payload(), geometry.dtype);
     let joins = last.filter(|before| {
         Admit { tokens: 0, ..before.params } == params
-            && before.geometry == geometry
+            && before.kernel == name
             && before.end == queue.block.used()
             && queue.last_admit.is_some()
     });
@@ -291,15 +391,26 @@ pub(super) fn admit(
         params = before.params;
     } else {
         params.tokens = queue.block.push(bytes_of(&[token]));
-        let name = match geometry.dtype {
-            DType::F32 => "slots_admit_f32",
-            DType::F16 => "slots_admit_f16",
-            DType::BF16 => "slots_admit_bf16",
-            DType::U32 => unreachable!("keys and values are not u32"),
-        };
-        let kernel = Kernel::new(Module::Slots, name).with_shared((4 * of_index.columns).next_multiple_of(16));
+        // Partial keys, and a stored row.
+        let bytes = (4 * of_index.columns).next_multiple_of(16) + store.row_bytes().next_multiple_of(16);
+        let kernel = Kernel::new(Module::Slots, name).with_shared(bytes);
         queue.push(shared, kernel, [1, slots.geometry.kv_heads, 1], THREADS, &params)?;
     }
-    queue.last_admit = Some(LastAdmit { params, geometry, end: queue.block.used() });
+    queue.last_admit = Some(LastAdmit { params, kernel: name, end: queue.block.used() });
     Ok(())
+}
+
+/// The kernel by how entries are stored, and what they are on the device.
+fn admit_kernel(payload: Payload, dtype: DType) -> &'static str {
+    let names = match payload {
+        Payload::Exact => ["slots_admit_exact_f32", "slots_admit_exact_f16", "slots_admit_exact_bf16"],
+        Payload::Int8 => ["slots_admit_int8_f32", "slots_admit_int8_f16", "slots_admit_int8_bf16"],
+        Payload::Int4 => ["slots_admit_int4_f32", "slots_admit_int4_f16", "slots_admit_int4_bf16"],
+    };
+    match dtype {
+        DType::F32 => names[0],
+        DType::F16 => names[1],
+        DType::BF16 => names[2],
+        DType::U32 => unreachable!("keys and values are not u32"),
+    }
 }

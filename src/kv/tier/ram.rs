@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::backend::{
     Backend, Buffer, KvGeometry, KvRuns, KvRunsMut, Landing, Move, Payload, Place as Memory, Rows, Slot, StoredRuns,
-    Stream,
+    StoredRunsMut, Stream,
 };
 
 use super::super::overwritten::Overwritten;
@@ -70,16 +70,19 @@ impl RamStore {
         geometry.extents(rows).saturating_mul(extent_bytes(geometry, payload))
     }
 
-    /// The entries of a layer, exactly stored: memory that the device can read, well or badly.
-    pub fn entries(&self, layer: usize) -> KvRuns<'_> {
-        assert!(self.payload == Payload::Exact, "entries that are stored otherwise");
-        KvRuns::new(&self.extents, self.geometry, layer)
+    /// The entries of a layer as they are stored: memory that the device can read, well or badly.
+    pub fn entries(&self, layer: usize) -> StoredRuns<'_> {
+        StoredRuns::new(&self.extents, self.geometry, self.payload, layer)
     }
 
     /// As [`RamStore::entries`], for writing.
-    pub fn entries_mut(&mut self, layer: usize) -> KvRunsMut<'_> {
-        assert!(self.payload == Payload::Exact, "entries that are stored otherwise");
-        KvRunsMut::new(&mut self.extents, self.geometry, layer)
+    pub fn entries_mut(&mut self, layer: usize) -> StoredRunsMut<'_> {
+        StoredRunsMut::new(&mut self.extents, self.geometry, self.payload, layer)
+    }
+
+    /// Whether entries are stored as attention reads them.
+    pub fn is_exact(&self) -> bool {
+        self.payload == Payload::Exact
     }
 
     fn row_bytes(&self) -> usize {
@@ -194,7 +197,7 @@ impl Store for RamStore {
         if self.payload != Payload::Exact {
             return Ok(false);
         }
-        backend.copy_kv(stream, &self.entries(layer), target, 0..rows)?;
+        backend.copy_kv(stream, &KvRuns::new(&self.extents, self.geometry, layer), target, 0..rows)?;
         self.counters.host_bytes += (self.geometry.kv_heads * rows * self.row_bytes()) as u64;
         Ok(true)
     }
@@ -210,7 +213,7 @@ impl Store for RamStore {
         if self.payload != Payload::Exact {
             return Ok(false);
         }
-        backend.copy_kv(stream, from, &mut self.entries_mut(layer), rows)?;
+        backend.copy_kv(stream, from, &mut KvRunsMut::new(&mut self.extents, self.geometry, layer), rows)?;
         Ok(true)
     }
 
@@ -229,8 +232,7 @@ impl Store for RamStore {
         let moves = match self.fetches.swap_remove(at).1 {
             Wanted::Moves(moves) => moves,
             Wanted::First(rows) => {
-                let from = StoredRuns::new(&self.extents, self.geometry, self.payload, layer);
-                backend.fetch_kv(stream, &from, target, rows)?;
+                backend.fetch_kv(stream, &self.entries(layer), target, rows)?;
                 self.counters.host_bytes += (self.geometry.kv_heads * rows * self.row_bytes()) as u64;
                 return Ok(());
             }

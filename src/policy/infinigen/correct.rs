@@ -76,8 +76,9 @@ impl Infinigen {
             selected.extend_from_slice(rows);
             selected.sort_unstable();
         }
-        if self.tail.is_some() {
+        if let Some(tail) = &mut self.tail {
             std::mem::swap(&mut self.selected[layer].tail, &mut found.tail);
+            tail.rehearsed_by_host(step, layer, &self.selected[layer].tail)?;
         }
         if let Some(correction) = &mut self.correction {
             correction.found = found;

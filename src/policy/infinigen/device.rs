@@ -4,23 +4,23 @@
 //! rehearsal, lookup and fetch run on the side stream ([`Step::fetch`]) from the moment its queries are predicted; its
 //! attention waits for them. The store is host memory that the device reads and writes in place.
 
+mod room;
+
 use std::sync::Arc;
 
-use crate::backend::{
-    Admission, AttentionShape, Backend, Event, KvGeometry, KvRuns, Place, Prefetch, Rows, SlotGeometry, Visible,
-};
-use crate::kv::{self, DeviceCache, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store};
-
 use crate::Result;
-use crate::policy::InfinigenOptions;
+use crate::backend::{AttentionShape, Backend, Event, KvRuns, Place, Prefetch, Rows, RowsMut, Visible};
+use crate::kv::{
+    self, CacheMut, DeviceCache, DevicePool, Eviction, KvTier, Payload, RamStore, SequenceIndex, SequenceKv, Store,
+};
 
 use super::evict::Held;
 use super::plan::{self, Plan};
 use super::prompt::{self, Prompt};
+use super::tail::Tail;
+use super::traced::Traced;
 use super::{Ahead, DeviceParts, KvCounters, Lookahead, Phase, Policy, PolicyOptions, Setting, Step, TierBytes};
-
-/// Rows of the smallest tables.
-const LEAST_ROWS: usize = 1024;
+pub(super) use room::table_bytes;
 
 pub(in crate::policy) struct OnDevice {
     plan: Plan,
@@ -29,22 +29,33 @@ pub(in crate::policy) struct OnDevice {
     index: SequenceIndex,
     cache: DeviceCache,
     prompt: Prompt,
-    /// Says how many tokens there may be: nothing is evicted here.
+    /// What stands for the entries that are not attended.
+    tail: Option<Tail>,
+    /// How many tokens and rows there are.
     held: Held,
+    /// Which token is in which row, where some may give way.
+    pool: Option<DevicePool>,
+    /// Tokens that the resident layers take room for at once; see [`super::Infinigen`].
+    resident_tokens: usize,
+    /// New tokens of the call under way.
+    call: usize,
     /// Whether every token held is in the cache, and whether that was so when this step began.
     whole: bool,
     whole_before: bool,
     /// The prefetch under way of each layer of the store.
     fetches: Vec<Option<Event>>,
+    /// Whether this step attends each layer's slots by a list: what is guarded and what was selected.
+    by_list: Vec<bool>,
     counters: KvCounters,
     counted: KvCounters,
     /// What the cache has counted, and had counted when our counters were last reset.
     totals: kv::CacheTotals,
     reset_at: kv::CacheTotals,
+    trace: Option<Traced>,
     row_bytes: usize,
     /// Where the store's memory is.
     place: Place,
-    /// Most tokens of the session.
+    /// Most rows of the session.
     capacity: usize,
     backend: Arc<dyn Backend>,
 }
@@ -54,25 +65,37 @@ impl OnDevice {
         crate::policy::refuse_window("infinigen", &setting)?;
         refuse(options)?;
         let plan = Plan::new(options, &setting)?;
-        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let trace = Traced::create(options, &setting)?;
+        let exact = options.payload == Payload::Exact;
+        let Setting { backend, pool, geometry, heads, capacity, .. } = setting;
         let (resident, stored) = super::split(&geometry, plan.resident_layers);
         let index = super::index_geometry(&stored, plan.columns, plan.bits);
         let place = if options.tier == KvTier::Host { Place::Pinned } else { Place::Device };
+        let (capacity, resident_tokens) = match plan::full_rows(options, capacity) {
+            (rows, _) if options.eviction == Eviction::Off => (rows, 0),
+            full => full,
+        };
         Ok(OnDevice {
             resident: SequenceKv::new(pool.clone(), resident),
-            store: RamStore::new(pool.clone(), &*backend, stored, Payload::Exact, place),
+            store: RamStore::new(pool.clone(), &*backend, stored, options.payload, place),
             index: SequenceIndex::new(pool.clone(), index),
-            cache: DeviceCache::new(&*backend, pool.clone(), stored)?,
+            cache: DeviceCache::new(&*backend, pool.clone(), stored, exact, trace.is_some())?,
             prompt: Prompt::new(pool, stored),
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored, heads)?) } else { None },
             whole: true,
             whole_before: true,
-            held: Held::new(options, 0, &stored),
+            held: Held::on_device(options, plan::least_rows(&options.infinigen), &stored),
+            pool: DevicePool::new(&*backend, options.eviction, &stored, options.payload, &index, capacity)?,
+            resident_tokens,
+            call: 0,
+            by_list: vec![false; stored.layers],
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
             totals: kv::CacheTotals::default(),
             reset_at: kv::CacheTotals::default(),
-            row_bytes: stored.row_bytes(),
+            trace,
+            row_bytes: options.payload.row_bytes(&stored),
             place,
             capacity,
             backend,
@@ -89,79 +112,29 @@ impl OnDevice {
         layer.checked_sub(self.plan.resident_layers)
     }
 
-    /// Whether a sequence of `length` tokens fits the cache.
-    fn fits(&self, length: usize) -> bool {
-        length <= self.plan.slots(length)
+    /// Whether a pool of `rows` rows fits the cache.
+    fn fits(&self, rows: usize) -> bool {
+        rows <= self.plan.slots(rows)
     }
 
-    /// Makes room for a sequence of `length` tokens.
-    fn make_room(&mut self, length: usize) -> Result<()> {
-        let prompt = length > self.held.now().0 + 1;
-        self.held.wanted(length, 1, 0)?;
-        self.resident.reserve(length)?;
-        self.index.reserve(length)?;
-        self.cache.reserve(self.plan.slots(length))?;
-        if length > self.cache.rows() {
-            let rows = table_rows(length, self.capacity);
-            let (slots, most) = (self.plan.slots(rows), self.plan.most_selected(rows));
-            self.cache.reserve_tables(&*self.backend, rows, slots, most)?;
-        }
-        self.store.reserve(length)?;
-        self.prompt.reserve(if prompt { length } else { 0 }, &self.store)
+    /// Whether a step attends a layer's slots by a list, before the layer has taken the token at `position`. (What is all
+    /// here is attended whole, even if it was rehearsed to know what is used.)
+    fn lists(&self, layer: usize, position: usize) -> bool {
+        !(self.plan.attend_cache || self.whole && self.fits(self.held.after(layer, position)))
     }
 
-    /// Gives back room beyond that of `length` tokens.
-    fn give_back(&mut self, length: usize) {
-        self.cache.shrink(if length == 0 { 0 } else { self.plan.slots(length) });
-        self.prompt.release();
-        self.resident.truncate(length);
-        self.index.truncate(length);
-        self.store.truncate(length);
+    /// Writes down what the last token has selected, where that is asked for.
+    fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
+        self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache, self.pool.as_ref()))
     }
-
-    fn admit(&mut self, step: &Step<'_>, layer: usize, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
-        self.cache.prepare(step.backend, step.stream)?;
-        let length = step.position + 1;
-        let (slots, cache) = self.cache.slots_mut(layer, self.plan.slots(length), self.plan.guard(length));
-        let admission = Admission {
-            row: step.position,
-            slots,
-            store: self.store.entries_mut(layer),
-            cache,
-            index: self.index.layer_mut(layer),
-            maps: self.plan.key_maps(step.layer),
-        };
-        step.backend.admit(step.stream, keys, values, admission)
-    }
-}
-
-/// Rows of the tables of a sequence of `length` tokens: they grow seldom, because that takes a while, and not directly
-/// after a prompt.
-fn table_rows(length: usize, capacity: usize) -> usize {
-    (length + LEAST_ROWS / 2).next_power_of_two().max(LEAST_ROWS).min(capacity)
-}
-
-/// Bytes of the tables of a session when it is full.
-pub(super) fn table_bytes(options: &InfinigenOptions, stored: &KvGeometry, capacity: usize) -> usize {
-    let rows = table_rows(capacity, capacity);
-    let (slots, selected) = (plan::slots(options, rows), plan::most_selected(options, rows, 0));
-    SlotGeometry { layers: stored.layers, kv_heads: stored.kv_heads, slots, rows, selected }.bytes()
 }
 
 /// Errors where the options ask for what only the host's variant does.
 fn refuse(options: &PolicyOptions) -> Result<()> {
-    let what = if options.eviction != Eviction::Off {
-        "eviction from a full pool"
-    } else if options.payload != Payload::Exact {
-        "a quantized payload"
-    } else if matches!(options.tier, KvTier::File(_)) {
+    let what = if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
-    } else if !options.infinigen.attend_cache {
-        "a cache that is not attended whole (paper mode)"
     } else if options.infinigen.correct > 0.0 {
         "a correction"
-    } else if options.trace.is_some() {
-        "a trace"
     } else {
         return Ok(());
     };
@@ -170,13 +143,17 @@ fn refuse(options: &PolicyOptions) -> Result<()> {
 
 impl Policy for OnDevice {
     fn reserve(&mut self, length: usize) -> Result<()> {
-        let before = self.held.now().0;
-        if let Err(error) = self.make_room(length) {
-            self.give_back(before);
-            return Err(error);
-        }
+        self.call = length - self.held.now().0;
+        let rows = self.find_room(length)?;
+        self.held.begin(rows);
         self.cache.begin();
+        if let Some(pool) = &mut self.pool {
+            pool.begin();
+        }
         self.prompt.begin();
+        if let Some(tail) = &mut self.tail {
+            tail.begin();
+        }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
@@ -190,25 +167,49 @@ impl Policy for OnDevice {
             return Ok(());
         }
         self.plan.begin(step)?;
-        self.cache.grow(step.backend, step.stream)
+        self.write_trace(step)?;
+        self.cache.grow(step.backend, step.stream)?;
+        if step.phase == Phase::Decode {
+            self.cache.next_token();
+        }
+        match &mut self.pool {
+            Some(pool) if step.phase == Phase::Decode => {
+                if self.call > 1 {
+                    self.cache.keep_all(step.backend, step.stream)?;
+                }
+                pool.keep(step.backend, step.stream)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
-        self.stored(layer)?;
-        (!(self.whole && self.fits(position + 1))).then(|| self.plan.lookahead(layer))
+        let stored = self.stored(layer)?;
+        let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
+        let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
+        (!(self.whole && self.fits(after)) || watched).then(|| self.plan.lookahead(layer))
     }
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
-        let length = position + 1;
-        let (slots, to) = self.cache.slots_mut(stored, self.plan.slots(length), self.plan.guard(length));
-        let rehearsal = self.plan.rehearsal_in_order(self.index.layer(stored), stored, position);
-        Some(Ahead::Prefetch(Prefetch { rehearsal, slots, from: self.store.entries(stored), to }))
+        let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
+        let (place, by_list) = (self.place(stored, position), self.lists(stored, position));
+        let CacheMut { mut slots, entries: to, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        slots.by_list = by_list;
+        let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
+        let from = self.store.entries(stored);
+        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from, to, saved, tail })))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         if let Some(layer) = self.stored(step.layer) {
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
+            if let Some(trace) = &mut self.trace {
+                trace.rehearsed(step, layer, self.held.count(layer, step.position));
+            }
+            if let Some(tail) = &mut self.tail {
+                tail.rehearsed(layer);
+            }
         }
         Ok(())
     }
@@ -220,11 +221,15 @@ impl Policy for OnDevice {
         };
         if step.phase == Phase::Decode {
             // The tables are the prefetch's until it is done.
-            if let Some(fetched) = self.fetches[layer].take() {
+            let fetched = self.fetches[layer].take();
+            // What was not rehearsed is all here, and attended.
+            self.by_list[layer] = fetched.is_some() && self.lists(layer, step.position);
+            if let Some(fetched) = fetched {
                 step.backend.wait(step.stream, &fetched)?;
             }
             return self.admit(step, layer, keys, values);
         }
+        self.held.extend(layer, step.rows);
         self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, keys)?;
@@ -244,7 +249,6 @@ impl Policy for OnDevice {
         if step.phase != Phase::Decode {
             return self.prompt.land(step, layer, &mut self.store);
         }
-        self.counters.candidates += (self.kv_heads() * step.position) as u64;
         self.counters.held += (self.kv_heads() * (step.position + 1)) as u64;
         Ok(())
     }
@@ -254,8 +258,8 @@ impl Policy for OnDevice {
             None => (self.resident.layer(step.layer), Visible::Causal),
             Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
             Some(layer) => {
-                let limit = self.plan.slots(step.position + 1);
-                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit)))
+                let limit = self.plan.slots(self.held.count(layer, step.position + 1));
+                (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.by_list[layer])))
             }
         }
     }
@@ -267,29 +271,44 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        let most = self.plan.ranked(step.position + step.rows);
-        if last { self.prompt.observe(step, (layer, most), shape, queries, &self.store) } else { Ok(()) }
+        if !last {
+            return Ok(());
+        }
+        let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.blend_runs(step, layer, self.prompt.runs(layer, &self.store), length, 1.0)?;
+        }
+        self.prompt.observe(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)
+    }
+
+    fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
+        match (self.stored(step.layer), &self.tail) {
+            (Some(layer), Some(tail)) => tail.add(step, layer, attended),
+            _ => Ok(()),
+        }
     }
 
     fn commit(&mut self, step: &Step<'_>) -> Result<()> {
         let length = step.position + step.rows;
+        if let Some(tail) = &mut self.tail {
+            tail.commit();
+        }
         self.held.commit(length);
-        if step.phase == Phase::Decode && !self.prompt.ended() {
-            self.whole &= self.fits(length);
-            self.counters.steps += 1;
-            return Ok(());
+        if !self.prompt.ended() {
+            self.whole &= self.fits(self.held.count(0, length));
+            self.counters.steps += step.rows as u64;
+            return self.write_trace(step);
         }
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.choose(step)?;
         }
         let recent = self.prompt.recent(step.position, step.rows);
-        let (layers, heads) = (self.fetches.len(), self.kv_heads());
+        let heads = self.kv_heads();
         let (plan, prompt) = (&self.plan, &mut self.prompt);
-        self.cache.edit(step.backend, step.stream, &self.store, |cache| {
-            let mut moves = Vec::new(); // all of them are fetched
-            for (layer, head) in (0..layers).flat_map(|layer| (0..heads).map(move |head| (layer, head))) {
-                moves.clear();
-                prompt::fill(cache, plan, (layer, head), prompt.take_ranked(layer, head), recent, length, &mut moves);
+        self.cache.keep(step.backend, step.stream)?;
+        self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
+            for head in 0..heads {
+                prompt::fill(cache, plan, (layer, head), prompt.take_ranked(layer, head), recent, length, moves);
             }
         })?;
         self.whole = match recent {
@@ -305,39 +324,60 @@ impl Policy for OnDevice {
         // What is under way on the side stream writes where the undo will, and into what is given back.
         step.backend.synchronize(step.stream)?;
         self.fetches.iter_mut().for_each(|fetch| *fetch = None);
+        // What was undone is in a trace too; one that cannot be written keeps no step from being undone.
+        let _ = self.write_trace(step);
         self.prompt.roll_back();
+        if let Some(tail) = &mut self.tail {
+            tail.roll_back();
+        }
         self.counters = self.counted;
         self.whole = self.whole_before;
         if let Some(columns) = self.plan.columns_mut() {
             columns.roll_back();
         }
+        if let Some(pool) = &mut self.pool {
+            let begun = self.held.begun_tokens();
+            pool.undo(step.backend, step.stream, begun, &mut self.store, &mut self.index)?;
+        }
         self.cache.undo(step.backend, step.stream, &self.store)?;
-        self.held.commit(length);
-        self.give_back(length);
+        self.held.undo();
+        self.give_back(length, self.held.count(0, length));
         Ok(())
     }
 
+    fn can_truncate(&self, length: usize) -> Result<()> {
+        self.held.can_truncate(length)
+    }
+
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
+        if let Some(tail) = &mut self.tail {
+            tail.truncate(step, &mut self.prompt, &mut self.store, length, self.held.in_order())?;
+        }
         self.cache.begin();
-        let (plan, layers, heads) = (&self.plan, self.fetches.len(), self.kv_heads());
-        self.cache.edit(step.backend, step.stream, &self.store, |cache| {
-            let mut moves = Vec::new(); // all of them are fetched
-            for layer in 0..layers {
-                moves.clear();
-                cache.truncate(layer, length as u32, &mut moves);
-                prompt::restock(cache, plan, layer, heads, length, &mut moves);
-            }
+        self.held.truncate(length);
+        if let Some(pool) = &mut self.pool {
+            pool.truncate(step.backend, step.stream, length)?;
+        }
+        let (plan, heads) = (&self.plan, self.kv_heads());
+        self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
+            cache.truncate(layer, length as u32, moves);
+            prompt::restock(cache, plan, layer, heads, length, moves);
         })?;
         self.cache.begin();
         self.whole |= self.fits(length + 1);
-        self.held.commit(length);
-        self.give_back(length);
+        self.give_back(length, length);
         Ok(())
+    }
+
+    fn prefills(&self, position: usize, tokens: usize) -> usize {
+        self.held.in_full(position, tokens)
     }
 
     fn bytes(&self) -> TierBytes {
         let (stored, file) = self.store.bytes();
         let device = self.resident.bytes() + self.index.bytes() + self.cache.bytes() + self.prompt.bytes();
+        let device = device + self.pool.as_ref().map_or(0, DevicePool::bytes);
+        let device = device + self.tail.as_ref().map_or(0, Tail::bytes);
         match self.place {
             Place::Pinned => TierBytes { device, pinned: stored, file },
             Place::Device => TierBytes { device: device + stored, pinned: 0, file },
@@ -350,6 +390,9 @@ impl Policy for OnDevice {
 
     fn count(&mut self, step: &Step<'_>) -> Result<()> {
         self.totals = self.cache.totals(step.backend, step.stream)?;
+        let parted = self.pool.as_ref().filter(|_| !self.held.in_order());
+        let lost = parted.map(|pool| pool.first_lost(step.backend, step.stream)).transpose()?;
+        lost.flatten().into_iter().for_each(|token| self.held.set_lost(token));
         Ok(())
     }
 

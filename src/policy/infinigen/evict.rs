@@ -3,6 +3,7 @@
 //! - While nothing has been evicted, row t of every run of store and index is the token at position t. From then on each
 //!   KV head of each layer has an order of its own: a new token takes the row of a victim.
 //! - The cache, its guard and the trace speak of tokens; store, index and rehearsals of rows. [`Held`] translates.
+//! - Where a device finds the victims, which token is where is its own to know (`kv::DevicePool`), and here are numbers only.
 //! - A step of several tokens may evict several times; what it changes is written down until the next one begins.
 
 use crate::backend::{KvGeometry, Move};
@@ -31,8 +32,10 @@ pub(super) struct Held {
     /// Fewest rows of a pool that can evict.
     least: usize,
     kv_heads: usize,
-    /// Layer after layer of the store, KV head after KV head; none where nothing is ever evicted.
+    /// Layer after layer of the store, KV head after KV head; none where nothing is ever evicted, or a device does.
     runs: Vec<Run>,
+    /// Rows of each layer of the store, where a device chooses the victims and knows the rest.
+    counts: Vec<usize>,
     /// Most rows that there will be when the step is over.
     limit: usize,
     /// Tokens, where nothing is ever evicted.
@@ -86,6 +89,7 @@ impl Held {
             most: if options.pool_tokens == 0 { usize::MAX } else { options.pool_tokens },
             least,
             kv_heads: stored.kv_heads,
+            counts: Vec::new(),
             runs: (0..runs).map(|_| run()).collect(),
             limit: 0,
             length: 0,
@@ -96,13 +100,25 @@ impl Held {
         }
     }
 
-    fn evicts(&self) -> bool {
+    /// As [`Held::new`], where a device chooses the victims.
+    pub(super) fn on_device(options: &PolicyOptions, least: usize, stored: &KvGeometry) -> Held {
+        let held = Held::new(options, least, stored);
+        let layers = if held.evicts() { stored.layers } else { 0 };
+        Held { runs: Vec::new(), counts: vec![0; layers], ..held }
+    }
+
+    pub(super) fn evicts(&self) -> bool {
         self.kind != Eviction::Off
     }
 
     /// Whether the step began with no token at all, so that there is nothing to go back to.
     pub(super) fn began_empty(&self) -> bool {
         self.begun.0 == 0
+    }
+
+    /// Tokens when this step began.
+    pub(super) fn begun_tokens(&self) -> usize {
+        self.begun.0
     }
 
     /// Rows in use when this step began.
@@ -138,7 +154,11 @@ impl Held {
 
     /// Tokens and rows between steps.
     pub(super) fn now(&self) -> (usize, usize) {
-        self.runs.first().map_or((self.length, self.length), |run| (run.rows.len(), run.tokens.len()))
+        match (self.counts.first(), self.runs.first()) {
+            (Some(&rows), _) => (self.length, rows),
+            (None, Some(run)) => (run.rows.len(), run.tokens.len()),
+            (None, None) => (self.length, self.length),
+        }
     }
 
     /// The sequence has `length` tokens now.
@@ -159,7 +179,11 @@ impl Held {
 
     /// Rows of a layer of a sequence of `length` tokens, now.
     pub(super) fn count(&self, layer: usize, length: usize) -> usize {
-        if self.evicts() { self.runs[layer * self.kv_heads].tokens.len() } else { length }
+        match (self.counts.get(layer), self.runs.get(layer * self.kv_heads)) {
+            (Some(&rows), _) => rows,
+            (None, Some(run)) => run.tokens.len(),
+            (None, None) => length,
+        }
     }
 
     /// Rows of a layer once it has taken the token at `position`.
@@ -196,10 +220,10 @@ impl Held {
 
     /// A layer takes `tokens` tokens of a prompt, which fit.
     pub(super) fn extend(&mut self, layer: usize, tokens: usize) {
-        if !self.evicts() {
-            return;
+        if let Some(rows) = self.counts.get_mut(layer) {
+            *rows += tokens;
         }
-        for run in &mut self.runs[layer * self.kv_heads..][..self.kv_heads] {
+        for run in self.runs.iter_mut().skip(layer * self.kv_heads).take(self.kv_heads) {
             let first = run.tokens.len() as u32;
             run.tokens.extend(first..first + tokens as u32);
             run.rows.extend(first..first + tokens as u32);
@@ -241,6 +265,26 @@ impl Held {
         if full { Room::Over(&self.rows, &self.tokens) } else { Room::New(self.count(layer, 0) - 1) }
     }
 
+    /// A layer of a device takes the token at `position`: into this row, or where there is none over victims.
+    pub(super) fn take(&mut self, layer: usize, position: usize) -> Option<usize> {
+        if self.full(layer) {
+            self.lost.0 = 0; // unless the device is asked
+            return None;
+        }
+        match self.counts.get_mut(layer) {
+            Some(rows) => {
+                *rows += 1;
+                Some(*rows - 1)
+            }
+            None => Some(position),
+        }
+    }
+
+    /// The device says which token was lost first.
+    pub(super) fn set_lost(&mut self, token: u32) {
+        self.lost.0 = token;
+    }
+
     /// A rehearsal has selected these rows, which become their tokens, ordered as the rows were. What `guard` names is
     /// on the device anyway and left out.
     pub(super) fn selected(&mut self, layer: usize, head: usize, rows: &mut Vec<u32>, guard: Guard) {
@@ -275,6 +319,7 @@ impl Held {
     pub(super) fn undo(&mut self) {
         let (tokens, rows) = self.begun;
         self.length = tokens;
+        self.counts.fill(rows);
         for run in &mut self.runs {
             while let Some((row, token)) = run.overwritten.pop() {
                 run.point(row, token);
@@ -307,6 +352,7 @@ impl Held {
         }
         self.lost = (NONE, NONE);
         self.length = length;
+        self.counts.fill(length);
         self.begun = self.now();
     }
 }

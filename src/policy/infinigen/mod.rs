@@ -23,6 +23,7 @@ mod replay;
 mod room;
 mod select;
 mod tail;
+mod traced;
 
 use crate::backend::{
     AttentionShape, Backend, Buffer, IndexBits, IndexGeometry, KvGeometry, KvRuns, Move, Place, Rows, RowsMut,
@@ -79,7 +80,7 @@ impl Infinigen {
     pub(super) fn new(options: &PolicyOptions, setting: Setting) -> Result<Infinigen> {
         super::refuse_window("infinigen", &setting)?;
         let plan = Plan::new(options, &setting)?;
-        let Setting { backend, pool, geometry, capacity, .. } = setting;
+        let Setting { backend, pool, geometry, heads, capacity, .. } = setting;
         let (resident, stored) = split(&geometry, plan.resident_layers);
         let (rows, _) = plan::full_rows(options, capacity);
         let index = index_geometry(&stored, plan.columns, plan.bits);
@@ -89,7 +90,7 @@ impl Infinigen {
             index: SequenceIndex::new(pool.clone(), index),
             cache: HotCache::new(pool.clone(), stored),
             prompt: Prompt::new(pool, stored),
-            tail: if plan.tail { Some(Tail::new(&*backend, &stored)?) } else { None },
+            tail: if plan.tail { Some(Tail::new(&*backend, &stored, heads)?) } else { None },
             correction: plan.corrects().then(|| Correction::new(stored.layers)),
             selected: vec![Selected::default(); stored.layers],
             listed: vec![vec![Vec::new(); geometry.kv_heads]; stored.layers],
@@ -121,31 +122,6 @@ impl Infinigen {
     /// Slots of a layer for the token at `position`.
     fn slots(&self, layer: usize, position: usize) -> usize {
         self.plan.slots(self.held.after(layer, position))
-    }
-
-    /// Takes the values of every token from `length` on out of the tail's means.
-    fn truncate_tail(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        let Some(tail) = &mut self.tail else { return Ok(()) };
-        let forgotten = (step.position + step.rows).saturating_sub(length);
-        tail.begin();
-        if forgotten > 0 && length > 0 {
-            // By reading what is forgotten, from the end on, or what stays, whichever is less.
-            let goes = forgotten < length && self.held.in_order();
-            let (first, end) = if goes { (length, length + forgotten) } else { (0, length) };
-            for layer in 0..self.selected.len() {
-                for at in (first..end).step_by(kv::EXTENT_TOKENS) {
-                    let rows = kv::EXTENT_TOKENS.min(end - at);
-                    let begin = if goes { end - (at - first) - rows } else { at };
-                    let runs = self.prompt.bring(step, layer, &mut *self.store, begin..begin + rows)?;
-                    let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
-                    tail.blend_runs(step, layer, runs, rows, factor)?;
-                }
-            }
-            tail.commit();
-            tail.begin();
-            self.prompt.finish();
-        }
-        Ok(())
     }
 
     fn count_attended(&mut self, attended: u64, held: usize) {
@@ -305,7 +281,7 @@ impl Policy for Infinigen {
 
     fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
         match (self.stored(step.layer), &self.tail) {
-            (Some(layer), Some(tail)) => tail.add(step, layer, &self.selected[layer].tail, attended),
+            (Some(layer), Some(tail)) => tail.add(step, layer, attended),
             _ => Ok(()),
         }
     }
@@ -367,7 +343,9 @@ impl Policy for Infinigen {
     }
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.truncate_tail(step, length)?;
+        if let Some(tail) = &mut self.tail {
+            tail.truncate(step, &mut self.prompt, &mut *self.store, length, self.held.in_order())?;
+        }
         self.cache.begin();
         self.held.truncate(length);
         for layer in 0..self.selected.len() {
@@ -452,7 +430,7 @@ pub(super) fn estimate(
     if !backend.selects_on_device() {
         return TierBytes { device, pinned: host, file };
     }
-    let device = device + device::table_bytes(own, &stored, capacity);
+    let device = device + device::table_bytes(options, &stored, &index, rows);
     if options.tier == KvTier::Host {
         TierBytes { device, pinned: host, file }
     } else {

@@ -175,19 +175,6 @@ impl Plan {
         self.rehearsal(runs, layer, position, (rows, from, to), most)
     }
 
-    /// The rehearsal of a layer with this index for the token at `position`, where row t is the token at position t.
-    pub(super) fn rehearsal_in_order<'a>(
-        &'a self,
-        runs: IndexRuns<'a>,
-        layer: usize,
-        position: usize,
-    ) -> Rehearsal<'a> {
-        let guard = self.guard(position + 1);
-        let from = (guard.below as usize).min(position);
-        let to = (guard.from as usize).clamp(from, position);
-        self.rehearsal(runs, layer, position, (position, from, to), self.most_selected(position + 1))
-    }
-
     fn rehearsal<'a>(
         &'a self,
         runs: IndexRuns<'a>,
@@ -221,6 +208,16 @@ impl Plan {
     /// Most rows that a rehearsal for a sequence of `length` tokens selects.
     pub(super) fn most_selected(&self, length: usize) -> usize {
         most_selected(&self.options, length, 0)
+    }
+
+    /// As [`Plan::most_selected`], before what is guarded was left out of it: see [`Plan::rehearsal_held`].
+    pub(super) fn most_rehearsed(&self, length: usize, evicts: bool) -> usize {
+        most_rehearsed(&self.options, length, evicts)
+    }
+
+    /// Most slots that a step lists for a sequence of `length` tokens; 0 where the cache is attended whole.
+    pub(super) fn most_attended(&self, length: usize, evicts: bool) -> usize {
+        most_attended(&self.options, length, evicts)
     }
 
     /// Rows of a prompt of `length` tokens that may get a slot by their rank, though others get one anyway.
@@ -268,6 +265,11 @@ pub(super) fn most_selected(options: &InfinigenOptions, length: usize, more: usi
     wanted.min(slots(options, length).saturating_sub(always(options))).max(1)
 }
 
+/// Most rows that a rehearsal selects where the window may be among them, if the pool ever `evicts`.
+pub(super) fn most_rehearsed(options: &InfinigenOptions, length: usize, evicts: bool) -> usize {
+    most_selected(options, length, if evicts { options.window } else { 0 })
+}
+
 /// Fewest rows of a pool that can evict: sinks, window with the newest token, and a victim.
 pub(super) fn least_rows(options: &InfinigenOptions) -> usize {
     always(options)
@@ -282,6 +284,11 @@ pub(super) fn full_rows(options: &PolicyOptions, capacity: usize) -> (usize, usi
 /// Slots that sinks, window and the newest token take.
 fn always(options: &InfinigenOptions) -> usize {
     options.sinks + options.window.max(1) + 1
+}
+
+/// See [`Plan::most_attended`].
+pub(super) fn most_attended(options: &InfinigenOptions, length: usize, evicts: bool) -> usize {
+    if options.attend_cache { 0 } else { always(options) + most_rehearsed(options, length, evicts) }
 }
 
 /// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what is always

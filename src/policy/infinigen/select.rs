@@ -72,7 +72,7 @@ impl Infinigen {
     /// The rehearsal of a layer has selected: asks the cache, and starts to fetch what it lacks.
     pub(super) fn select(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
         if let Some(tail) = &mut self.tail {
-            tail.rehearsed(layer);
+            tail.rehearsed_by_host(step, layer, &self.selected[layer].tail)?;
         }
         self.moves.clear();
         for head in 0..self.kv_heads() {

@@ -9,9 +9,12 @@
 
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Backend, Buffer, DType, KvGeometry, KvRuns, Place, Rows, RowsMut, Segment, Visible,
+    AttentionShape, Backend, Blend, Buffer, DType, KvGeometry, KvRuns, Place, Rows, RowsMut, Segment, Visible,
 };
+use crate::kv::{self, Store};
 use crate::policy::Step;
+
+use super::prompt::Prompt;
 
 pub(super) struct Tail {
     /// Mean value of each KV head: a row a layer of the store.
@@ -25,6 +28,9 @@ pub(super) struct Tail {
     head_dim: usize,
     /// A query to which all keys are alike.
     no_query: Buffer,
+    /// What each query head gives to the tail: a row a layer of the store.
+    weights: Buffer,
+    heads: usize,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -41,7 +47,7 @@ pub(super) fn bytes(stored: &KvGeometry) -> usize {
 }
 
 impl Tail {
-    pub(super) fn new(backend: &dyn Backend, stored: &KvGeometry) -> Result<Tail> {
+    pub(super) fn new(backend: &dyn Backend, stored: &KvGeometry, heads: usize) -> Result<Tail> {
         let &KvGeometry { layers, kv_heads, head_dim, .. } = stored;
         let means = || backend.allocate(layers * kv_heads * head_dim * 4, Place::Device, "mean values");
         Ok(Tail {
@@ -52,10 +58,12 @@ impl Tail {
             kv_heads,
             head_dim,
             no_query: backend.allocate(kv_heads * head_dim * 4, Place::Device, "a query of zeros")?,
+            weights: backend.allocate(layers * heads * 4, Place::Device, "weights of tails")?,
+            heads,
         })
     }
 
-    /// Bytes of device memory.
+    /// Bytes of device memory, but for the few of the weights.
     pub(super) fn bytes(&self) -> usize {
         self.means.iter().map(Buffer::bytes).sum::<usize>() + self.no_query.bytes()
     }
@@ -79,14 +87,34 @@ impl Tail {
         self.layers.fill(Layer::default());
     }
 
-    /// The layer has been rehearsed: it does not attend everything.
+    /// Where a rehearsal on the device puts the layer's weights.
+    pub(super) fn weights_mut(&mut self, layer: usize) -> RowsMut<'_> {
+        self.weights.rows_mut(DType::F32, self.layers.len(), self.heads).row_range(layer, 1)
+    }
+
+    /// The layer has been rehearsed, and its weights are there: it does not attend everything.
     pub(super) fn rehearsed(&mut self, layer: usize) {
         self.layers[layer].rehearsed = true;
     }
 
+    /// As [`Tail::rehearsed`], where the host has the weights.
+    pub(super) fn rehearsed_by_host(&mut self, step: &Step<'_>, layer: usize, weights: &[f32]) -> Result<()> {
+        assert_eq!(weights.len(), self.heads, "a weight a query head");
+        let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_ne_bytes()).collect();
+        step.backend.upload(step.stream, &bytes, &mut self.weights, layer * bytes.len())?;
+        self.rehearsed(layer);
+        Ok(())
+    }
+
     /// Takes the values of the token at `step.position` into the layer's mean.
     pub(super) fn append(&mut self, step: &Step<'_>, layer: usize, values: Rows<'_>) -> Result<()> {
-        self.blend(step, layer, values, 1.0 / (step.position + 1) as f32)
+        let blend = self.next_mean(layer, step.position);
+        step.backend.blend(step.stream, blend, values)
+    }
+
+    /// How the layer's mean moves towards the values of the token at `position`, for whoever lets it.
+    pub(super) fn next_mean(&mut self, layer: usize, position: usize) -> Blend<'_> {
+        self.blend(layer, 1.0 / (position + 1) as f32)
     }
 
     /// Moves the layer's mean by `factor` towards that of the first `rows` rows of `runs`. Where those are `rows` of
@@ -107,17 +135,51 @@ impl Tail {
         let segment = Segment { row: 0, rows: 1, position: rows - 1, runs, visible: Visible::First(&counts) };
         let query = self.no_query.rows(activation, 1, self.width());
         step.backend.attend(step.stream, query, &shape, &[segment], mean.rows_mut(activation, 1, self.width()))?;
-        self.blend(step, layer, mean.rows(activation, 1, self.width()), factor)
+        let width = self.width();
+        step.backend.blend(step.stream, self.blend(layer, factor), mean.rows(activation, 1, width))
     }
 
-    /// Gives the tail its part of what the layer's query heads have attended, a row of `heads × head_dim`. `weights` is
-    /// the tail that a rehearsal of this step has found.
-    pub(super) fn add(&self, step: &Step<'_>, layer: usize, weights: &[f32], attended: RowsMut<'_>) -> Result<()> {
-        if !self.layers[layer].rehearsed || weights.is_empty() {
+    /// Takes the values of every token from `length` on out of the means, of a sequence that ends with the step's tokens:
+    /// by reading what is forgotten, from the end on, or what stays, whichever is less. (Out of order nobody knows where
+    /// the forgotten ones lie.)
+    pub(super) fn truncate(
+        &mut self,
+        step: &Step<'_>,
+        prompt: &mut Prompt,
+        store: &mut dyn Store,
+        length: usize,
+        in_order: bool,
+    ) -> Result<()> {
+        let forgotten = (step.position + step.rows).saturating_sub(length);
+        self.begin();
+        if forgotten == 0 || length == 0 {
+            return Ok(());
+        }
+        let goes = forgotten < length && in_order;
+        let (first, end) = if goes { (length, length + forgotten) } else { (0, length) };
+        for layer in 0..self.layers.len() {
+            for at in (first..end).step_by(kv::EXTENT_TOKENS) {
+                let rows = kv::EXTENT_TOKENS.min(end - at);
+                let begin = if goes { end - (at - first) - rows } else { at };
+                let runs = prompt.bring(step, layer, store, begin..begin + rows)?;
+                let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
+                self.blend_runs(step, layer, runs, rows, factor)?;
+            }
+        }
+        self.commit();
+        self.begin();
+        prompt.finish();
+        Ok(())
+    }
+
+    /// Gives the tail its part of what the layer's query heads have attended, a row of `heads × head_dim`.
+    pub(super) fn add(&self, step: &Step<'_>, layer: usize, attended: RowsMut<'_>) -> Result<()> {
+        if !self.layers[layer].rehearsed {
             return Ok(()); // everything has been attended
         }
         let means = self.means[self.newest(layer)].rows(DType::F32, self.layers.len(), self.width());
-        step.backend.add_tail(step.stream, means.row_range(layer, 1), weights, attended)
+        let weights = self.weights.rows(DType::F32, self.layers.len(), self.heads);
+        step.backend.add_tail(step.stream, means.row_range(layer, 1), weights.row_range(layer, 1), attended)
     }
 
     fn width(&self) -> usize {
@@ -130,14 +192,14 @@ impl Tail {
     }
 
     /// The layer's mean in this step: `mean + factor · (values − mean)`.
-    fn blend(&mut self, step: &Step<'_>, layer: usize, values: Rows<'_>, factor: f32) -> Result<()> {
+    fn blend(&mut self, layer: usize, factor: f32) -> Blend<'_> {
         let (layers, width) = (self.layers.len(), self.width());
         let written = std::mem::replace(&mut self.layers[layer].written, true);
         let [a, b] = &mut self.means;
         let (before, after) = if self.current == 0 { (&*a, b) } else { (&*b, a) };
         let before = before.rows(DType::F32, layers, width).row_range(layer, 1);
-        let after = after.rows_mut(DType::F32, layers, width).row_range(layer, 1);
-        step.backend.blend(step.stream, (!written).then_some(before), values, factor, after)
+        let out = after.rows_mut(DType::F32, layers, width).row_range(layer, 1);
+        Blend { from: (!written).then_some(before), out, factor }
     }
 }
 
@@ -171,7 +233,7 @@ mod tests {
                 KvGeometry { layers: LAYERS, kv_heads: KV_HEADS, head_dim: D, extent_tokens: 64, dtype: DType::F32 };
             let mut kv = SequenceKv::new(Arc::new(Pool::new(backend.clone(), 0)), geometry);
             kv.reserve(300).unwrap();
-            let tail = Tail::new(&*backend, &geometry).unwrap();
+            let tail = Tail::new(&*backend, &geometry, KV_HEADS).unwrap();
             Rig { backend, kv, tail, values: vec![Vec::new(); LAYERS] }
         }
 
@@ -207,9 +269,10 @@ mod tests {
         fn assert_means(&mut self, what: &str) {
             for layer in 0..LAYERS {
                 let mut out = self.upload(&[0.0; WIDTH]);
-                self.tail.rehearsed(layer);
-                let step = step(&self.backend, &Stream(0), 0);
-                self.tail.add(&step, layer, &[1.0; KV_HEADS], out.rows_mut(DType::F32, 1, WIDTH)).unwrap();
+                let backend = self.backend.clone();
+                let step = step(&backend, &Stream(0), 0);
+                self.tail.rehearsed_by_host(&step, layer, &[1.0; KV_HEADS]).unwrap();
+                self.tail.add(&step, layer, out.rows_mut(DType::F32, 1, WIDTH)).unwrap();
                 let mut bytes = vec![0; WIDTH * 4];
                 self.backend.download(&Stream(0), out.rows(DType::F32, 1, WIDTH), &mut bytes).unwrap();
                 let got = bytes.as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b));
@@ -295,13 +358,10 @@ mod tests {
         let mut rig = Rig::new();
         rig.decode();
         let mut out = rig.upload(&[5.0; WIDTH]);
-        for weights in [&[1.0; KV_HEADS][..], &[]] {
-            let step = step(&rig.backend, &Stream(0), 0);
-            rig.tail.add(&step, 0, weights, out.rows_mut(DType::F32, 1, WIDTH)).unwrap();
-            let mut bytes = vec![0; WIDTH * 4];
-            rig.backend.download(&Stream(0), out.rows(DType::F32, 1, WIDTH), &mut bytes).unwrap();
-            assert!(bytes.as_chunks().0.iter().all(|b| f32::from_ne_bytes(*b) == 5.0));
-            rig.tail.rehearsed(0); // and without weights it has none either
-        }
+        let step = step(&rig.backend, &Stream(0), 0);
+        rig.tail.add(&step, 0, out.rows_mut(DType::F32, 1, WIDTH)).unwrap();
+        let mut bytes = vec![0; WIDTH * 4];
+        rig.backend.download(&Stream(0), out.rows(DType::F32, 1, WIDTH), &mut bytes).unwrap();
+        assert!(bytes.as_chunks().0.iter().all(|b| f32::from_ne_bytes(*b) == 5.0));
     }
 }

@@ -76,6 +76,25 @@ pub(super) fn store_rows(keys: Rows<'_>, runs: &mut IndexRunsMut<'_>, rows: &[u3
     }
 }
 
+/// Shows `work` the words of one row, its scale last, and takes what it makes of them.
+pub(super) fn exchange_row(runs: &mut IndexRunsMut<'_>, head: usize, row: u32, work: impl FnOnce(&mut [u32])) {
+    let geometry = *runs.geometry();
+    assert!((row as usize) < runs.capacity(), "a row past the extents' end");
+    let (extent, token) = (row as usize / geometry.extent_tokens, row as usize % geometry.extent_tokens);
+    let block = token / BLOCK * layout::block_bytes(&geometry);
+    // SAFETY: the row lies below the runs' capacity, and so does its block.
+    let block = unsafe { runs.run_mut(extent, head).add(block) };
+    let at = |word: usize| word * BLOCK + token % BLOCK;
+    let words = layout::words(&geometry) + 1;
+    // SAFETY: words of one lane of a block, and its scale behind them; the runs are borrowed mutably.
+    let mut row: Vec<u32> = (0..words).map(|word| unsafe { block.cast::<u32>().add(at(word)).read() }).collect();
+    work(&mut row);
+    for (word, value) in row.into_iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { block.cast::<u32>().add(at(word)).write(value) };
+    }
+}
+
 /// One rehearsal among those of a call.
 struct Plan<'a> {
     rehearsal: &'a Rehearsal<'a>,

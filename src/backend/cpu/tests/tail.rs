@@ -1,6 +1,7 @@
 //! `blend` and `add_tail` against their definitions.
 
 use super::*;
+use crate::backend::Blend;
 
 #[test]
 fn rows_are_blended() {
@@ -8,17 +9,17 @@ fn rows_are_blended() {
     let (_, b) = backends().next().unwrap();
     for (rows, cols) in [(1, 1), (1, 192), (3, 37)] {
         for factor in [0.0, 1.0, 0.25, -0.5] {
-            let (from, toward, held) =
+            let (begin, toward, held) =
                 (random.normals(rows * cols), random.normals(rows * cols), random.normals(rows * cols));
-            let (x, y) = (buffer(&b, DType::F32, &from), buffer(&b, DType::F32, &toward));
+            let (x, y) = (buffer(&b, DType::F32, &begin), buffer(&b, DType::F32, &toward));
             for given in [true, false] {
                 let mut out = buffer(&b, DType::F32, &held);
-                let before = given.then(|| x.rows(DType::F32, rows, cols));
-                let toward_rows = y.rows(DType::F32, rows, cols);
-                b.blend(&Stream(0), before, toward_rows, factor, out.rows_mut(DType::F32, rows, cols)).unwrap();
+                let from = given.then(|| x.rows(DType::F32, rows, cols));
+                let blend = Blend { from, out: out.rows_mut(DType::F32, rows, cols), factor };
+                b.blend(&Stream(0), blend, y.rows(DType::F32, rows, cols)).unwrap();
                 let got = floats(&b, out.rows(DType::F32, rows, cols));
                 for (i, got) in got.iter().enumerate() {
-                    let a = if given { from[i] } else { held[i] };
+                    let a = if given { begin[i] } else { held[i] };
                     let want = f64::from(a) + f64::from(factor) * (f64::from(toward[i]) - f64::from(a));
                     assert!(
                         (f64::from(*got) - want).abs() < 1e-6,
@@ -38,8 +39,10 @@ fn a_tail_gets_its_part_of_each_head() {
         let (means, attended) = (random.normals(kv_heads * d), random.normals(heads * d));
         let weights: Vec<f32> = (0..heads).map(|head| head as f32 / heads as f32).collect();
         let (means_of, mut out) = (buffer(&b, DType::F32, &means), buffer(&b, DType::F32, &attended));
-        let into = out.rows_mut(DType::F32, 1, heads * d);
-        b.add_tail(&Stream(0), means_of.rows(DType::F32, 1, kv_heads * d), &weights, into).unwrap();
+        let weights_of = buffer(&b, DType::F32, &weights);
+        let (means_of, weights_of) =
+            (means_of.rows(DType::F32, 1, kv_heads * d), weights_of.rows(DType::F32, 1, heads));
+        b.add_tail(&Stream(0), means_of, weights_of, out.rows_mut(DType::F32, 1, heads * d)).unwrap();
         let got = floats(&b, out.rows(DType::F32, 1, heads * d));
         for (i, got) in got.iter().enumerate() {
             let (head, weight) = (i / d, f64::from(weights[i / d]));
