@@ -115,6 +115,12 @@ impl Infinigen {
         self.plan.slots(self.held.after(layer, position))
     }
 
+    /// Whether a layer attends all that it will hold with the token at `position`, whether it is rehearsed or not.
+    fn whole(&self, layer: usize, position: usize) -> bool {
+        let (past, after) = (self.held.count(layer, position), self.held.after(layer, position));
+        self.plan.slots(after) == after && self.cache.counts(layer).iter().all(|&count| count as usize == past)
+    }
+
     /// Starts and ends a fetch of `self.moves`, which are of tokens, into the cache.
     fn fetch_now(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
         if !self.moves.is_empty() {
@@ -178,16 +184,14 @@ impl Policy for Infinigen {
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
         let stored = self.stored(layer)?;
-        let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
-        let all_here = self.cache.counts(stored).iter().all(|&count| count as usize == past);
-        let fits = self.plan.slots(after) == after;
-        let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
-        (!(all_here && fits) || watched).then(|| self.plan.lookahead(layer))
+        let watched = self.held.count(stored, position) > 0 && self.held.watches(|rows| self.plan.slots(rows));
+        (!self.whole(stored, position) || watched).then(|| self.plan.lookahead(layer))
     }
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
+        let in_slots = self.plan.attend_cache || self.whole(stored, position);
         let selected = &mut self.selected[stored];
         if self.tail.is_some() {
             // Rows that will give way to this step's misses are among them: few, and used least.
@@ -196,7 +200,7 @@ impl Policy for Infinigen {
             selected.present.resize_with(self.cache.counts(stored).len(), Vec::new);
             for (head, present) in selected.present.iter_mut().enumerate() {
                 present.clear();
-                match self.plan.attend_cache {
+                match in_slots {
                     true => present.extend(self.cache.rows(stored, head)),
                     false => present.extend(always.clone()),
                 }
