@@ -229,6 +229,7 @@ fn the_device_evicts_what_the_host_does() {
         ),
         (Eviction::Fifo, 24, listing(options(12, Rule::Share(0.2))), Payload::Int4, &long.concat()),
         (Eviction::Lru, 18, listing(options(60, Rule::Paper { alpha: 2.0, most: 0.2 })), Payload::Exact, &short),
+        (Eviction::Lru, 18, listing(options(60, Rule::Share(0.2))), Payload::Exact, &short),
         (Eviction::Counter, 20, paper(12, 2.0), Payload::Exact, &short),
     ]
     .into_iter()

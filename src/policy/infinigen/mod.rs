@@ -124,6 +124,12 @@ impl Infinigen {
         self.plan.slots(self.held.after(layer, position))
     }
 
+    /// Whether a layer attends all that it will hold with the token at `position`, whether it is rehearsed or not.
+    fn whole(&self, layer: usize, position: usize) -> bool {
+        let (past, after) = (self.held.count(layer, position), self.held.after(layer, position));
+        self.plan.slots(after) == after && self.cache.counts(layer).iter().all(|&count| count as usize == past)
+    }
+
     fn count_attended(&mut self, attended: u64, held: usize) {
         self.counters.attended += attended;
         self.counters.held += held as u64;
@@ -168,11 +174,8 @@ impl Policy for Infinigen {
         if self.correction_due(stored) {
             return self.may_correct(stored, position).then(|| self.plan.correction(layer));
         }
-        let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
-        let all_here = self.cache.counts(stored).iter().all(|&count| count as usize == past);
-        let fits = self.plan.slots(after) == after;
-        let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
-        (!(all_here && fits) || watched).then(|| self.plan.lookahead(layer))
+        let watched = self.held.count(stored, position) > 0 && self.held.watches(|rows| self.plan.slots(rows));
+        (!self.whole(stored, position) || watched).then(|| self.plan.lookahead(layer))
     }
 
     fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {

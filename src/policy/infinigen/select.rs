@@ -59,7 +59,7 @@ impl Infinigen {
         present.resize_with(self.kv_heads(), Vec::new);
         for (head, present) in present.iter_mut().enumerate() {
             present.clear();
-            if self.plan.attend_cache {
+            if self.plan.attend_cache || self.whole(layer, position) {
                 present.extend(self.cache.rows(layer, head));
             } else {
                 let selected = self.selected[layer].rows.get(head).into_iter().flatten();
