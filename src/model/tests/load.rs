@@ -247,7 +247,8 @@ fn progress_can_cancel() {
             calls += 1;
             calls <= limit
         });
-        let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
+        // One thread, whose every piece of work is told: others may do much before the caller looks.
+        let options = LoadOptions { threads: 1, progress: Some(progress), ..LoadOptions::default() };
         let error = load::decoder(&*checkpoint, &backend(), options).unwrap_err();
         assert_eq!(error.code(), ErrorCode::Cancelled, "{limit}");
     }

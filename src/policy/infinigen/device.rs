@@ -250,6 +250,9 @@ impl Policy for OnDevice {
             return self.prompt.land(step, layer, &mut self.store);
         }
         self.counters.held += (self.kv_heads() * (step.position + 1)) as u64;
+        if let Some(trace) = &mut self.trace {
+            trace.landed(layer);
+        }
         Ok(())
     }
 

@@ -10,6 +10,8 @@ pub(super) struct Traced {
     /// The token whose lists the device has, and what its layers could select: of the model, of the store, candidates.
     position: usize,
     rehearsed: Vec<(usize, usize, usize)>,
+    /// Layers of the store that have attended what they selected: the others are not written.
+    landed: Vec<usize>,
 }
 
 impl Traced {
@@ -18,7 +20,7 @@ impl Traced {
         let Some(path) = &options.trace else { return Ok(None) };
         let (layers, kv_heads) = (setting.geometry.layers, setting.geometry.kv_heads);
         let writer = TraceWriter::create(path, layers, kv_heads)?;
-        Ok(Some(Traced { writer, kv_heads, position: 0, rehearsed: Vec::new() }))
+        Ok(Some(Traced { writer, kv_heads, position: 0, rehearsed: Vec::new(), landed: Vec::new() }))
     }
 
     /// The device selects for `layer` of the store, of which `candidates` rows hold tokens.
@@ -27,9 +29,16 @@ impl Traced {
         self.rehearsed.push((step.layer, layer, candidates));
     }
 
+    /// The layer of the store attends what the device has selected for it.
+    pub(super) fn landed(&mut self, layer: usize) {
+        self.landed.push(layer);
+    }
+
     /// Writes down what the device has selected since the last call. After an error it is forgotten.
     pub(super) fn write(&mut self, step: &Step<'_>, cache: &DeviceCache, pool: Option<&DevicePool>) -> Result<()> {
-        let rehearsed = std::mem::take(&mut self.rehearsed);
+        let landed = std::mem::take(&mut self.landed);
+        let mut rehearsed = std::mem::take(&mut self.rehearsed);
+        rehearsed.retain(|(_, layer, _)| landed.contains(layer));
         if rehearsed.is_empty() {
             return Ok(());
         }
