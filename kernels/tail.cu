@@ -83,7 +83,8 @@ extern "C" __global__ void __launch_bounds__(512) tail_weights(Weights p) {
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < count; i += THREADS) {
         const u32 row = selected[i];
-        if (s.by_list ? !guarded(row) : slots[row] == NONE) here += expf(scores[row] - shift);
+        const bool counted = (by_row || slots[row] != NONE) && (!s.by_list || guarded(row));
+        if (!counted) here += expf(scores[row] - shift);
     }
     here = block_sum(here);
     if (threadIdx.x == 0) s.weights[head] = fmaxf(1.0f - here, 0.0f);

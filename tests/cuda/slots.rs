@@ -208,8 +208,9 @@ fn used(shape: &Shape, length: usize, random: &mut Random) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// Sets words to zero that mean nothing: room that is not in use.
+/// Sets words to zero that mean nothing: room that is not in use. Without what is attended by list, where addresses are.
 fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
+    words.truncate(shape.lists_end());
     for table in 0..shape.tables() {
         let count = words[shape.count_at(table)] as usize;
         let changes = words[shape.header_at(table) + Header::Changes as usize] as usize;

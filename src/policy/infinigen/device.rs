@@ -63,7 +63,7 @@ pub(in crate::policy) struct OnDevice {
 impl OnDevice {
     pub(in crate::policy) fn new(options: &PolicyOptions, setting: Setting) -> Result<OnDevice> {
         crate::policy::refuse_window("infinigen", &setting)?;
-        refuse(options)?;
+        refuse(options, setting.backend.selects_on_device())?;
         let plan = Plan::new(options, &setting)?;
         let trace = Traced::create(options, &setting)?;
         let exact = options.payload == Payload::Exact;
@@ -130,11 +130,13 @@ impl OnDevice {
 }
 
 /// Errors where the options ask for what only the host's variant does.
-fn refuse(options: &PolicyOptions) -> Result<()> {
+fn refuse(options: &PolicyOptions, on_device: bool) -> Result<()> {
     let what = if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
     } else if options.infinigen.correct > 0.0 {
         "a correction"
+    } else if on_device && options.eviction != Eviction::Off && options.infinigen.tail && !options.infinigen.attend_cache {
+        "a tail, with eviction, beside a cache that is not attended whole"
     } else {
         return Ok(());
     };
