@@ -135,7 +135,11 @@ fn refuse(options: &PolicyOptions, on_device: bool) -> Result<()> {
         "the file tier"
     } else if options.infinigen.correct > 0.0 {
         "a correction"
-    } else if on_device && options.eviction != Eviction::Off && options.infinigen.tail && !options.infinigen.attend_cache {
+    } else if on_device
+        && options.eviction != Eviction::Off
+        && options.infinigen.tail
+        && !options.infinigen.attend_cache
+    {
         "a tail, with eviction, beside a cache that is not attended whole"
     } else {
         return Ok(());
