@@ -186,8 +186,8 @@ int main(void) {
   TEST_OPTIONS(kva_sampling_options_init, sampling, kva_sampling_options, sizeof(kva_sampling_options), sample(session));
   TEST_OPTIONS(kva_generate_options_init, generate, kva_generate_options, sizeof(kva_generate_options),
                generate(session));
-  TEST_RESULT(kva_model_info, sizeof(kva_model_info), kva_model_get_info(model, &room.info));
-  TEST_RESULT(kva_estimate, sizeof(kva_estimate), kva_model_estimate(model, NULL, 1, &room.estimate));
+  TEST_RESULT(kva_model_info, offsetof(kva_model_info, weight_storage), kva_model_get_info(model, &room.info));
+  TEST_RESULT(kva_estimate, offsetof(kva_estimate, scratch_pinned_bytes), kva_model_estimate(model, NULL, 1, &room.estimate));
   TEST_RESULT(kva_statistics, FIRST_STATISTICS, kva_session_get_statistics(session, &room.statistics));
   TEST_RESULT(kva_generate_result, sizeof(kva_generate_result), generate_result(session));
   nested_sampling_options(session);

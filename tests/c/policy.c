@@ -75,7 +75,10 @@ static void names(void) {
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.mode, KVA_INFINIGEN_PAPER, "infinigen.mode");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.basis, KVA_INDEX_PLAIN, "infinigen.basis");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.predictor, KVA_PREDICTOR_EXACT, "infinigen.predictor");
-  TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_RANDOM, "infinigen.rule");
+  for (int32_t rule = 0; rule <= KVA_RULE_RANDOM; rule++) ACCEPTED(KVA_POLICY_INFINIGEN, infinigen.rule, rule);
+  REFUSED(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_REPLAY, "replay names none");
+  REFUSED(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_REPLAY + 1, "infinigen.rule");
+  REFUSED(KVA_POLICY_INFINIGEN, infinigen.rule, -1, "-1");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.attend_cache, 2, "attend_cache is 2");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.tail, 2, "tail is 2");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.reserved, 1, "reserved is 1");

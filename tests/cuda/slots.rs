@@ -300,7 +300,7 @@ fn admit(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, kv: &
     for (i, s) in sequences.iter_mut().enumerate() {
         let own = rows.row_range(i, 1);
         let [a, b] = &mut s.means;
-        let (from, out) = if at.step % 2 == 0 { (&*a, b) } else { (&*b, a) };
+        let (from, out) = if at.step.is_multiple_of(2) { (&*a, b) } else { (&*b, a) };
         let from = from.rows(DType::F32, LAYERS, width).row_range(layer, 1);
         let out = out.rows_mut(DType::F32, LAYERS, width).row_range(layer, 1);
         // The first sequence goes on from what is there.
@@ -418,7 +418,8 @@ fn steps_leave_what_the_cpu_leaves() {
                     if i == LISTS {
                         let (got, want) = (lists(&shape.slots, &a.words(cuda)), lists(&shape.slots, &b.words(cpu)));
                         assert_eq!(got, want, "{case}: what is listed");
-                        let least = 12 + usize::from(step % 5 != 0);
+                        // With eviction a guarded token may have lost its slot in a call that was undone.
+                        let least = if shape.rule.is_some() { 1 } else { 12 + usize::from(step % 5 != 0) };
                         assert!(got.iter().all(|list| list.len() >= least && list.is_sorted()), "{case}: {got:?}");
                     }
                     for (a, b) in a.means.iter().zip(&b.means) {

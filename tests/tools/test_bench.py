@@ -123,7 +123,7 @@ class BenchTest(CommonTests, ToolTest):
         self.wrong("--model", MODEL, "--context", "8,9", "--timeline", "x.json", says="--timeline is of one step")
         with tempfile.TemporaryDirectory() as folder:
             self.wrong("--model", MODEL, "--device", "cpu", "--timeline", Path(folder) / "x.json",
-                       says="does not measure its operations", status=1)
+                       "--context", "8", "--gen", "2", says="does not measure its operations", status=1)
         self.wrong("--model", MODEL, "--policy", "infinigen", "--replay", "/nowhere/trace", "--context", "8",
                    says="/nowhere/trace", status=1)
         self.wrong("--model", MODEL, "--context", "8", "--json", "/nowhere/x.json", says="/nowhere/x.json: cannot create it", status=1)

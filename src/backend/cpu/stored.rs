@@ -118,9 +118,7 @@ unsafe fn look_up<S: Simd>(s: S, tables: [S::V; Blocks::ROWS], words: *const u32
 #[inline(always)]
 fn all<V: Copy, const N: usize>(rows: [[V; 2]; Blocks::ROWS]) -> [[V; 2]; N] {
     let mut out = [rows[0]; N];
-    for j in 1..N {
-        out[j] = rows[j];
-    }
+    out[1..N].copy_from_slice(&rows[1..N]);
     out
 }
 
