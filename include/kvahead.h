@@ -737,8 +737,8 @@ typedef struct {
   float select_renewed;
   /**
    * 1: attend also one entry that stands for everything else: its value is the mean of all, its weight what speculation
-   * gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`, and not on
-   * a GPU yet. Default: 1; paper: 0.
+   * gives to the entries that are not attended; 0: as if they were not there. Not used with
+   * `KVA_RULE_PAPER`. Default: 1; paper: 0.
    */
   uint32_t tail;
   /**

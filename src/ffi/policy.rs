@@ -148,8 +148,8 @@ pub struct kva_infinigen_options {
     /// `KVA_RULE_RANDOM`: how many of the selected tokens are others in the next step, as a share of them. Default: 1.
     pub select_renewed: f32,
     /// 1: attend also one entry that stands for everything else: its value is the mean of all, its weight what speculation
-    /// gives to the entries that are not attended; 0: as if they were not there. Not used with `KVA_RULE_PAPER`, and not on
-    /// a GPU yet. Default: 1; paper: 0.
+    /// gives to the entries that are not attended; 0: as if they were not there. Not used with
+    /// `KVA_RULE_PAPER`. Default: 1; paper: 0.
     pub tail: u32,
     /// Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
     /// the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none. Not
