@@ -24,6 +24,8 @@ pub struct Work<'a> {
     pub sequences: usize,
     /// Tokens that each of them holds at most.
     pub tokens: usize,
+    /// Tokens of an extent.
+    pub extent_tokens: usize,
     /// Rows that one decoded token attends in a layer, at most.
     pub attended: usize,
     /// Rows whose attention is ranked at once, 0 for none.

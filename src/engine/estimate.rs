@@ -40,6 +40,7 @@ impl Estimate {
             rows,
             sequences: sessions,
             tokens: capacity,
+            extent_tokens: geometry.extent_tokens,
             attended: effort.attended,
             ranked: effort.ranked,
             index: effort.index,

@@ -5,15 +5,16 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use kvahead::backend::{AttentionShape, DType, KvRuns, Rows, RowsMut, Visible};
+use kvahead::backend::{AttentionShape, DType, Rows};
 use kvahead::engine::{Model, ModelOptions, Session, SessionOptions, decode_batch};
 use kvahead::kv::{FileOptions, KvTier, Payload};
 use kvahead::policy::{
-    self, Ahead, Budget, IndexBasis, InfinigenOptions, KvCounters, Lookahead, Phase, Policy, PolicyKind, PolicyOptions,
-    Predictor, Record, Rule, Step, TierBytes, TraceReader,
+    self, Budget, IndexBasis, InfinigenOptions, KvCounters, Phase, PolicyKind, PolicyOptions, Predictor, Record, Rule,
+    Step, TraceReader,
 };
 use kvahead::{Error, ErrorCode, Result};
 
+use crate::around::{Around, Watch};
 use crate::common::{data, load};
 
 const SINKS: usize = 2;
@@ -74,7 +75,6 @@ type Log = HashMap<(usize, usize), Seen>;
 
 /// Notes what goes into a policy and what comes out.
 struct Watching {
-    inner: Box<dyn Policy>,
     log: Arc<Mutex<Log>>,
 }
 
@@ -84,63 +84,33 @@ fn floats(step: &Step<'_>, rows: Rows<'_>) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_ne_bytes(b.try_into().unwrap())).collect()
 }
 
-impl Policy for Watching {
-    fn reserve(&mut self, length: usize) -> Result<()> {
-        self.inner.reserve(length)
+impl Watching {
+    fn note(&self, step: &Step<'_>, what: impl FnOnce(&mut Seen)) {
+        what(self.log.lock().unwrap().entry((step.position, step.layer)).or_default());
     }
-    fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.prefetch(step)
-    }
-    fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
-        self.inner.lookahead(layer, position)
-    }
-    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
-        self.inner.rehearsal(layer, position)
-    }
-    fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.rehearsed(step)
-    }
-    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
+}
+
+impl Watch for Watching {
+    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) {
         for i in 0..keys.rows() {
             let mut log = self.log.lock().unwrap();
             let seen = log.entry((step.position + i, step.layer)).or_default();
             (seen.keys, seen.values) = (floats(step, keys.row_range(i, 1)), floats(step, values.row_range(i, 1)));
         }
-        self.inner.append(step, keys, values)
     }
-    fn land(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.land(step)
+
+    fn complete(&mut self, step: &Step<'_>, attended: Rows<'_>) {
+        self.note(step, |seen| seen.attended[0] = floats(step, attended));
     }
-    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
-        self.inner.attended(step)
+
+    fn completed(&mut self, step: &Step<'_>, attended: Rows<'_>) {
+        self.note(step, |seen| seen.attended[1] = floats(step, attended));
     }
-    fn complete(&mut self, step: &Step<'_>, mut attended: RowsMut<'_>) -> Result<()> {
-        let before = floats(step, attended.as_rows());
-        self.inner.complete(step, attended.reborrow())?;
-        let both = [before, floats(step, attended.as_rows())];
-        self.log.lock().unwrap().entry((step.position, step.layer)).or_default().attended = both;
-        Ok(())
-    }
-    fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) -> Result<()> {
+
+    fn observe(&mut self, step: &Step<'_>, _: &AttentionShape, queries: Rows<'_>) {
         if step.phase == Phase::Decode {
-            self.log.lock().unwrap().entry((step.position, step.layer)).or_default().queries = floats(step, queries);
+            self.note(step, |seen| seen.queries = floats(step, queries));
         }
-        self.inner.observe(step, shape, queries)
-    }
-    fn commit(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.commit(step)
-    }
-    fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.inner.roll_back(step, length)
-    }
-    fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.inner.truncate(step, length)
-    }
-    fn bytes(&self) -> TierBytes {
-        self.inner.bytes()
-    }
-    fn counters(&self) -> KvCounters {
-        self.inner.counters()
     }
 }
 
@@ -280,7 +250,7 @@ fn watch(model: &Model, policy: &PolicyOptions) -> (Log, HashMap<(usize, usize, 
     let policy = PolicyOptions { trace: Some(folder.path().join("trace")), ..policy.clone() };
     let log = Arc::new(Mutex::new(Log::new()));
     let mut session = Session::with_policy(model, &options(&policy), |setting| {
-        Ok(Box::new(Watching { inner: policy::create(&policy, setting)?, log: log.clone() }))
+        Ok(Around::boxed(policy::create(&policy, setting)?, Watching { log: log.clone() }))
     })
     .unwrap();
     run(&mut session, &text(0));

@@ -258,7 +258,7 @@ fn a_step_that_fails_leaves_the_session_as_it_was() {
         let expected = run(&mut session(&model, &policy), tokens);
         let left = Arc::new(AtomicUsize::new(0));
         let mut failing = Session::with_policy(&model, &options(&policy), |setting| {
-            Ok(Box::new(Failing { inner: policy::create(&policy, setting)?, left: left.clone() }))
+            Ok(Failing::around(policy::create(&policy, setting)?, &left))
         })
         .unwrap();
         let mut failures = 0;
@@ -359,7 +359,7 @@ fn a_batch_without_room_leaves_every_session_as_it_was() {
         .map(|(i, policy)| {
             Session::with_policy(&model, &options(policy), |setting| {
                 let inner = policy::create(policy, setting)?;
-                Ok(if i == 4 { Box::new(Failing { inner, left: left.clone() }) } else { inner })
+                Ok(if i == 4 { Failing::around(inner, &left) } else { inner })
             })
             .unwrap()
         })

@@ -6,15 +6,16 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use kvahead::backend::{AttentionShape, DType, KvRuns, Rows, Visible};
+use kvahead::backend::{DType, KvRuns, Rows, Visible};
 use kvahead::engine::{Model, ModelOptions, Session, SessionOptions, decode_batch};
 use kvahead::kv::{Eviction, FileOptions, KvTier, Payload, SequenceKv};
 use kvahead::policy::{
-    self, Ahead, Budget, InfinigenMode, InfinigenOptions, KvCounters, Lookahead, Phase, Policy, PolicyKind,
-    PolicyOptions, Predictor, Record, Rule, Setting, Step, TierBytes, TraceReader,
+    self, Budget, InfinigenMode, InfinigenOptions, KvCounters, Phase, Policy, PolicyKind, PolicyOptions, Predictor,
+    Record, Rule, Setting, Step, TierBytes, TraceReader,
 };
 use kvahead::{Error, ErrorCode, Result};
 
+use crate::around::{Around, Watch};
 use crate::common::{data, load, relative_error};
 use crate::failing::Failing;
 
@@ -114,7 +115,6 @@ struct Log {
 
 /// Notes what a policy attends when it decodes.
 struct Watching {
-    inner: Box<dyn Policy>,
     log: Arc<Mutex<Log>>,
     kv_heads: usize,
 }
@@ -127,23 +127,8 @@ fn bytes(rows: &Rows<'_>, row: usize, from: usize, count: usize) -> Vec<u8> {
     part.to_vec()
 }
 
-impl Policy for Watching {
-    fn reserve(&mut self, length: usize) -> Result<()> {
-        self.inner.reserve(length)
-    }
-    fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.prefetch(step)
-    }
-    fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
-        self.inner.lookahead(layer, position)
-    }
-    fn rehearsal(&mut self, layer: usize, position: usize) -> Option<Ahead<'_>> {
-        self.inner.rehearsal(layer, position)
-    }
-    fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.rehearsed(step)
-    }
-    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
+impl Watch for Watching {
+    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) {
         let d = keys.cols() / self.kv_heads;
         let mut log = self.log.lock().unwrap();
         for i in 0..keys.rows() {
@@ -153,14 +138,9 @@ impl Policy for Watching {
                 assert!(before.is_none_or(|token| token as usize == step.position + i), "two tokens look the same");
             }
         }
-        drop(log);
-        self.inner.append(step, keys, values)
     }
-    fn land(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.land(step)
-    }
-    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
-        let (runs, visible) = self.inner.attended(step);
+
+    fn attended(&self, step: &Step<'_>, runs: &KvRuns<'_>, visible: &Visible<'_>) {
         if step.phase == Phase::Decode {
             let (geometry, mut log) = (*runs.geometry(), self.log.lock().unwrap());
             let sets = (0..geometry.kv_heads).map(|head| {
@@ -193,28 +173,6 @@ impl Policy for Watching {
             let sets = sets.collect();
             log.attended.insert((step.position, step.layer), sets);
         }
-        (runs, visible)
-    }
-    fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) -> Result<()> {
-        self.inner.observe(step, shape, queries)
-    }
-    fn commit(&mut self, step: &Step<'_>) -> Result<()> {
-        self.inner.commit(step)
-    }
-    fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.inner.roll_back(step, length)
-    }
-    fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.inner.truncate(step, length)
-    }
-    fn prefills(&self, position: usize, tokens: usize) -> usize {
-        self.inner.prefills(position, tokens)
-    }
-    fn bytes(&self) -> TierBytes {
-        self.inner.bytes()
-    }
-    fn counters(&self) -> KvCounters {
-        self.inner.counters()
     }
 }
 
@@ -229,11 +187,13 @@ struct Outcome {
 fn watch(chooser: Chooser, model: &Model, policy: &PolicyOptions, tokens: &[u32], calls: &[usize]) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
     let trace = folder.path().join("trace");
-    let policy = PolicyOptions { trace: Some(trace.clone()), ..policy.clone() };
+    let mut policy = PolicyOptions { trace: Some(trace.clone()), ..policy.clone() };
+    // What is given to the oracle is attended and nothing else.
+    policy.infinigen.tail = false;
     let log = Arc::new(Mutex::new(Log::default()));
     let mut session = Session::with_policy(model, &options(&policy), |setting| {
         let kv_heads = setting.geometry.kv_heads;
-        Ok(Box::new(Watching { inner: create(chooser, &policy, setting)?, log: log.clone(), kv_heads }))
+        Ok(Around::boxed(create(chooser, &policy, setting)?, Watching { log: log.clone(), kv_heads }))
     })
     .unwrap();
     let logits = run(&mut session, tokens, calls);
@@ -502,7 +462,7 @@ fn a_prompt_given_up_brings_every_victim_back() {
             for fail in [7, 60, 170, 300, 419] {
                 let left = Arc::new(AtomicUsize::new(0));
                 let mut failing = Session::with_policy(&model, &options(&policy), |setting| {
-                    Ok(Box::new(Failing { inner: policy::create(&policy, setting)?, left: left.clone() }))
+                    Ok(Failing::around(policy::create(&policy, setting)?, &left))
                 })
                 .unwrap();
                 run(&mut failing, &tokens, &prepare);

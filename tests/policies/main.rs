@@ -1,5 +1,6 @@
 //! Policies: against each other through the engine, against naive ones layer by layer, and one that is not the library's.
 
+mod around;
 #[path = "../common/mod.rs"]
 mod common;
 mod correct;

@@ -4,16 +4,15 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvahead::Result;
-use kvahead::backend::{AttentionShape, DType, KvRuns, Rows, Visible};
+use kvahead::backend::{AttentionShape, DType, Rows};
 use kvahead::engine::{Session, SessionOptions};
-use kvahead::policy::{self, Policy, PolicyOptions, Step, TierBytes};
+use kvahead::policy::{self, PolicyOptions, Step};
 
+use crate::around::{Around, Watch};
 use crate::common::{data, load, real_model};
 
 /// Attends everything, and notes for each KV head the cosine of the queries of neighbouring tokens, the least of its group.
 struct Watching {
-    inner: Box<dyn Policy>,
     from: usize,
     cosines: Arc<Mutex<Vec<f64>>>,
 }
@@ -23,23 +22,14 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
-impl Policy for Watching {
-    fn reserve(&mut self, length: usize) -> Result<()> {
-        self.inner.reserve(length)
-    }
-    fn append(&mut self, step: &Step<'_>, keys: Rows<'_>, values: Rows<'_>) -> Result<()> {
-        self.inner.append(step, keys, values)
-    }
-    fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
-        self.inner.attended(step)
-    }
-    fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) -> Result<()> {
+impl Watch for Watching {
+    fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) {
         if step.position < self.from || step.layer < 2 {
-            return Ok(());
+            return;
         }
         assert_eq!(queries.dtype(), DType::F32);
         let mut bytes = vec![0; queries.rows() * queries.cols() * 4];
-        step.backend.download(step.stream, queries, &mut bytes)?;
+        step.backend.download(step.stream, queries, &mut bytes).unwrap();
         let values: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes(b.try_into().unwrap())).collect();
         let rows: Vec<&[f32]> = values.chunks_exact(queries.cols()).collect();
         let mut cosines = self.cosines.lock().unwrap();
@@ -49,16 +39,6 @@ impl Policy for Watching {
             let group = shape.heads / shape.kv_heads;
             cosines.extend(each.chunks_exact(group).map(|group| group.iter().copied().fold(1.0, f64::min)));
         }
-        Ok(())
-    }
-    fn roll_back(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.inner.roll_back(step, length)
-    }
-    fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
-        self.inner.truncate(step, length)
-    }
-    fn bytes(&self) -> TierBytes {
-        self.inner.bytes()
     }
 }
 
@@ -75,7 +55,7 @@ fn queries_move_from_token_to_token() {
         let options = SessionOptions::default();
         let mut session = Session::with_policy(&model, &options, |setting| {
             let inner = policy::create(&PolicyOptions::default(), setting)?;
-            Ok(Box::new(Watching { inner, from, cosines: cosines.clone() }))
+            Ok(Around::boxed(inner, Watching { from, cosines: cosines.clone() }))
         })
         .unwrap();
         session.prefill(&tokens[..tokens.len().min(8191)]).unwrap();

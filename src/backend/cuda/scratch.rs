@@ -4,21 +4,20 @@ use super::queue::{Queue, Use};
 use super::{Shared, attention, mass, rehearse};
 use crate::backend::{DType, Scratch, Work};
 
-/// Lanes of a step: its own, and the one that fetches.
+/// Lanes of a step: its own, and the second beside it, which finds out what is fetched.
 const MAIN: usize = 0;
-const FETCH: usize = 1;
+const AHEAD: usize = 2;
 
 /// Bytes of parameters, at most, that an operation has for each sequence beside its tables of extents.
 const PARAMETERS: usize = 512;
 
-/// Tokens of an extent, and tables of extents that one operation has for each sequence.
-const EXTENT_TOKENS: usize = 256;
+/// Tables of extents that one operation has for each sequence.
 const TABLES: usize = 3;
 
 /// See `Backend::scratch`.
 pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -> Scratch {
     let Some(work) = work else { return queue.scratch_bytes(&[], 0, false) };
-    let Work { attention: shape, kv, rows, sequences, tokens, attended, ranked, index, products } = work;
+    let Work { attention: shape, kv, rows, sequences, tokens, extent_tokens, attended, ranked, index, products } = work;
     let [partials, counters] = attention::scratch_bytes(shape, *kv, *sequences, *attended);
     let masses = if *ranked == 0 { 0 } else { mass::scratch_bytes(shape, *ranked, *tokens) };
     // Where it was looked for in vain, cuBLAS multiplies nothing.
@@ -30,8 +29,8 @@ pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -
         (MAIN, Use::Partials, partials.max(masses)),
         (MAIN, Use::Counters, counters),
         (MAIN, Use::Converted, converted),
-        (FETCH, Use::Rehearsals, rehearsals),
+        (AHEAD, Use::Rehearsals, rehearsals),
     ];
-    let table = 8 * tokens.div_ceil(EXTENT_TOKENS).next_power_of_two().max(16);
+    let table = 8 * tokens.div_ceil(*extent_tokens).next_power_of_two().max(16);
     queue.scratch_bytes(&wanted, sequences * (TABLES * table + PARAMETERS), true)
 }

@@ -7,11 +7,19 @@ use crate::policy::{PolicyOptions, Record, Setting, Step, TraceWriter};
 pub(super) struct Traced {
     writer: TraceWriter,
     kv_heads: usize,
-    /// The token whose lists the device has, and what its layers could select: of the model, of the store, candidates.
+    /// The token whose lists the device has.
     position: usize,
-    rehearsed: Vec<(usize, usize, usize)>,
-    /// Layers of the store that have attended what they selected: the others are not written.
-    landed: Vec<usize>,
+    rehearsed: Vec<Rehearsed>,
+}
+
+/// A layer that the device has selected for.
+struct Rehearsed {
+    of_model: usize,
+    of_store: usize,
+    /// Rows that held tokens.
+    candidates: usize,
+    /// Whether it has attended what was selected. If not, it is not written.
+    landed: bool,
 }
 
 impl Traced {
@@ -20,31 +28,30 @@ impl Traced {
         let Some(path) = &options.trace else { return Ok(None) };
         let (layers, kv_heads) = (setting.geometry.layers, setting.geometry.kv_heads);
         let writer = TraceWriter::create(path, layers, kv_heads)?;
-        Ok(Some(Traced { writer, kv_heads, position: 0, rehearsed: Vec::new(), landed: Vec::new() }))
+        Ok(Some(Traced { writer, kv_heads, position: 0, rehearsed: Vec::new() }))
     }
 
     /// The device selects for `layer` of the store, of which `candidates` rows hold tokens.
     pub(super) fn rehearsed(&mut self, step: &Step<'_>, layer: usize, candidates: usize) {
         self.position = step.position;
-        self.rehearsed.push((step.layer, layer, candidates));
+        self.rehearsed.push(Rehearsed { of_model: step.layer, of_store: layer, candidates, landed: false });
     }
 
     /// The layer of the store attends what the device has selected for it.
     pub(super) fn landed(&mut self, layer: usize) {
-        self.landed.push(layer);
+        self.rehearsed.iter_mut().filter(|rehearsed| rehearsed.of_store == layer).for_each(|r| r.landed = true);
     }
 
     /// Writes down what the device has selected since the last call. After an error it is forgotten.
     pub(super) fn write(&mut self, step: &Step<'_>, cache: &DeviceCache, pool: Option<&DevicePool>) -> Result<()> {
-        let landed = std::mem::take(&mut self.landed);
         let mut rehearsed = std::mem::take(&mut self.rehearsed);
-        rehearsed.retain(|(_, layer, _)| landed.contains(layer));
+        rehearsed.retain(|rehearsed| rehearsed.landed);
         if rehearsed.is_empty() {
             return Ok(());
         }
         let lists = cache.lists(step.backend, step.stream)?;
         let tokens = pool.map(|pool| pool.tokens(step.backend, step.stream)).transpose()?;
-        for (of_model, layer, candidates) in rehearsed {
+        for Rehearsed { of_model, of_store: layer, candidates, .. } in rehearsed {
             for head in 0..self.kv_heads {
                 // What a token selects stays in its row at least until the token is done.
                 let of_rows = |rows: &mut dyn Iterator<Item = u32>| {
