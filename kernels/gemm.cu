@@ -1,23 +1,10 @@
 // Matrix products for prefill where cuBLAS is not there, and what surrounds cuBLAS where it is.
-#include "common.cuh"
-
-struct Gemm {
-    const float *x;
-    const void *weight;
-    const float *bias;
-    float *out;
-    u64 x_stride;
-    u64 out_stride;
-    u32 depth;
-    u32 outputs;
-    u32 rows;
-    u32 accumulate;
-};
+#include "operands.cuh"
 
 constexpr u32 TILE = 64, DEPTH = 16;
 
 // A block of 256 threads computes 64 rows × 64 outputs, each thread 4 × 4 of them.
-template <class T> __device__ void gemm(const Gemm &p) {
+template <class T> __device__ void gemm(const Operands &p) {
     __shared__ float x[DEPTH][TILE + 4], w[DEPTH][TILE + 4];
     const u32 row = blockIdx.y * TILE, output = blockIdx.x * TILE;
     const u32 across = threadIdx.x % 16, down = threadIdx.x / 16;
@@ -59,9 +46,9 @@ template <class T> __device__ void gemm(const Gemm &p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) gemm_f32(Gemm p) { gemm<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) gemm_f16(Gemm p) { gemm<f16>(p); }
-extern "C" __global__ void __launch_bounds__(256) gemm_bf16(Gemm p) { gemm<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(256) gemm_f32(Operands p) { gemm<float>(p); }
+extern "C" __global__ void __launch_bounds__(256) gemm_f16(Operands p) { gemm<f16>(p); }
+extern "C" __global__ void __launch_bounds__(256) gemm_bf16(Operands p) { gemm<bf16>(p); }
 
 struct Convert {
     const float *x;

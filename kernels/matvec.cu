@@ -2,20 +2,10 @@
 //
 // A warp computes R outputs of M rows. Lane l takes the vectors l, l + 32, … of the depth in order, and one fixed tree
 // adds the lanes; M and R only share loads. So a row's bits depend neither on the rows beside it nor on the tiling.
-#include "common.cuh"
+#include "operands.cuh"
 
-struct Matvec {
-    const float *x;
-    const void *weight;
-    const float *bias;
-    float *out;
-    u64 x_stride;
-    u64 out_stride;
-    u32 depth;
-    u32 outputs;
-    u32 rows;
+struct Matvec : Operands {
     u32 tiles;  // of M rows; consecutive blocks share the weights
-    u32 accumulate;
     u32 unused;
 };
 

@@ -15,20 +15,12 @@
 // are loaded are what two mma take. Weights are the mma's second factor: its registers lie side by side as they come, where
 // those of the first would have to be moved together first, which took more instructions than all else.
 #include "async.cuh"
+#include "operands.cuh"
 
-struct Matvec {
-    const float *x;
-    const bf16 *weight;
-    const float *bias;
-    float *out;
-    u64 x_stride;
-    u64 out_stride;
-    u32 depth;  // a multiple of 8
-    u32 outputs;
-    u32 rows;
+// The depth is a multiple of 8.
+struct Matvec : Operands {
     u32 row_tiles;  // consecutive blocks share the weights
     u32 parts;      // of the outputs
-    u32 accumulate;
 };
 
 constexpr u32 WARPS = 16, THREADS = WARPS * WARP, PIECE = 32, STRIDE = WARPS * PIECE, TERMS = 3;
@@ -101,7 +93,7 @@ template <u32 N, u32 E> struct Product {
     __device__ __forceinline__ void copy(u32 slot) {
         if (next_eight >= end || next_k >= p.depth) return;
         const u32 k = next_k + t * 8, first = next_eight * 8 + g, here = min(chunk, end - next_eight);
-        const bf16 *from = p.weight + u64(first) * p.depth + k;
+        const bf16 *from = static_cast<const bf16 *>(p.weight) + u64(first) * p.depth + k;
         const u32 to = shared_address(room + slot * E * THREADS);
 #pragma unroll
         for (u32 j = 0; j < E; j++) {

@@ -30,7 +30,7 @@ fn options(cache: usize, rule: Rule) -> SessionOptions {
 fn failing(model: &Model, options: &SessionOptions, left: &Arc<AtomicUsize>) -> Session {
     Session::with_policy(model, options, |setting| {
         let inner = policy::create(&options.policy, setting)?;
-        Ok(Failing::around(inner, &left))
+        Ok(Failing::around(inner, left))
     })
     .unwrap()
 }
@@ -53,7 +53,7 @@ fn listing(mut options: SessionOptions) -> SessionOptions {
 fn on_device(model: &Model, options: &SessionOptions, left: &Arc<AtomicUsize>) -> Session {
     Session::with_policy(model, options, |setting| {
         let inner = policy::create_on_device(&options.policy, setting)?;
-        Ok(Failing::around(inner, &left))
+        Ok(Failing::around(inner, left))
     })
     .unwrap()
 }

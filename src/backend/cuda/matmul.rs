@@ -10,7 +10,8 @@ use crate::Result;
 use crate::backend::{DType, Linear, Rows, RowsMut};
 
 plain! {
-    struct Matvec {
+    /// What every product of our own has (`kernels/operands.cuh`).
+    struct Operands {
         x: u64,
         weight: u64,
         bias: u64,
@@ -20,37 +21,19 @@ plain! {
         depth: u32,
         outputs: u32,
         rows: u32,
-        tiles: u32,
         accumulate: u32,
+    }
+
+    struct Matvec {
+        operands: Operands,
+        tiles: u32,
         unused: u32,
     }
 
     struct MatvecMma {
-        x: u64,
-        weight: u64,
-        bias: u64,
-        out: u64,
-        x_stride: u64,
-        out_stride: u64,
-        depth: u32,
-        outputs: u32,
-        rows: u32,
+        operands: Operands,
         row_tiles: u32,
         parts: u32,
-        accumulate: u32,
-    }
-
-    struct Gemm {
-        x: u64,
-        weight: u64,
-        bias: u64,
-        out: u64,
-        x_stride: u64,
-        out_stride: u64,
-        depth: u32,
-        outputs: u32,
-        rows: u32,
-        accumulate: u32,
     }
 
     struct Convert {
@@ -68,6 +51,23 @@ plain! {
         out_stride: u64,
         rows: u32,
         cols: u32,
+    }
+}
+
+impl Operands {
+    fn new(x: &Rows<'_>, weight: &Linear, accumulate: bool, out: &RowsMut<'_>) -> Operands {
+        Operands {
+            x: address(x.base()),
+            weight: address(weight.rows().base()),
+            bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
+            out: address(out.base()),
+            x_stride: x.stride() as u64,
+            out_stride: out.stride() as u64,
+            depth: weight.inputs as u32,
+            outputs: weight.outputs as u32,
+            rows: x.rows() as u32,
+            accumulate: accumulate.into(),
+        }
     }
 }
 
@@ -164,20 +164,7 @@ pub(super) fn decode(
         (Kernel::new(Module::Matvec, SCALAR[index][tile]), WARPS * r, m)
     };
     let tiles = rows.div_ceil(m);
-    let params = Matvec {
-        x: address(x.base()),
-        weight: address(weight.rows().base()),
-        bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
-        out: address(out.base()),
-        x_stride: x.stride() as u64,
-        out_stride: out.stride() as u64,
-        depth: weight.inputs as u32,
-        outputs: outputs as u32,
-        rows: rows as u32,
-        tiles: tiles as u32,
-        accumulate: accumulate.into(),
-        unused: 0,
-    };
+    let params = Matvec { operands: Operands::new(&x, weight, accumulate, &out), tiles: tiles as u32, unused: 0 };
     let grid = [tiles * outputs.div_ceil(outputs_a_block), 1, 1];
     queue.push(shared, kernel, grid, 32 * WARPS, &params)
 }
@@ -206,18 +193,9 @@ fn on_tensor_cores(
         .expect("the smallest fits every device");
     let row_tiles = rows.div_ceil(8 * tile);
     let params = MatvecMma {
-        x: address(x.base()),
-        weight: address(weight.rows().base()),
-        bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
-        out: address(out.base()),
-        x_stride: x.stride() as u64,
-        out_stride: out.stride() as u64,
-        depth: weight.inputs as u32,
-        outputs: outputs as u32,
-        rows: rows as u32,
+        operands: Operands::new(&x, weight, accumulate, &out),
         row_tiles: row_tiles as u32,
         parts: parts as u32,
-        accumulate: accumulate.into(),
     };
     let kernel = Kernel::new(Module::MatvecMma, name).with_shared(mma_shared(tile, at_a_time));
     queue.push(shared, kernel, [parts * row_tiles, 1, 1], MMA_THREADS, &params)
@@ -305,18 +283,7 @@ fn plain_gemm(
     accumulate: bool,
     out: RowsMut<'_>,
 ) -> Result<()> {
-    let params = Gemm {
-        x: address(x.base()),
-        weight: address(weight.rows().base()),
-        bias: weight.bias.as_ref().map_or(0, |bias| address(bias.row().base())),
-        out: address(out.base()),
-        x_stride: x.stride() as u64,
-        out_stride: out.stride() as u64,
-        depth: weight.inputs as u32,
-        outputs: weight.outputs as u32,
-        rows: x.rows() as u32,
-        accumulate: accumulate.into(),
-    };
+    let params = Operands::new(&x, weight, accumulate, &out);
     let name = ["gemm_f32", "gemm_f16", "gemm_bf16"][type_index(weight.dtype)];
     let grid = [weight.outputs.div_ceil(64), x.rows().div_ceil(64), 1];
     queue.push(shared, Kernel::new(Module::Gemm, name), grid, 256, &params)
