@@ -429,7 +429,8 @@ impl<E: Element> Chunk<'_, E> {
         // `values` below padded.
         unsafe {
             let mut i = 0;
-            while whole - i >= 4 * LANES {
+            // Where a vector is two registers of sixteen, four of a head do not fit.
+            while S::WIDE && whole - i >= 4 * LANES {
                 self.values::<S, D, H, 4, P>(s, rows, count, i, values, &weights);
                 i += 4 * LANES;
             }

@@ -219,28 +219,12 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn sums(self, v: [V; LANES]) -> V {
-        let mut out = [0.0f32; LANES];
-        for i in 0..LANES {
-            out[i] = self.sum(v[i]);
-        }
-        self.load_slice(&out)
+        with_proof!(sums(v))
     }
 
     #[inline(always)]
     fn transpose(self, v: [V; LANES]) -> [V; LANES] {
-        let mut lanes = [[0.0f32; LANES]; LANES];
-        for i in 0..LANES {
-            self.store_slice(&mut lanes[i], v[i]);
-        }
-        let mut out = [self.zero(); LANES];
-        for j in 0..LANES {
-            let mut column = [0.0f32; LANES];
-            for i in 0..LANES {
-                column[i] = lanes[i][j];
-            }
-            out[j] = self.load_slice(&column);
-        }
-        out
+        with_proof!(transpose(v))
     }
 
     #[inline(always)]
@@ -255,6 +239,85 @@ impl Simd for Avx2 {
 #[target_feature(enable = "avx2")]
 fn widen_bf16(x: __m128i) -> __m256 {
     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)))
+}
+
+/// [`Simd::sums`], in the order of AVX-512: of each quarter of a vector, then of those.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sums(v: [V; LANES]) -> V {
+    let mut eights = [_mm256_setzero_ps(); 2];
+    for i in 0..2 {
+        let (a, b) = (8 * i, 8 * i + 4);
+        let low = sums_of_halves(
+            sums_of_four(v[a].0, v[a + 1].0, v[a + 2].0, v[a + 3].0),
+            sums_of_four(v[b].0, v[b + 1].0, v[b + 2].0, v[b + 3].0),
+        );
+        let high = sums_of_halves(
+            sums_of_four(v[a].1, v[a + 1].1, v[a + 2].1, v[a + 3].1),
+            sums_of_four(v[b].1, v[b + 1].1, v[b + 2].1, v[b + 3].1),
+        );
+        eights[i] = _mm256_add_ps(low, high);
+    }
+    (eights[0], eights[1])
+}
+
+/// In each half, the sums of its four lanes of each of the four.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sums_of_four(a: __m256, b: __m256, c: __m256, d: __m256) -> __m256 {
+    let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+    _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)))
+}
+
+/// The sum of `a`'s halves, then that of `b`'s.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sums_of_halves(a: __m256, b: __m256) -> __m256 {
+    _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
+}
+
+/// Transposes a 16 × 16 matrix: squares of 8 × 8, of which those beside the diagonal change places.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose(v: [V; LANES]) -> [V; LANES] {
+    let [mut a, mut b, mut c, mut d] = [[_mm256_setzero_ps(); 8]; 4];
+    for i in 0..8 {
+        (a[i], b[i]) = v[i];
+        (c[i], d[i]) = v[8 + i];
+    }
+    let (a, b, c, d) = (transpose_eight(a), transpose_eight(b), transpose_eight(c), transpose_eight(d));
+    let mut out = v;
+    for i in 0..8 {
+        out[i] = (a[i], c[i]);
+        out[8 + i] = (b[i], d[i]);
+    }
+    out
+}
+
+/// Transposes an 8 × 8 matrix: pairs, fours, then halves of a register.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose_eight(v: [__m256; 8]) -> [__m256; 8] {
+    // Register 4 · i + j holds column j, and in its other half 4 + j, of rows 4 · i …
+    let mut fours = v;
+    for i in [0, 4] {
+        let (ab_low, ab_high) = (_mm256_unpacklo_ps(v[i], v[i + 1]), _mm256_unpackhi_ps(v[i], v[i + 1]));
+        let (cd_low, cd_high) = (_mm256_unpacklo_ps(v[i + 2], v[i + 3]), _mm256_unpackhi_ps(v[i + 2], v[i + 3]));
+        let (ab_low, cd_low) = (_mm256_castps_pd(ab_low), _mm256_castps_pd(cd_low));
+        let (ab_high, cd_high) = (_mm256_castps_pd(ab_high), _mm256_castps_pd(cd_high));
+        fours[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
+        fours[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
+        fours[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
+        fours[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
+    }
+    let mut out = v;
+    for j in 0..4 {
+        out[j] = _mm256_permute2f128_ps::<0x20>(fours[j], fours[4 + j]);
+        out[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
+    }
+    out
 }
 
 /// Eight lanes of [`Simd::pick`]: three bits of an index choose in each half of the table, the fourth between them.
