@@ -10,8 +10,12 @@ __device__ __forceinline__ u32 shared_address(const void *p) { return static_cas
 __device__ __forceinline__ void copy_16(u32 to, u64 from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// As above, or zeros (then `from` is not read), of data that is read once: L2 gives it up first, and fetches 128 bytes where some
-// are missing. (A size that the compiler cannot tell for 16 or 0 takes another instruction, a slower one.)
+// As above, or zeros: then `from` is not read.
+__device__ __forceinline__ void copy_16_or_zeros(u32 to, u64 from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+// As that, of data that is read once: L2 gives it up first, and fetches 128 bytes where some are missing. (A size that the
+// compiler cannot tell for 16 or 0 takes another instruction, a slower one.)
 __device__ __forceinline__ void copy_16_of_stream(u32 to, u64 from, bool real) {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

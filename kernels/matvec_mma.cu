@@ -280,7 +280,7 @@ template <u32 N, u32 E> struct Product {
 };
 
 template <u32 N, u32 E> __device__ __forceinline__ void matvec(const Matvec &p) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(128) unsigned char shared[];  // whole sectors, whatever lies before
     Product<N, E>(p, shared).run();
 }
 
