@@ -1,185 +1,296 @@
 // Matrix products for decode with bf16 weights, on tensor cores: up to 24 rows read each weight once.
 //
 // Activations stay f32 in effect: each is the sum of three bf16 numbers, exactly, whose products with a bf16 weight are
-// exact too, and sums are f32. The depth is cut into pieces of 32; sum w of sixteen is that of pieces w, w + 16, …, one
-// after the other, and the sums are added in order. Rows of an mma do not see each other, and all kernels sum in this order:
-// a row's bits depend neither on the rows beside it nor on how many there are.
+// exact too, and sums are f32. The depth is cut into splits, by the matrix alone, and a split into pieces of 32; sum w of
+// eight is that of the split's pieces w, w + 8, …, one after the other. The sums are added in order, then the splits are.
+// Rows of an mma do not see each other, and all kernels sum in this order: a row's bits depend neither on the rows beside it
+// nor on how many there are.
 //
-// A block of sixteen warps for each multiprocessor, a warp for each sum, walks through an equal part of the outputs, some
-// eights of them at a time: as many as registers hold, for they share what a warp takes apart, which costs as much as
-// multiplying. Weights come to shared memory a piece ahead, each 16 bytes copied by the thread that will multiply them; its warps read
-// a KiB of every weight row beside each other.
+// Beside its weights a multiprocessor reads all activations of a tile of outputs, from L2: of 20 rows as many bytes as of 40
+// outputs' weights. So tiles are wide, and where outputs are too few for every multiprocessor to have a wide one, blocks share
+// a tile and split the depth; the last of them to finish adds up.
 //
-// In a piece, lane 4g + t holds eight in a row of the depth from 8t on: weights of output g of each eight, and activations
-// of row g of each eight. Which of them an mma calls its k does not matter, as long as both sides agree; so 16 bytes as they
-// are loaded are what two mma take. Weights are the mma's second factor: its registers lie side by side as they come, where
-// those of the first would have to be moved together first, which took more instructions than all else.
+// Each of a block's eight warps, one for each sum, has a piece of its own in shared memory, by units of 32 outputs. What it has
+// read of a unit it asks for again, of its next piece: so all other units are always on their way, and no warp waits for
+// another before the end of the tile.
+//
+// Weights are the mma's first factor, activations the second. An output's 64 bytes of a piece lie in shared memory as they do in
+// the matrix, but for the order of its four eights of the depth: with it, eight outputs have theirs in different banks. (Sectors of
+// 32 bytes that come to lie otherwise than as one aligned sector cost a fifth of the speed, in two places half of it.)
 #include "async.cuh"
 #include "operands.cuh"
 
-// The depth is a multiple of 8.
+// The depth is a multiple of 8, and activations are aligned to 8 bytes.
 struct Matvec : Operands {
-    u32 row_tiles;  // consecutive blocks share the weights
-    u32 parts;      // of the outputs
+    float *partials;  // where the depth is split: of each tile, split by split
+    u32 *counters;    // splits that have written theirs; zero, and left zero
+    u32 row_tiles;    // consecutive blocks share the weights
+    u32 tiles;        // of outputs
+    u32 splits;       // up to MOST_SPLITS; where there are several, a tile is no wider than the kernel
+    u32 unused;
 };
 
-constexpr u32 WARPS = 16, THREADS = WARPS * WARP, PIECE = 32, STRIDE = WARPS * PIECE, TERMS = 3;
+constexpr u32 WARPS = 8, THREADS = WARPS * WARP, TERMS = 3, MOST_SPLITS = 4;
+constexpr u32 PIECE = 32, EIGHTS = PIECE / 8, STRIDE = WARPS * PIECE;  // of the depth
+constexpr u32 UNIT = 32, OUTPUT_BYTES = PIECE * 2, UNIT_BYTES = UNIT * OUTPUT_BYTES;
 
 // c += a · b: 16 × 16 by 16 × 8, fragments as PTX's mma.m16n8k16 lays them out.
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The first factor of an mma; lane l says where eight of the depth lie of output l % 16, the first or the last eight.
+__device__ __forceinline__ void load_weights(u32 (&a)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(from)
+                 : "memory");
 }
 
 // Takes the bf16 numbers nearest to two floats out of them.
-__device__ __forceinline__ u32 split(float &low, float &high) {
+__device__ __forceinline__ u32 split(float2 &x) {
     u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    low -= __uint_as_float(both << 16);
-    high -= __uint_as_float(both & 0xffff0000u);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(x.y), "f"(x.x));
+    x.x -= __uint_as_float(both << 16);
+    x.y -= __uint_as_float(both & 0xffff0000u);
     return both;
 }
-__device__ __forceinline__ void split(float (&x)[8], u32 (&words)[4]) {
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) words[i] = split(x[2 * i], x[2 * i + 1]);
-}
 
-// Eight activations of a row, zeros where there are none.
-__device__ __forceinline__ void load_activations(const Matvec &p, u32 row, u32 k, float (&x)[8]) {
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) x[i] = 0;
-    if (row < p.rows && k < p.depth) load_floats<8>(p.x + row * p.x_stride + k, x);
-}
-
-// Products of an eight of outputs with two eights of rows; `below` may be zeros.
-__device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&above)[4], const u32 (&below)[4], uint4 weights) {
-    mma(sums, above[0], below[0], above[1], below[1], weights.x, weights.y);
-    mma(sums, above[2], below[2], above[3], below[3], weights.z, weights.w);
-}
-
-__device__ __forceinline__ void store(const Matvec &p, u32 row, u32 output, float y) {
-    if (row >= p.rows || output >= p.outputs) return;
-    float *out = p.out + row * p.out_stride + output;
-    if (p.accumulate) y += *out;
-    *out = p.bias ? y + p.bias[output] : y;
-}
-
-// N eights of rows by up to E eights of outputs at a time.
+// N eights of rows, by up to E units of outputs at a time.
 //
-// grid: parts × tiles of rows.
+// grid: tiles × splits × tiles of rows.
 template <u32 N, u32 E> struct Product {
-    static constexpr u32 PAIRS = (N + 1) / 2;
+    static constexpr u32 WIDTH = E * UNIT, PITCH = WIDTH + 4, SIXTEENS = WIDTH / 16;
     const Matvec &p;
-    uint4 *room;    // 2 × E × THREADS
-    float2 *warps;  // WARPS × E × N × WARP
-    u32 row0, lane, warp, g, t;
-    u32 begin, end, chunk;  // of the block's eights of outputs, and how many it takes at a time
-    u32 next_eight, next_k;
+    u32 ring;       // of this warp, in shared memory
+    float *sums;    // WARPS × 8 × PITCH
+    float *biases;  // WIDTH
+    u32 lane, warp, g, t;
+    u32 row0, row_tile, tile, part;
+    u32 begin, end, width;  // outputs of the tile, and how many the block takes at a time
+    u32 from_k, to_k;       // of the depth, this warp's first piece and the split's end
+    // The piece that is asked for, and of this lane's share of it the next address, how many outputs there are, and whether its
+    // eight of the depth is.
+    u32 next_first, next_k;
+    u64 next;
+    int real_outputs;
+    bool real_depth;
 
-    __device__ __forceinline__ Product(const Matvec &p, uint4 *shared)
-        : p(p), room(shared + threadIdx.x), warps(reinterpret_cast<float2 *>(shared + 2 * E * THREADS)),
-          row0(blockIdx.x % p.row_tiles * 8 * N), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(lane / 4), t(lane % 4) {
-        const u32 part = blockIdx.x / p.row_tiles, eights = (p.outputs + 7) / 8;
-        begin = u32(u64(eights) * part / p.parts);
-        end = u32(u64(eights) * (part + 1) / p.parts);
-        const u32 chunks = (end - begin + E - 1) / E;
-        chunk = chunks ? (end - begin + chunks - 1) / chunks : 1;
-        next_eight = begin;
-        next_k = warp * PIECE;
+    __device__ __forceinline__ Product(const Matvec &p, unsigned char *shared)
+        : p(p), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(lane / 4), t(lane % 4) {
+        ring = shared_address(shared) + warp * E * UNIT_BYTES;
+        sums = reinterpret_cast<float *>(shared + WARPS * E * UNIT_BYTES);
+        biases = sums + WARPS * 8 * PITCH;
+        row_tile = blockIdx.x % p.row_tiles;
+        row0 = row_tile * 8 * N;
+        part = blockIdx.x / p.row_tiles % p.splits;
+        tile = blockIdx.x / p.row_tiles / p.splits;
+        const u32 eights = (p.outputs + 7) / 8, pieces = (p.depth + PIECE - 1) / PIECE;
+        begin = eights * tile / p.tiles * 8;
+        end = min(eights * (tile + 1) / p.tiles * 8, p.outputs);
+        const u32 sixteens = (end - begin + 15) / 16, rounds = max((sixteens + SIXTEENS - 1) / SIXTEENS, 1);
+        width = (sixteens + rounds - 1) / rounds * 16;
+        from_k = (pieces * part / p.splits + warp) * PIECE;
+        to_k = min(pieces * (part + 1) / p.splits * PIECE, p.depth);
+        next_first = begin;
+        next_k = from_k;
+        aim();
     }
 
-    // Asks for this thread's weights of the next piece, if there is one.
-    __device__ __forceinline__ void copy(u32 slot) {
-        if (next_eight >= end || next_k >= p.depth) return;
-        const u32 k = next_k + t * 8, first = next_eight * 8 + g, here = min(chunk, end - next_eight);
-        const bf16 *from = static_cast<const bf16 *>(p.weight) + u64(first) * p.depth + k;
-        const u32 to = shared_address(room + slot * E * THREADS);
+    // A copy is of eight outputs' pieces; lane l has the l % 4th 16 bytes of the l / 4th.
+    __device__ __forceinline__ void aim() {
+        const u32 k = next_k + t * 8;
+        next = reinterpret_cast<u64>(p.weight) + (u64(next_first + g) * p.depth + k) * 2;
+        real_outputs = next_first < end && next_k < to_k ? int(min(width, end - next_first)) - int(g) : 0;
+        real_depth = k < to_k;
+    }
+
+    // Asks for a unit of this warp's next piece, all units in turn. Each is a group, if there is one or not.
+    __device__ __forceinline__ void copy(u32 unit) {
+        const u32 to = ring + unit * UNIT_BYTES + g * OUTPUT_BYTES + (t ^ g / 2) * 16;
 #pragma unroll
-        for (u32 j = 0; j < E; j++) {
-            const bool real = k < p.depth && first + 8 * j < p.outputs;
-            if (j < here) copy_16_or_zeros(to + j * THREADS * 16, reinterpret_cast<u64>(real ? from : p.weight), real);
-            from += 8 * u64(p.depth);
+        for (u32 i = 0; i < UNIT; i += 8) {
+            if (int(unit * UNIT + i) < real_outputs) copy_16_of_stream(to + i * OUTPUT_BYTES, next, real_depth);
+            next += 16 * u64(p.depth);
         }
+        end_group();
+        if (unit + 1 < E) return;
         next_k += STRIDE;
-        if (next_k >= p.depth) {
-            next_k = warp * PIECE;
-            next_eight += chunk;
+        if (next_k >= to_k) {
+            next_k = from_k;
+            next_first += width;
+        }
+        aim();
+    }
+
+    // This lane's activations of a piece, zeros where there are none: of row g of each eight, two of each eight of the depth.
+    __device__ __forceinline__ void load_activations(u32 k, float2 (&x)[N][EIGHTS]) {
+#pragma unroll
+        for (u32 n = 0; n < N; n++) {
+            const u32 row = row0 + 8 * n + g;
+            const float *from = p.x + row * p.x_stride + k + 2 * t;
+#pragma unroll
+            for (u32 e = 0; e < EIGHTS; e++) {
+                const bool real = row < p.rows && k + 8 * e < to_k;
+                x[n][e] = real ? *reinterpret_cast<const float2 *>(from + 8 * e) : make_float2(0, 0);
+            }
         }
     }
 
     __device__ __forceinline__ void run() {
-        copy(0);
-        u32 slot = 0;
+#pragma unroll
+        for (u32 unit = 0; unit < E; unit++) copy(unit);
 #pragma unroll 1
-        for (u32 first = begin; first < end; first += chunk) {
-            float sums[E][PAIRS][4] = {};
-#pragma unroll 1
-            for (u32 k = warp * PIECE; k < p.depth; k += STRIDE) {
-                float x[N][8];
-#pragma unroll
-                for (u32 n = 0; n < N; n++) load_activations(p, row0 + 8 * n + g, k + t * 8, x[n]);
-                wait_for_copies();
-                uint4 weights[E];
-#pragma unroll
-                for (u32 j = 0; j < E; j++) weights[j] = room[(slot * E + j) * THREADS];
-                slot ^= 1;
-                copy(slot);
-#pragma unroll
-                for (u32 term = 0; term < TERMS; term++) {
-                    u32 words[2 * PAIRS][4] = {};
-#pragma unroll
-                    for (u32 n = 0; n < N; n++) split(x[n], words[n]);
-#pragma unroll
-                    for (u32 j = 0; j < E; j++) {  // of those past the chunk, too: what they sum is not stored
-#pragma unroll
-                        for (u32 q = 0; q < PAIRS; q++) multiply(sums[j][q], words[2 * q], words[2 * q + 1], weights[j]);
-                    }
-                }
+        for (u32 first = begin; first < end; first += width) {
+            if (threadIdx.x < WIDTH) {
+                const u32 output = first + threadIdx.x;
+                biases[threadIdx.x] = p.bias && output < end ? p.bias[output] : 0;
             }
-            add_up(first, min(chunk, end - first), sums);
+            float c[SIXTEENS][N][4] = {};
+            multiply(c);
+            add_up(first, c);
         }
     }
 
-    // Adds the warps' sums.
-    __device__ __forceinline__ void add_up(u32 first, u32 here, const float (&sums)[E][PAIRS][4]) {
-#pragma unroll
-        for (u32 j = 0; j < E; j++) {
+    // (Past the outputs that are real, too: what lies there is multiplied faster than left out, and is not stored.)
+    __device__ __forceinline__ void multiply(float (&c)[SIXTEENS][N][4]) {
+        const u32 row = lane % 16, half = lane / 16;
+        float2 x[N][EIGHTS];
+        load_activations(from_k, x);
+#pragma unroll 1
+        for (u32 k = from_k; k < to_k; k += STRIDE) {
+            u32 terms[TERMS][N][EIGHTS];
 #pragma unroll
             for (u32 n = 0; n < N; n++) {
-                const float *c = sums[j][n / 2] + n % 2 * 2;
-                warps[((warp * E + j) * N + n) * WARP + lane] = make_float2(c[0], c[1]);
+#pragma unroll
+                for (u32 e = 0; e < EIGHTS; e++) {
+#pragma unroll
+                    for (u32 term = 0; term < TERMS; term++) terms[term][n][e] = split(x[n][e]);
+                }
+            }
+            load_activations(k + STRIDE, x);
+#pragma unroll
+            for (u32 unit = 0; unit < E; unit++) {
+                wait_for_groups_but<E - 1>();
+                __syncwarp();
+                u32 weights[2][EIGHTS / 2][4];
+#pragma unroll
+                for (u32 s = 0; s < 2; s++) {
+                    const u32 from = ring + unit * UNIT_BYTES + (16 * s + row) * OUTPUT_BYTES;
+#pragma unroll
+                    for (u32 e = 0; e < EIGHTS; e += 2) load_weights(weights[s][e / 2], from + ((e + half) ^ row / 2 % 4) * 16);
+                }
+                __syncwarp();
+                copy(unit);
+#pragma unroll
+                for (u32 e = 0; e < EIGHTS; e += 2) {
+#pragma unroll
+                    for (u32 term = 0; term < TERMS; term++) {
+#pragma unroll
+                        for (u32 s = 0; s < 2; s++) {
+#pragma unroll
+                            for (u32 n = 0; n < N; n++) {
+                                mma(c[2 * unit + s][n], weights[s][e / 2], terms[term][n][e], terms[term][n][e + 1]);
+                            }
+                        }
+                    }
+                }
             }
         }
-        __syncthreads();
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < here * N * WARP; i += THREADS) {
-            float y[2] = {};
+    }
+
+    // Adds the warps' sums, and the splits where this block is the tile's last. Of each eight of rows, warp w then has row w, and
+    // of each unit lane l output l.
+    __device__ __forceinline__ void add_up(u32 first, const float (&c)[SIXTEENS][N][4]) {
+        const u32 here = min(width, end - first);
+        float *partials = p.partials + u64(tile * p.row_tiles + row_tile) * p.splits * (N * 8 * WIDTH) + warp * WIDTH + lane;
+#pragma unroll
+        for (u32 n = 0; n < N; n++) {
+#pragma unroll
+            for (u32 s = 0; s < SIXTEENS; s++) {
+                float *to = sums + (warp * 8 + 2 * t) * PITCH + s * 16 + g;
+                to[0] = c[s][n][0];
+                to[PITCH] = c[s][n][1];
+                to[8] = c[s][n][2];
+                to[PITCH + 8] = c[s][n][3];
+            }
+            __syncthreads();
+            float y[E] = {};
 #pragma unroll
             for (u32 w = 0; w < WARPS; w++) {
-                const float2 c = warps[w * E * N * WARP + i];
-                y[0] += c.x;
-                y[1] += c.y;
+#pragma unroll
+                for (u32 i = 0; i < E; i++) y[i] += sums[(w * 8 + warp) * PITCH + i * UNIT + lane];
             }
-            const u32 row = row0 + i / WARP % N * 8 + g, output = (first + i / WARP / N) * 8 + 2 * t;
-            store(p, row, output, y[0]);
-            store(p, row, output + 1, y[1]);
+            if (p.splits == 1) {
+                store(first, here, n, y);
+            } else if (row0 + 8 * n + warp < p.rows) {
+#pragma unroll
+                for (u32 i = 0; i < E; i++) {
+                    if (i * UNIT + lane < here) partials[(part * N + n) * 8 * WIDTH + i * UNIT] = y[i];
+                }
+            }
+            __syncthreads();
         }
+        if (p.splits == 1 || !is_last()) return;
+        float y[N][E] = {};
+#pragma unroll
+        for (u32 s = 0; s < MOST_SPLITS; s++) {
+#pragma unroll
+            for (u32 n = 0; n < N; n++) {
+#pragma unroll
+                for (u32 i = 0; i < E; i++) {
+                    const bool real = s < p.splits && row0 + 8 * n + warp < p.rows && i * UNIT + lane < here;
+                    y[n][i] += real ? __ldcg(partials + (s * N + n) * 8 * WIDTH + i * UNIT) : 0;
+                }
+            }
+        }
+#pragma unroll
+        for (u32 n = 0; n < N; n++) store(first, here, n, y[n]);
+    }
+
+    // Whether this block's partials are the tile's last; then it sees all of them.
+    __device__ __forceinline__ bool is_last() {
+        __shared__ bool last;
+        __threadfence();
         __syncthreads();
+        u32 *counter = p.counters + tile * p.row_tiles + row_tile;
+        if (threadIdx.x == 0) last = atomicAdd(counter, 1) + 1 == p.splits;
+        __syncthreads();
+        if (!last) return false;
+        __threadfence();
+        if (threadIdx.x == 0) *counter = 0;
+        return true;
+    }
+
+    // What is read is read together: one wait, not one an output.
+    __device__ __forceinline__ void store(u32 first, u32 here, u32 n, const float (&y)[E]) {
+        const u32 row = row0 + 8 * n + warp;
+        if (row >= p.rows) return;
+        float *out = p.out + row * p.out_stride + first + lane;
+        float before[E];
+#pragma unroll
+        for (u32 i = 0; i < E; i++) before[i] = p.accumulate && i * UNIT + lane < here ? out[i * UNIT] : 0;
+#pragma unroll
+        for (u32 i = 0; i < E; i++) {
+            if (i * UNIT + lane < here) out[i * UNIT] = y[i] + before[i] + biases[i * UNIT + lane];
+        }
     }
 };
 
 template <u32 N, u32 E> __device__ __forceinline__ void matvec(const Matvec &p) {
-    extern __shared__ __align__(16) uint4 shared[];
+    extern __shared__ __align__(128) unsigned char shared[];  // whole sectors, whatever lies before
     Product<N, E>(p, shared).run();
 }
 
-// matvec_mma_ROWS_OUTPUTS. (Of 24 rows by 64 outputs, registers do not hold the sums.)
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_8_32(Matvec p) { matvec<1, 4>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_8_40(Matvec p) { matvec<1, 5>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_8_64(Matvec p) { matvec<1, 8>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_16_32(Matvec p) { matvec<2, 4>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_16_40(Matvec p) { matvec<2, 5>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_16_64(Matvec p) { matvec<2, 8>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_24_32(Matvec p) { matvec<3, 4>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_24_40(Matvec p) { matvec<3, 5>(p); }
+// matvec_mma_ROWS_OUTPUTS.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_8_96(Matvec p) { matvec<1, 3>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_8_128(Matvec p) { matvec<1, 4>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_8_160(Matvec p) { matvec<1, 5>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_16_96(Matvec p) { matvec<2, 3>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_16_128(Matvec p) { matvec<2, 4>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_16_160(Matvec p) { matvec<2, 5>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_24_96(Matvec p) { matvec<3, 3>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_24_128(Matvec p) { matvec<3, 4>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) matvec_mma_24_160(Matvec p) { matvec<3, 5>(p); }

@@ -34,6 +34,8 @@ pub struct Work<'a> {
     pub index: Option<IndexGeometry>,
     /// The weights that prompts are multiplied with.
     pub products: &'a [Product],
+    /// The weights that queries are predicted with, beside the step's own operations.
+    pub predictors: &'a [Product],
 }
 
 /// What a product's scratch memory depends on, of its weight.
@@ -41,6 +43,8 @@ pub struct Work<'a> {
 pub struct Product {
     /// Columns of the weight.
     pub inputs: usize,
+    /// Rows of the weight.
+    pub outputs: usize,
     /// Its type.
     pub dtype: DType,
     /// Whether it lies in blocks.

@@ -1,7 +1,8 @@
 //! What a number of sessions of a context length will cost, before anything is allocated.
 
 use crate::Result;
-use crate::backend::{AttentionShape, Product, Scratch, Work};
+use crate::backend::{AttentionShape, Linear, Product, Scratch, Work};
+use crate::model::decoder::Block;
 use crate::policy::{self, TierBytes};
 
 use super::Model;
@@ -27,6 +28,7 @@ impl Estimate {
         let rows = resolved.prefill_chunk.min(capacity);
         let effort = policy::effort(&resolved.policy, geometry, capacity, rows);
         let products = products(model);
+        let predictors = if effort.index.is_some() { predictors(model) } else { Vec::new() };
         let config = model.config();
         let work = Work {
             attention: AttentionShape {
@@ -45,6 +47,7 @@ impl Estimate {
             ranked: effort.ranked,
             index: effort.index,
             products: &products,
+            predictors: &predictors,
         };
         let scratch = model.forward(|forward| {
             let workspace = &mut *forward.workspace;
@@ -74,15 +77,25 @@ impl Model {
 
 /// The weights that a prompt's rows are multiplied with.
 fn products(model: &Model) -> Vec<Product> {
-    let of_block = |block: &crate::model::decoder::Block| {
-        [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down].map(|w| Product {
-            inputs: w.inputs,
-            dtype: w.dtype,
-            in_blocks: w.blocks.is_some(),
-        })
-    };
-    let mut all: Vec<Product> = model.decoder().blocks.iter().flat_map(of_block).collect();
-    all.sort_unstable_by_key(|product| (product.inputs, product.dtype.bytes(), product.in_blocks));
+    let of_block =
+        |block: &Block| [&block.attention.qkv, &block.attention.output, &block.mlp.up, &block.mlp.down].map(product);
+    distinct(model.decoder().blocks.iter().flat_map(of_block))
+}
+
+/// What queries are predicted with: the layers' own weights, or others of their shape.
+fn predictors(model: &Model) -> Vec<Product> {
+    let outputs = model.config().heads * model.config().head_dim;
+    let of_block = |block: &Block| Product { outputs, ..product(&block.attention.qkv) };
+    distinct(model.decoder().blocks.iter().map(of_block))
+}
+
+fn product(weight: &Linear) -> Product {
+    Product { inputs: weight.inputs, outputs: weight.outputs, dtype: weight.dtype, in_blocks: weight.blocks.is_some() }
+}
+
+fn distinct(products: impl Iterator<Item = Product>) -> Vec<Product> {
+    let mut all: Vec<Product> = products.collect();
+    all.sort_unstable_by_key(|product| (product.inputs, product.outputs, product.dtype.bytes(), product.in_blocks));
     all.dedup();
     all
 }

@@ -66,9 +66,13 @@ fn cases() -> Vec<Case> {
 #[test]
 fn decode_products() {
     with_both(|cuda, cpu| {
-        // Few and many outputs a multiprocessor, too, and less depth than a block has warps for.
-        let more = [(1400, 3001), (264, 16390)].into_iter().flat_map(|(d, n)| large(DType::BF16, d, n));
-        for case in cases().into_iter().chain(more) {
+        // Few and many outputs a multiprocessor, too, one and several blocks for the depth of a tile, and less depth than a
+        // block has warps for.
+        let more = [(1400, 3001), (264, 16390), (264, 40010), (2056, 2050), (4104, 1030), (4104, 5001)];
+        let more = more.into_iter().flat_map(|(d, n)| large(DType::BF16, d, n));
+        // And more rows than one launch takes.
+        let many = Case { dtype: DType::BF16, rows: 205, depth: 4104, outputs: 1030, bias: true, accumulate: true };
+        for case in cases().into_iter().chain(more).chain([many]) {
             let got = case.run(cuda, Shape::Decode, false);
             assert_close(&case.name(), &got, &case.run(cpu, Shape::Decode, false), 4e-6);
             assert_same(&case.name(), &case.run(cuda, Shape::Decode, true), &got);

@@ -49,7 +49,7 @@ fn packed<E: Element, R: Runner<E>>(unit: R, rows: usize, inputs: usize, in_bloc
 
 /// Bytes of scratch memory that a product of `rows` rows takes.
 pub(super) fn scratch_bytes(cpu: &CpuBackend, rows: usize, product: &Product) -> usize {
-    let &Product { inputs, dtype, in_blocks } = product;
+    let &Product { inputs, dtype, in_blocks, .. } = product;
     let Packed { a_bytes, own_bytes, .. } =
         for_unit!(cpu.level, dtype, (unit, E) => packed::<E, _>(unit, rows, inputs, in_blocks));
     a_bytes + cpu.pool.threads() * own_bytes

@@ -7,7 +7,7 @@ use super::queue::{Queue, Use};
 use super::slots::GATHER_BLOCKS;
 use super::{Shared, address};
 use crate::Result;
-use crate::backend::{DType, Linear, Rows, RowsMut};
+use crate::backend::{DType, Linear, Product as Weight, Rows, RowsMut};
 
 plain! {
     /// What every product of our own has (`kernels/operands.cuh`).
@@ -32,8 +32,12 @@ plain! {
 
     struct MatvecMma {
         operands: Operands,
+        partials: u64,
+        counters: u64,
         row_tiles: u32,
-        parts: u32,
+        tiles: u32,
+        splits: u32,
+        unused: u32,
     }
 
     struct Convert {
@@ -94,24 +98,33 @@ const SCALAR: [[&str; 2]; 3] = [
     ["matvec_bf16_scalar_1x1", "matvec_bf16_scalar_4x1"],
 ];
 
-/// Kernels on tensor cores (`matvec_mma.cu`), by eights of rows and of outputs that a block takes at a time.
-const MMA_KERNELS: [(usize, usize, &str); 8] = [
-    (1, 4, "matvec_mma_8_32"),
-    (1, 5, "matvec_mma_8_40"),
-    (1, 8, "matvec_mma_8_64"),
-    (2, 4, "matvec_mma_16_32"),
-    (2, 5, "matvec_mma_16_40"),
-    (2, 8, "matvec_mma_16_64"),
-    (3, 4, "matvec_mma_24_32"),
-    (3, 5, "matvec_mma_24_40"),
+/// Kernels on tensor cores (`matvec_mma.cu`), by eights of rows and outputs that a block takes at a time.
+const MMA_KERNELS: [(usize, usize, &str); 9] = [
+    (1, 96, "matvec_mma_8_96"),
+    (1, 128, "matvec_mma_8_128"),
+    (1, 160, "matvec_mma_8_160"),
+    (2, 96, "matvec_mma_16_96"),
+    (2, 128, "matvec_mma_16_128"),
+    (2, 160, "matvec_mma_16_160"),
+    (3, 96, "matvec_mma_24_96"),
+    (3, 128, "matvec_mma_24_128"),
+    (3, 160, "matvec_mma_24_160"),
 ];
 
-/// Threads of their blocks.
-const MMA_THREADS: usize = 512;
+/// Threads of their blocks, and the depth that each of a block's eight warps takes at a time.
+const MMA_THREADS: usize = 256;
+const MMA_PIECE: usize = 32;
 
-/// Bytes of shared memory of a block of such a kernel: two pieces of weights, and sixteen warps' sums.
-const fn mma_shared(rows: usize, outputs: usize) -> usize {
-    2 * outputs * MMA_THREADS * 16 + 16 * outputs * rows * 32 * 8
+/// Blocks, at most, that share a tile of outputs, and pieces that each warp of them has at least.
+const MMA_SPLITS: [usize; 3] = [4, 2, 1];
+const MMA_LEAST_PIECES: usize = 4;
+
+/// Rows of one launch, which bounds what blocks that share a tile write: a multiple of every kernel's.
+const MMA_MOST_ROWS: usize = 192;
+
+/// Bytes of shared memory of a block of such a kernel: eight warps' pieces of weights, their sums of eight rows, and biases.
+const fn mma_shared(outputs: usize) -> usize {
+    8 * outputs * MMA_PIECE * 2 + 8 * 8 * (outputs + 4) * 4 + outputs * 4
 }
 
 /// Elements from which on a matrix goes to tensor cores: smaller ones give every multiprocessor too little to do. (Measured on
@@ -143,9 +156,7 @@ pub(super) fn decode(
         && x.stride().is_multiple_of(4)
         && address(x.base()).is_multiple_of(16);
     let index = type_index(weight.dtype);
-    // By the matrix alone, never by the rows: the two kernels round differently.
-    let large = weight.dtype == DType::BF16 && outputs * weight.inputs >= MMA_LEAST;
-    if vectors && large {
+    if vectors && is_large(weight.dtype, weight.inputs, outputs) {
         return on_tensor_cores(shared, queue, x, weight, accumulate, out);
     }
     let (kernel, outputs_a_block, m) = if vectors {
@@ -169,6 +180,74 @@ pub(super) fn decode(
     queue.push(shared, kernel, grid, 32 * WARPS, &params)
 }
 
+/// How blocks share a product on tensor cores.
+struct MmaPlan {
+    /// The kernel, its rows and its outputs.
+    name: &'static str,
+    rows: usize,
+    outputs: usize,
+    row_tiles: usize,
+    tiles: usize,
+    splits: usize,
+}
+
+impl MmaPlan {
+    fn new(shared: &Shared, inputs: usize, outputs: usize, rows: usize) -> MmaPlan {
+        let fits = |width: usize| mma_shared(width) <= shared.context.shared_bytes;
+        let widest = MMA_KERNELS.iter().map(|kernel| kernel.1).filter(|&width| fits(width)).max();
+        let widest = widest.expect("the smallest fits every device");
+        // A block fills its multiprocessor. A few are left to what copies entries meanwhile: without them, some blocks would
+        // begin when others have ended.
+        let multiprocessors = shared.context.multiprocessors;
+        let blocks = multiprocessors.saturating_sub(GATHER_BLOCKS).max(multiprocessors / 2);
+        let eights = outputs.div_ceil(8);
+        let share = |splits: usize| 8 * eights.div_ceil((blocks / splits).clamp(1, eights));
+        // By the matrix alone, never by the rows, whose bits depend on it.
+        let pieces = inputs.div_ceil(MMA_PIECE);
+        let splits = MMA_SPLITS.into_iter().find(|&splits| {
+            splits == 1 || (share(splits) <= widest && pieces >= splits * MMA_LEAST_PIECES * (MMA_THREADS / 32))
+        });
+        let splits = splits.expect("one is always right");
+        let share = share(splits);
+        // Few tiles of rows, for each reads all weights; then few rounds through a tile; then few outputs that are not there.
+        let &(tile, width, name) = MMA_KERNELS
+            .iter()
+            .filter(|(_, width, _)| fits(*width))
+            .min_by_key(|(tile, width, _)| (rows.div_ceil(8 * tile), *tile, share.div_ceil(*width), *width))
+            .expect("the smallest fits every device");
+        MmaPlan {
+            name,
+            rows: 8 * tile,
+            outputs: width,
+            row_tiles: rows.div_ceil(8 * tile),
+            tiles: (blocks / splits).clamp(1, eights),
+            splits,
+        }
+    }
+
+    /// Bytes of partial sums and of counters.
+    fn scratch_bytes(&self) -> [usize; 2] {
+        if self.splits == 1 {
+            return [0, 0];
+        }
+        let tiles = self.tiles * self.row_tiles;
+        [tiles * self.splits * self.rows * self.outputs * 4, tiles * 4]
+    }
+}
+
+/// Whether a product goes to tensor cores: by the matrix alone, never by the rows, for the two kinds of kernel round
+/// differently.
+fn is_large(dtype: DType, inputs: usize, outputs: usize) -> bool {
+    dtype == DType::BF16 && outputs * inputs >= MMA_LEAST
+}
+
+/// Bytes of partial sums and of counters, at most, of decode's products of up to `rows` rows.
+pub(super) fn scratch_bytes(shared: &Shared, products: &[Weight], rows: usize) -> [usize; 2] {
+    let large = products.iter().filter(|weight| is_large(weight.dtype, weight.inputs, weight.outputs));
+    let plans = large.map(|weight| MmaPlan::new(shared, weight.inputs, weight.outputs, rows.clamp(1, MMA_MOST_ROWS)));
+    plans.map(|plan| plan.scratch_bytes()).fold([0, 0], |most, bytes| [most[0].max(bytes[0]), most[1].max(bytes[1])])
+}
+
 /// See `kernels/matvec_mma.cu`.
 fn on_tensor_cores(
     shared: &Shared,
@@ -178,27 +257,27 @@ fn on_tensor_cores(
     accumulate: bool,
     out: RowsMut<'_>,
 ) -> Result<()> {
-    let (rows, outputs) = (x.rows(), weight.outputs);
-    let eights = outputs.div_ceil(8);
-    // A part fills its multiprocessor. A few are left to what copies entries meanwhile: without them, some parts would
-    // begin when others have ended.
-    let multiprocessors = shared.context.multiprocessors;
-    let parts = multiprocessors.saturating_sub(GATHER_BLOCKS).max(multiprocessors / 2).min(eights);
-    let share = eights.div_ceil(parts);
-    // Few tiles of rows, for each reads all weights; then few rounds through a part; then few outputs that are not there.
-    let &(tile, at_a_time, name) = MMA_KERNELS
-        .iter()
-        .filter(|(tile, at_a_time, _)| mma_shared(*tile, *at_a_time) <= shared.context.shared_bytes)
-        .min_by_key(|(tile, at_a_time, _)| (rows.div_ceil(8 * tile), *tile, share.div_ceil(*at_a_time), *at_a_time))
-        .expect("the smallest fits every device");
-    let row_tiles = rows.div_ceil(8 * tile);
-    let params = MatvecMma {
-        operands: Operands::new(&x, weight, accumulate, &out),
-        row_tiles: row_tiles as u32,
-        parts: parts as u32,
-    };
-    let kernel = Kernel::new(Module::MatvecMma, name).with_shared(mma_shared(tile, at_a_time));
-    queue.push(shared, kernel, [parts * row_tiles, 1, 1], MMA_THREADS, &params)
+    let mut operands = Operands::new(&x, weight, accumulate, &out);
+    for first in (0..x.rows()).step_by(MMA_MOST_ROWS) {
+        let rows = (x.rows() - first).min(MMA_MOST_ROWS);
+        let plan = MmaPlan::new(shared, weight.inputs, weight.outputs, rows);
+        let [partials, counters] = plan.scratch_bytes();
+        operands.rows = rows as u32;
+        let params = MatvecMma {
+            operands,
+            partials: queue.scratch(Use::Partials, partials)?,
+            counters: queue.scratch(Use::Counters, counters)?,
+            row_tiles: plan.row_tiles as u32,
+            tiles: plan.tiles as u32,
+            splits: plan.splits as u32,
+            unused: 0,
+        };
+        let kernel = Kernel::new(Module::MatvecMma, plan.name).with_shared(mma_shared(plan.outputs));
+        queue.push(shared, kernel, [plan.tiles * plan.splits * plan.row_tiles, 1, 1], MMA_THREADS, &params)?;
+        operands.x += 4 * operands.x_stride * rows as u64;
+        operands.out += 4 * operands.out_stride * rows as u64;
+    }
+    Ok(())
 }
 
 /// `out = x · weightᵀ (+ out) + bias`, blocked for arithmetic.

@@ -1,7 +1,7 @@
 //! How much scratch memory the largest steps take, before they run.
 
 use super::queue::{Queue, Use};
-use super::{Shared, attention, mass, rehearse};
+use super::{Shared, attention, mass, matmul, rehearse};
 use crate::backend::{DType, Scratch, Work};
 
 /// Lanes of a step: its own, and the second beside it, which finds out what is fetched.
@@ -17,7 +17,19 @@ const TABLES: usize = 3;
 /// See `Backend::scratch`.
 pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -> Scratch {
     let Some(work) = work else { return queue.scratch_bytes(&[], 0, false) };
-    let Work { attention: shape, kv, rows, sequences, tokens, extent_tokens, attended, ranked, index, products } = work;
+    let Work {
+        attention: shape,
+        kv,
+        rows,
+        sequences,
+        tokens,
+        extent_tokens,
+        attended,
+        ranked,
+        index,
+        products,
+        predictors,
+    } = work;
     let [partials, counters] = attention::scratch_bytes(shape, *kv, *sequences, *attended);
     let masses = if *ranked == 0 { 0 } else { mass::scratch_bytes(shape, *ranked, *tokens) };
     // Where it was looked for in vain, cuBLAS multiplies nothing.
@@ -25,10 +37,14 @@ pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -
     let sixteen = products.iter().filter(|product| product.dtype != DType::F32 && blas);
     let converted = sixteen.map(|product| rows * product.inputs.next_multiple_of(8) * 2).max().unwrap_or(0);
     let rehearsals = index.map_or(0, |index| rehearse::scratch_bytes(*tokens, shape.heads, index.kv_heads, *sequences));
+    let decoded = matmul::scratch_bytes(shared, products, *sequences);
+    let predicted = matmul::scratch_bytes(shared, predictors, *sequences);
     let wanted = [
-        (MAIN, Use::Partials, partials.max(masses)),
-        (MAIN, Use::Counters, counters),
+        (MAIN, Use::Partials, partials.max(masses).max(decoded[0])),
+        (MAIN, Use::Counters, counters.max(decoded[1])),
         (MAIN, Use::Converted, converted),
+        (AHEAD, Use::Partials, predicted[0]),
+        (AHEAD, Use::Counters, predicted[1]),
         (AHEAD, Use::Rehearsals, rehearsals),
     ];
     let table = 8 * tokens.div_ceil(*extent_tokens).next_power_of_two().max(16);
