@@ -178,6 +178,11 @@ fn cases() -> Vec<Case> {
             (5, 1, 20, 3, Some(1), vec![(1, 8), (9, 4)]),
             (1, 1, 64, 128, Some(40), vec![(260, 100)]),
             (8, 8, 8, 256, None, vec![(1, 20000)]),
+            (7, 1, 128, 256, None, vec![(1, 9000), (1, 3), (1, 1024)]),
+            (9, 3, 80, 64, Some(900), vec![(1, 1500), (1, 62)]),
+            (20, 2, 96, 100, None, vec![(1, 700), (1, 2100)]),
+            (5, 1, 256, 256, None, vec![(1, 3000), (1, 100)]),
+            (16, 2, 256, 40, None, vec![(1, 900)]),
         ] {
             cases.push(Case { seed: random.next(), dtype, heads, kv_heads, head_dim, extent_tokens, window, segments });
         }
@@ -204,6 +209,35 @@ fn attention_equals_the_cpu() {
                 row += rows;
             }
             assert_same(&format!("{case:?} apart"), &case.run(cuda, true), &got);
+        }
+    });
+}
+
+/// Queries beyond the range of f16, and some that are next to nothing beside others: with a scale that makes up for it, nothing
+/// of attention changes.
+#[test]
+fn queries_of_any_size() {
+    with_both(|cuda, cpu| {
+        let mut random = Random(53);
+        for dtype in [DType::F16, DType::BF16] {
+            let (heads, kv_heads, head_dim, tokens) = (6, 2, 64, 1000);
+            let geometry = KvGeometry { layers: 2, kv_heads, head_dim, extent_tokens: 64, dtype };
+            let (seed, size) = (random.next(), 3e6);
+            let mut q = random.normals(heads * head_dim);
+            q.iter_mut().for_each(|x| *x *= size);
+            q.iter_mut().step_by(7).for_each(|x| *x *= 1e-7);
+            let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.2 / size, window: None };
+            let run = |rig: &Rig<'_>| {
+                let sequence = Sequence::new(rig, &mut Random(seed), geometry, tokens);
+                let q = rig.buffer(DType::F32, &q);
+                let mut out = rig.poisoned(heads * head_dim);
+                let visible = Visible::Causal;
+                let segment = Segment { row: 0, rows: 1, position: tokens - 1, runs: sequence.runs(), visible };
+                let to = out.rows_mut(DType::F32, 1, heads * head_dim);
+                rig.b.attend(&rig.stream, q.rows(DType::F32, 1, heads * head_dim), &shape, &[segment], to).unwrap();
+                rig.floats(out.rows(DType::F32, 1, heads * head_dim))
+            };
+            assert_close(&format!("{dtype}"), &run(cuda), &run(cpu), 2e-5);
         }
     });
 }

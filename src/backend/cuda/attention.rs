@@ -42,11 +42,11 @@ plain! {
         kv_heads: u32,
         group: u32,
         passes: u32,
-        most_chunks: u32,
+        parts: u32,
+        slots: u32,
         span: u32,
         lanes: u32,
         scale: f32,
-        unused: u32,
     }
 
     struct Prefill {
@@ -68,40 +68,35 @@ plain! {
 /// Widest head that the kernels hold.
 pub(super) const MOST_HEAD_DIM: usize = 256;
 
-/// Threads of a decode block, and the tokens of its longest chunk and span of chunks (`attend_decode.cuh`).
+/// Threads of a decode block, and the partial results that are merged at a time (`attend_decode.cuh`).
 const DECODE_THREADS: usize = 128;
+const RADIX: usize = 16;
+
+/// Of a plain decode block (`attend_decode_plain.cu`), tokens of its longest chunk and span of chunks, and what a thread has on
+/// its way: steps, rows of a step.
 const MOST_CHUNK: usize = 256;
 const MOST_SPAN: usize = 256;
-
-/// Blocks for each multiprocessor that there are still, where a block takes several chunks.
-const SPAN_BLOCKS: usize = 3;
-
-/// Of a decode block, what a thread has on its way: steps, rows of a step.
 const AHEAD: usize = 2;
 const UNROLL: usize = 4;
 
-/// Kernels by query heads that a block takes: 1, 2, 4, 8, and 2 where rows cannot be read 16 bytes at a time.
-const DECODE_F32: [&str; 5] = [
-    "attend_decode_f32_1",
-    "attend_decode_f32_2",
-    "attend_decode_f32_4",
-    "attend_decode_f32_8",
-    "attend_decode_f32_scalar_2",
-];
-const DECODE_F16: [&str; 5] = [
-    "attend_decode_f16_1",
-    "attend_decode_f16_2",
-    "attend_decode_f16_4",
-    "attend_decode_f16_8",
-    "attend_decode_f16_scalar_2",
-];
-const DECODE_BF16: [&str; 5] = [
-    "attend_decode_bf16_1",
-    "attend_decode_bf16_2",
-    "attend_decode_bf16_4",
-    "attend_decode_bf16_8",
-    "attend_decode_bf16_scalar_2",
-];
+/// Plain blocks for each multiprocessor that there are still, where a block takes several chunks.
+const SPAN_BLOCKS: usize = 3;
+
+/// Plain kernels by query heads that a block takes: 1, 2, 4, 8.
+const DECODE_PLAIN: [&str; 4] =
+    ["attend_decode_f32_1", "attend_decode_f32_2", "attend_decode_f32_4", "attend_decode_f32_8"];
+
+/// Decode kernels that use tensor cores, by the head dimension that they go up to.
+const DECODE_MMA_F16: [(usize, &str); 3] =
+    [(64, "attend_decode_mma_f16_64"), (128, "attend_decode_mma_f16_128"), (256, "attend_decode_mma_f16_256")];
+const DECODE_MMA_BF16: [(usize, &str); 3] =
+    [(64, "attend_decode_mma_bf16_64"), (128, "attend_decode_mma_bf16_128"), (256, "attend_decode_mma_bf16_256")];
+
+/// Of a decode block that uses tensor cores (`attend_decode_mma.cuh`): query heads, tokens that its warps take at a time, and
+/// bytes that each of these has on its way.
+const MMA_HEADS: usize = 8;
+const MMA_TOKENS: usize = 64;
+const MMA_BYTES: usize = 16 << 10;
 
 /// Segments of one decode launch: a grid's third dimension.
 const MOST_SEGMENTS: usize = 65535;
@@ -127,15 +122,6 @@ const MMA_BF16: [(usize, &str); 5] = [
     (128, "attend_prefill_mma_bf16_128"),
     (256, "attend_prefill_mma_bf16_256"),
 ];
-
-/// Tokens of a chunk of a sequence that attends `n`; the kernel's `chunk_tokens`.
-fn chunk_tokens(n: usize) -> usize {
-    match n {
-        0..=2048 => 64,
-        2049..=8192 => 128,
-        _ => MOST_CHUNK,
-    }
-}
 
 /// See `Backend::attend`.
 pub(super) fn attend(
@@ -202,24 +188,98 @@ fn attended(shape: &AttentionShape, segment: &Segment<'_>) -> usize {
     }
 }
 
-/// Query heads that a decode block takes at a time, and the columns that a thread reads at a time.
-fn decode_tile(vectors: bool, dtype: DType, group: usize) -> (usize, usize) {
-    match group {
-        _ if !vectors => (2, 1),
-        0..=1 => (1, 16 / dtype.bytes()),
-        2 => (2, 16 / dtype.bytes()),
-        3..=4 => (4, 16 / dtype.bytes()),
-        _ => (8, 16 / dtype.bytes()),
+/// What serves a decode launch.
+struct Decoder {
+    kernel: Kernel,
+    /// Blocks that the query heads of a KV head take.
+    passes: usize,
+    /// Of one that uses tensor cores, chunks that a sequence is cut into, at most; 0 for plain ones.
+    parts: usize,
+    /// Of a plain one, threads that share a row.
+    lanes: usize,
+}
+
+impl Decoder {
+    /// For KV of this type and shape.
+    fn new(shared: &Shared, dtype: DType, shape: &AttentionShape) -> Decoder {
+        let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let (module, kernels) = match dtype {
+            _ if !(d * dtype.bytes()).is_multiple_of(16) => return Decoder::plain(dtype, d, group, 2, 1),
+            DType::F32 => return Decoder::plain(dtype, d, group, group.next_power_of_two().min(8), 4),
+            DType::F16 => (Module::AttendDecodeMmaF16, DECODE_MMA_F16),
+            DType::BF16 => (Module::AttendDecodeMmaBf16, DECODE_MMA_BF16),
+            DType::U32 => unreachable!("keys and values are not u32"),
+        };
+        let &(most, name) = kernels.iter().find(|(most, _)| d <= *most).expect("`attend` has looked");
+        // `Tiles` of the kernel: of each warp some tiles of 16 rows, and the queries where registers do not hold them.
+        let row = 2 * 2 * most;
+        let tiles = (MMA_BYTES / (16 * row)).max(2);
+        let (queries, blocks) = if most <= 128 { (0, 2) } else { (most / 32 * 3 * 512, 1) };
+        let kernel = Kernel::new(module, name).with_shared(DECODE_THREADS / 32 * tiles * 16 * row + queries);
+        let passes = group.div_ceil(MMA_HEADS);
+        // One sequence alone takes the whole device at once: all blocks begin and end together.
+        let parts = (blocks * shared.context.multiprocessors / (shape.kv_heads * passes)).max(1);
+        Decoder { kernel, passes, parts, lanes: 0 }
+    }
+
+    /// A plain one for `tile` query heads, of which a thread reads `width` elements at a time.
+    fn plain(dtype: DType, head_dim: usize, group: usize, tile: usize, width: usize) -> Decoder {
+        let name = match dtype {
+            _ if width > 1 => DECODE_PLAIN[usize::ilog2(tile) as usize],
+            DType::F16 => "attend_decode_f16_scalar",
+            DType::BF16 => "attend_decode_bf16_scalar",
+            _ => "attend_decode_f32_scalar",
+        };
+        let lanes = (head_dim / width).next_power_of_two().min(32);
+        let copies = if width == 1 { 0 } else { AHEAD * UNROLL * DECODE_THREADS * 16 };
+        let sums = DECODE_THREADS / 32 * lanes * width;
+        let shared_bytes = (4 * tile * (head_dim + MOST_CHUNK + sums) + copies).next_multiple_of(16);
+        let kernel = Kernel::new(Module::AttendDecodePlain, name).with_shared(shared_bytes);
+        Decoder { kernel, passes: group.div_ceil(tile), parts: 0, lanes }
+    }
+
+    /// Tokens of a chunk of a sequence that attends `n`.
+    fn chunk_tokens(&self, n: usize) -> usize {
+        match n {
+            // Every so many-th of them, in fact.
+            _ if self.parts > 0 => n.div_ceil(self.parts).next_multiple_of(MMA_TOKENS).max(MMA_TOKENS),
+            0..=2048 => 64,
+            2049..=8192 => 128,
+            _ => MOST_CHUNK,
+        }
+    }
+
+    /// Chunks of a sequence that attends up to `n`: a power of two, so that the launch stays the same for a while as sequences
+    /// grow, or as many as there are at most.
+    fn chunks(&self, n: usize) -> usize {
+        match self.parts {
+            0 => n.div_ceil(self.chunk_tokens(n)).next_power_of_two(),
+            parts => n.div_ceil(MMA_TOKENS).next_power_of_two().min(parts),
+        }
+    }
+
+    /// Partial results of so many chunks, with those that they are merged into.
+    fn slots(chunks: usize) -> usize {
+        std::iter::successors(Some(chunks), |&left| (left > 1).then(|| left.div_ceil(RADIX))).sum()
+    }
+
+    /// Bytes of partial results, and of counters, for `sequences` new tokens.
+    fn scratch_bytes(&self, shape: &AttentionShape, sequences: usize, chunks: usize) -> [usize; 2] {
+        let slots = sequences * Decoder::slots(chunks);
+        [slots * shape.heads * (shape.head_dim + 2) * 4, slots * shape.kv_heads * self.passes * 4]
     }
 }
 
 /// Bytes of partial results, and of counters, for `sequences` new tokens that attend `rows` rows each.
-pub(super) fn scratch_bytes(shape: &AttentionShape, dtype: DType, sequences: usize, rows: usize) -> [usize; 2] {
-    let group = shape.heads / shape.kv_heads;
-    let (tile, _) = decode_tile((shape.head_dim * dtype.bytes()).is_multiple_of(16), dtype, group);
-    let chunks = rows.div_ceil(chunk_tokens(rows)).next_power_of_two();
-    let partials = sequences * shape.heads * chunks * (shape.head_dim + 2) * 4;
-    [partials, sequences * shape.kv_heads * group.div_ceil(tile) * 4]
+pub(super) fn scratch_bytes(
+    shared: &Shared,
+    shape: &AttentionShape,
+    dtype: DType,
+    sequences: usize,
+    rows: usize,
+) -> [usize; 2] {
+    let decoder = Decoder::new(shared, dtype, shape);
+    decoder.scratch_bytes(shape, sequences, decoder.chunks(rows))
 }
 
 /// Sequences with one new token each, of one geometry and layer.
@@ -232,29 +292,22 @@ fn decode(
     out: &RowsMut<'_>,
 ) -> Result<()> {
     let geometry = *segments[0].runs.geometry();
-    let group = shape.heads / shape.kv_heads;
-    let (tile, width) = decode_tile(in_vectors(&geometry), geometry.dtype, group);
-    let (module, names) = match geometry.dtype {
-        DType::F32 => (Module::AttendDecodeF32, DECODE_F32),
-        DType::F16 => (Module::AttendDecodeF16, DECODE_F16),
-        DType::BF16 => (Module::AttendDecodeBf16, DECODE_BF16),
-        DType::U32 => unreachable!("keys and values are not u32"),
+    let decoder = Decoder::new(shared, geometry.dtype, shape);
+    let rows = || segments.iter().map(|s| attended(shape, s));
+    let chunks = rows().map(|n| decoder.chunks(n)).max().unwrap_or(0);
+    let blocks = chunks * shape.kv_heads * decoder.passes * segments.len();
+    let span = match decoder.parts {
+        0 => {
+            let longest = rows().map(|n| decoder.chunk_tokens(n)).max().unwrap_or(MOST_CHUNK);
+            let span = blocks / (SPAN_BLOCKS * shared.context.multiprocessors);
+            // Chunks that are merged together are of one span, or of whole spans.
+            1 << span.clamp(1, MOST_SPAN / longest).min(chunks).ilog2()
+        }
+        _ => 1,
     };
-    let name = match (width, tile) {
-        (1, _) => names[4],
-        (_, tile) => names[usize::ilog2(tile) as usize],
-    };
-    let passes = group.div_ceil(tile);
-    let lanes = (geometry.head_dim / width).next_power_of_two().min(32);
-    // A power of two, so that the launch stays the same for a while as sequences grow.
-    let chunks = segments.iter().map(|s| attended(shape, s)).map(|n| n.div_ceil(chunk_tokens(n))).max().unwrap_or(0);
-    let most_chunks = chunks.next_power_of_two();
-    let longest = segments.iter().map(|s| chunk_tokens(attended(shape, s))).max().unwrap_or(MOST_CHUNK);
-    let blocks = most_chunks * shape.kv_heads * passes * segments.len();
-    let span = (blocks / (SPAN_BLOCKS * shared.context.multiprocessors)).clamp(1, MOST_SPAN / longest).min(most_chunks);
-    let heads = segments.len() * shape.heads;
-    let partials = queue.scratch(Use::Partials, heads * most_chunks * (geometry.head_dim + 2) * 4)?;
-    let counters = queue.scratch(Use::Counters, segments.len() * shape.kv_heads * passes * 4)?;
+    let [partials, counters] = decoder.scratch_bytes(shape, segments.len(), chunks);
+    let partials = queue.scratch(Use::Partials, partials)?;
+    let counters = queue.scratch(Use::Counters, counters)?;
 
     let tables: Vec<Vec<u64>> = segments.iter().map(|s| extent_table(&s.runs)).collect();
     let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>()
@@ -283,25 +336,16 @@ fn decode(
         out_stride: out.stride() as u64,
         runs: runs_of(&segments[0].runs),
         kv_heads: shape.kv_heads as u32,
-        group: group as u32,
-        passes: passes as u32,
-        most_chunks: most_chunks as u32,
+        group: (shape.heads / shape.kv_heads) as u32,
+        passes: decoder.passes as u32,
+        parts: decoder.parts as u32,
+        slots: Decoder::slots(chunks) as u32,
         span: span as u32,
-        lanes: lanes as u32,
+        lanes: decoder.lanes as u32,
         scale: shape.scale,
-        unused: 0,
     };
-    let copies = if width == 1 { 0 } else { AHEAD * UNROLL * DECODE_THREADS * 16 };
-    let sums = DECODE_THREADS / 32 * lanes * width;
-    let shared_bytes = 4 * tile * (geometry.head_dim + MOST_CHUNK + sums) + copies;
-    let kernel = Kernel::new(module, name).with_shared(shared_bytes.next_multiple_of(16));
-    queue.push(
-        shared,
-        kernel,
-        [most_chunks.div_ceil(span), shape.kv_heads * passes, segments.len()],
-        DECODE_THREADS,
-        &params,
-    )
+    let grid = [chunks.div_ceil(span), shape.kv_heads * decoder.passes, segments.len()];
+    queue.push(shared, decoder.kernel, grid, DECODE_THREADS, &params)
 }
 
 const _: () = assert!(size_of::<Listed>() == 4 * SlotGeometry::COUNT);

@@ -33,9 +33,9 @@ macro_rules! modules {
 modules! {
     Activate: "activate";
     AttentionMass: "attention_mass";
-    AttendDecodeF32: "attend_decode_f32";
-    AttendDecodeF16: "attend_decode_f16";
-    AttendDecodeBf16: "attend_decode_bf16";
+    AttendDecodeMmaBf16: "attend_decode_mma_bf16";
+    AttendDecodeMmaF16: "attend_decode_mma_f16";
+    AttendDecodePlain: "attend_decode_plain";
     AttendPrefill: "attend_prefill";
     AttendPrefillMma: "attend_prefill_mma";
     Embed: "embed";

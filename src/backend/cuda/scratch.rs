@@ -30,7 +30,7 @@ pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -
         products,
         predictors,
     } = work;
-    let [partials, counters] = attention::scratch_bytes(shape, *kv, *sequences, *attended);
+    let [partials, counters] = attention::scratch_bytes(shared, shape, *kv, *sequences, *attended);
     let masses = if *ranked == 0 { 0 } else { mass::scratch_bytes(shape, *ranked, *tokens) };
     // Where it was looked for in vain, cuBLAS multiplies nothing.
     let blas = !matches!(*shared.blas.lock(), Some(None));
