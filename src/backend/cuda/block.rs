@@ -22,11 +22,13 @@ pub(super) struct Block {
     sent: usize,
     /// Tables that were put here since the last reset: offset and length in bytes.
     tables: Vec<(usize, usize)>,
+    /// The one behind that which was asked for last: every layer asks for the same ones in the same order.
+    next_table: usize,
 }
 
 impl Block {
     pub(super) const fn new() -> Block {
-        Block { host: Raw::NONE, device: Raw::NONE, used: 0, sent: 0, tables: Vec::new() }
+        Block { host: Raw::NONE, device: Raw::NONE, used: 0, sent: 0, tables: Vec::new(), next_table: 0 }
     }
 
     /// Whether `bytes` more, in up to `pieces` pieces, fit.
@@ -50,6 +52,7 @@ impl Block {
     pub(super) fn reset(&mut self) {
         (self.used, self.sent) = (0, 0);
         self.tables.clear();
+        self.next_table = 0;
     }
 
     /// Bytes of each of the two copies: now, and once an operation has put `bytes` there.
@@ -91,15 +94,18 @@ impl Block {
 
     /// As [`Block::push`] for a table that other operations of the step may have put here before.
     pub(super) fn push_table(&mut self, bytes: &[u8]) -> u64 {
-        for &(at, length) in &self.tables {
+        let same = |&i: &usize| {
+            let (at, length) = self.tables[i];
             // SAFETY: the range was written by `push` and lies inside the pinned allocation.
-            if length == bytes.len() && unsafe { std::slice::from_raw_parts(self.host.host().add(at), length) } == bytes
-            {
-                return self.device.address + at as u64;
-            }
+            length == bytes.len() && unsafe { std::slice::from_raw_parts(self.host.host().add(at), length) } == bytes
+        };
+        if let Some(i) = (self.next_table..self.tables.len()).chain(0..self.next_table).find(same) {
+            self.next_table = i + 1;
+            return self.device.address + self.tables[i].0 as u64;
         }
         let address = self.push(bytes);
         self.tables.push(((address - self.device.address) as usize, bytes.len()));
+        self.next_table = self.tables.len();
         address
     }
 
