@@ -188,6 +188,46 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     }
 }
 
+struct Load {
+    const Tables *tables;
+    const u32 *ranked;  // of each KV head the rows that are not guarded, and others, the best first
+    u64 ranked_stride;
+    u32 ranked_count;
+    u32 length;  // tokens, of which there are as many as slots at least
+};
+
+// grid: KV heads. Fills a table anew, for the end of a prompt: what is guarded, then the best rows. Each slot counts as used
+// later than the next one.
+extern "C" __global__ void __launch_bounds__(512) slots_load(Load p) {
+    __shared__ u32 totals[WARPS];
+    const Tables t = *p.tables;
+    const u32 head = blockIdx.x, tid = threadIdx.x;
+    Table table(t, head);
+    for (u32 row = tid; row < t.rows; row += THREADS) table.slots[row] = NONE;
+    __syncthreads();
+    auto put = [&](u32 slot, u32 row) {
+        table.rows[slot] = row;
+        table.used[slot] = t.limit - slot;
+        table.slots[row] = slot;
+    };
+    const u32 below = min(t.below, p.length), from = min(max(t.from, below), p.length);
+    const u32 always = below + p.length - from;
+    for (u32 i = tid; i < min(always, t.limit); i += THREADS) put(i, i < below ? i : from + i - below);
+    const u32 *ranked = p.ranked + head * p.ranked_stride;
+    for (u32 first = 0, at = always; first < p.ranked_count && at < t.limit; first += THREADS) {
+        const u32 row = first + tid < p.ranked_count ? ranked[first + tid] : NONE;
+        const bool wanted = row >= below && row < from;
+        u32 total;
+        const u32 slot = at + scan(wanted, totals, total);
+        if (wanted && slot < t.limit) put(slot, row);
+        at += total;
+    }
+    if (tid == 0) {
+        table.count = t.limit;  // there are as many, as promised
+        table.header[STEP] = 0;
+    }
+}
+
 // Lists the slots that this step has used and those that are guarded, in ascending order; says how many. By a whole block.
 __device__ u32 list_attended(const Tables &t, const Table &table, const Held &pool, u32 head) {
     __shared__ u32 totals[WARPS];

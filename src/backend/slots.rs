@@ -180,6 +180,13 @@ pub struct Guard {
 }
 
 impl Guard {
+    /// What never gives way of a sequence of `length` tokens: below the first, and from the second on.
+    pub(super) fn ends(&self, length: usize) -> (u32, u32) {
+        let length = length as u32;
+        let below = self.below.min(length);
+        (below, self.from.clamp(below, length))
+    }
+
     /// Whether a row never gives way.
     pub fn protects(&self, row: u32) -> bool {
         row < self.below || row >= self.from

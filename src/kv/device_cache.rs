@@ -1,15 +1,15 @@
 //! A hot cache whose tables lie on the device, so that a step asks the host for nothing.
 //!
-//! Within a step `Backend::prefetch` and `Backend::admit` change the tables. What happens seldom (a prompt that fills the
-//! cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
+//! Within a step `Backend::prefetch` and `Backend::admit` change the tables, and at the end of a prompt `Backend::load_slots`
+//! does. What happens seldom (a few tokens that join a cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
 //! changes them, they go back, and entries are fetched from the store.
 
 use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Move, Place, SlotGeometry, Slots, SlotsMut,
-    Stream,
+    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Move, Place, Rows, SlotGeometry, Slots,
+    SlotsMut, StoredRuns, Stream,
 };
 
 use super::device_saved::Saved;
@@ -217,6 +217,29 @@ impl DeviceCache {
         }
     }
 
+    /// Fills the tables of a layer anew, for a sequence of `length` tokens, and its `slots` slots from `from`, in which row t
+    /// is token t: see [`Backend::load_slots`]. All layers are filled in one step, in their order.
+    #[allow(clippy::too_many_arguments, reason = "each is one thing")]
+    pub fn load(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        (slots, guard): (usize, Guard),
+        length: usize,
+        ranked: Rows<'_>,
+        from: &StoredRuns<'_>,
+    ) -> Result<()> {
+        self.grow(backend, stream)?;
+        self.keep_all(backend, stream)?;
+        backend.load_slots(stream, self.slots_mut(layer, slots, guard).slots, length, ranked)?;
+        self.refill(backend, stream, from, layer)?;
+        // Each slot counts as used in a step of its own.
+        self.step = self.step.max(slots as u32 + 1);
+        self.ready |= layer + 1 == self.geometry.layers;
+        Ok(())
+    }
+
     /// Lets `change` work on the tables of each layer, and fetches what it asks for.
     pub fn edit(
         &mut self,
@@ -241,7 +264,7 @@ impl DeviceCache {
             moves.dedup();
             self.refilled += moves.len() as u64;
             if moves.len() == self.host.counts(layer).iter().map(|&count| count as usize).sum::<usize>() {
-                self.refill(backend, stream, store, layer)?;
+                self.refill(backend, stream, &store.entries(layer), layer)?;
             } else {
                 store.begin_fetch(layer, &moves)?;
                 store.finish_fetch(backend, stream, layer, &mut self.kv.layer_mut(layer))?;
@@ -274,7 +297,7 @@ impl DeviceCache {
         }
         if self.ready && self.saved.is_none() {
             for layer in 0..self.geometry.layers {
-                self.refill(backend, stream, store, layer)?;
+                self.refill(backend, stream, &store.entries(layer), layer)?;
             }
         }
         Ok(())
@@ -294,10 +317,10 @@ impl DeviceCache {
     }
 
     /// Fetches every entry that is in the tables of a layer.
-    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore, layer: usize) -> Result<()> {
+    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, from: &StoredRuns<'_>, layer: usize) -> Result<()> {
         let (tables, geometry) = (&self.tables, self.geometry);
         let slots = Slots { tables, geometry, layer, limit: geometry.slots, by_list: false };
-        backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))
+        backend.refill(stream, slots, from, &mut self.kv.layer_mut(layer))
     }
 
     fn undo_table(&self, words: &mut [u32], table: usize) {

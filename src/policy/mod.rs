@@ -17,6 +17,7 @@ mod full;
 mod h2o;
 mod infinigen;
 mod options;
+mod staged;
 mod tally;
 mod trace;
 mod window;

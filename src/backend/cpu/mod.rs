@@ -23,6 +23,7 @@ mod norm;
 mod payload;
 mod pool;
 mod project;
+mod rank;
 mod rotary;
 mod scratch;
 mod simd;
@@ -38,7 +39,7 @@ mod view;
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation,
-    Rows, RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible, Work,
+    Rows, RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, SlotsMut, StoredRuns, Stream, Visible, Work,
 };
 use crate::{Error, Result};
 use half::bf16;
@@ -462,6 +463,13 @@ impl Backend for CpuBackend {
         attention::mass(self, q, attention, segment, out)
     }
 
+    fn rank(&self, _: &Stream, scores: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_eq!((scores.dtype(), out.dtype(), scores.rows()), (DType::F32, DType::U32, out.rows()));
+        assert!(out.cols() <= scores.cols(), "more columns than there are");
+        rank::rank(self, scores, &out);
+        Ok(())
+    }
+
     fn project_heads(&self, _: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {
         assert_activations!(x, out);
         assert!(maps.kv_heads > 0 && maps.inputs > 0 && maps.outputs > 0);
@@ -594,6 +602,15 @@ impl Backend for CpuBackend {
 
     fn take_back(&self, _: &Stream, lost: Lost<'_>) -> Result<()> {
         evict::take_back(lost);
+        Ok(())
+    }
+
+    fn load_slots(&self, _: &Stream, mut slots: SlotsMut<'_>, length: usize, ranked: Rows<'_>) -> Result<()> {
+        assert_eq!((ranked.dtype(), ranked.rows()), (DType::U32, slots.geometry.kv_heads));
+        assert!(slots.pool.is_none() && slots.limit <= length && length <= slots.geometry.rows, "rows past the end");
+        for head in 0..ranked.rows() {
+            slots::load(&mut slots, head, length, view::row_u32(&ranked, head));
+        }
         Ok(())
     }
 

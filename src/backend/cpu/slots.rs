@@ -187,6 +187,24 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     slot
 }
 
+/// Fills the table of a KV head anew; see `Backend::load_slots`.
+pub(super) fn load(slots: &mut SlotsMut<'_>, head: usize, length: usize, ranked: &[u32]) {
+    let (g, guard, limit) = (slots.geometry, slots.guard, slots.limit);
+    let table = slots.layer * g.kv_heads + head;
+    let words = words_mut(slots.tables, &g);
+    let (below, from) = guard.ends(length);
+    let always = (0..below).chain(from..length as u32);
+    let rows: Vec<u32> = always.chain(ranked.iter().copied().filter(|&row| !guard.protects(row))).take(limit).collect();
+    words[g.slots_at(table)..][..g.rows].fill(SlotGeometry::NONE);
+    for (slot, &row) in rows.iter().enumerate() {
+        words[g.rows_at(table) + slot] = row;
+        words[g.used_at(table) + slot] = (rows.len() - slot) as u32;
+        words[g.slots_at(table) + row as usize] = slot as u32;
+    }
+    words[g.count_at(table)] = rows.len() as u32;
+    words[g.header_at(table) + Header::Step as usize] = 0;
+}
+
 /// Rows, of `rows` rows, that this step will attend whatever it selects, KV head by KV head: those in slots, or those that
 /// are guarded.
 pub(super) fn present(slots: &SlotsMut<'_>, rows: usize) -> Vec<Vec<u32>> {

@@ -20,6 +20,7 @@ mod matmul;
 mod memory;
 mod payload;
 mod queue;
+mod rank;
 mod rehearse;
 mod rowwise;
 mod scratch;
@@ -536,6 +537,13 @@ impl Backend for CudaBackend {
         mass::mass(&self.shared, &mut queue, q, attention, segment, &out)
     }
 
+    fn rank(&self, stream: &Stream, scores: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_eq!((scores.dtype(), out.dtype(), scores.rows()), (DType::F32, DType::U32, out.rows()));
+        assert!(out.cols() <= scores.cols(), "more columns than there are");
+        let (mut queue, _entered) = self.enter(stream)?;
+        rank::rank(&self.shared, &mut queue, scores, &out)
+    }
+
     fn project_heads(&self, stream: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {
         assert_activations!(x, out);
         assert!(maps.kv_heads > 0 && maps.inputs > 0 && maps.outputs > 0);
@@ -651,6 +659,15 @@ impl Backend for CudaBackend {
         evict::assert_pool(lost.tables, lost.lost, &lost.geometry, lost.layer);
         let (mut queue, _entered) = self.enter(stream)?;
         evict::take_back(&self.shared, &mut queue, lost)
+    }
+
+    fn load_slots(&self, stream: &Stream, slots: SlotsMut<'_>, length: usize, ranked: Rows<'_>) -> Result<()> {
+        assert_tables(slots.tables, &slots.geometry, slots.layer);
+        assert_eq!((ranked.dtype(), ranked.rows()), (DType::U32, slots.geometry.kv_heads));
+        assert!(slots.limit <= slots.geometry.slots && slots.limit <= length, "slots past the end");
+        assert!(slots.pool.is_none() && length <= slots.geometry.rows, "rows past the end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        slots::load(&self.shared, &mut queue, &slots, length, ranked)
     }
 
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {

@@ -10,8 +10,8 @@ use super::tail;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{
-    Admission, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, PoolGeometry, Prefetch, Rehearsal, Rows, SlotGeometry,
-    Slots, SlotsMut, StoredRuns,
+    Admission, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, Place, PoolGeometry, Prefetch, Rehearsal, Rows,
+    SlotGeometry, Slots, SlotsMut, StoredRuns,
 };
 
 plain! {
@@ -41,6 +41,14 @@ plain! {
 
     struct Request {
         sequences: u64,
+    }
+
+    struct Load {
+        tables: u64,
+        ranked: u64,
+        ranked_stride: u64,
+        ranked_count: u32,
+        length: u32,
     }
 
     struct Runs {
@@ -105,8 +113,10 @@ plain! {
 const THREADS: usize = 512;
 const GATHER_THREADS: usize = 1024;
 
-/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it.
+/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it. And
+/// blocks where what is copied is on the device, and nothing runs beside.
 pub(super) const GATHER_BLOCKS: usize = 4;
+const REFILL_BLOCKS: usize = 128;
 
 /// Rows that a warp of a gather has in flight (`gather.cu`).
 const IN_FLIGHT: usize = 4;
@@ -249,7 +259,7 @@ pub(super) fn prefetch(
         let (lane, requested) = (queue.lane(), queue.point()?);
         queue.switch(copies);
         queue.wait(requested)?;
-        gather(shared, queue, wanted, &sequences[0].from)?;
+        gather(shared, queue, wanted, &sequences[0].from, GATHER_BLOCKS)?;
         queue.switch(lane);
     }
     Ok(())
@@ -264,7 +274,7 @@ struct Wanted {
 }
 
 /// Copies entries that are stored as those of `like` are, or widens them.
-fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &StoredRuns<'_>) -> Result<()> {
+fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &StoredRuns<'_>, blocks: usize) -> Result<()> {
     let words: usize = wanted.iter().map(|w| w.from.len() + w.to.len() + w.saved.as_ref().map_or(0, Vec::len)).sum();
     queue.reserve(8 * words + size_of::<Gathered>() * wanted.len(), 3 * wanted.len() + 1)?;
     let lists = wanted.iter().map(|Wanted { list, from, to, saved }| {
@@ -303,7 +313,27 @@ fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &Stored
     let rows = if like.payload() == Payload::Exact { 0 } else { GATHER_THREADS / 32 * IN_FLIGHT };
     let kernel =
         Kernel::new(Module::Gather, name).reading(like.place()).with_shared(rows * row_bytes.next_multiple_of(16));
-    queue.push(shared, kernel, [GATHER_BLOCKS, 1, 1], GATHER_THREADS, &params)
+    queue.push(shared, kernel, [blocks, 1, 1], GATHER_THREADS, &params)
+}
+
+/// See `Backend::load_slots`.
+pub(super) fn load(
+    shared: &Shared,
+    queue: &mut Queue,
+    slots: &SlotsMut<'_>,
+    length: usize,
+    ranked: Rows<'_>,
+) -> Result<()> {
+    let tables = tables_of(slots, 0);
+    queue.reserve(size_of::<Tables>(), 1)?;
+    let params = Load {
+        tables: queue.block.push(bytes_of(&[tables])),
+        ranked: address(ranked.base()),
+        ranked_stride: ranked.stride() as u64,
+        ranked_count: ranked.cols() as u32,
+        length: length as u32,
+    };
+    queue.push(shared, Kernel::new(Module::Slots, "slots_load"), [ranked.rows(), 1, 1], THREADS, &params)
 }
 
 /// See `Backend::refill`.
@@ -329,7 +359,8 @@ pub(super) fn refill(
         list_stride: g.table_words() as u64,
     };
     let wanted = Wanted { list, from: stored_table(from), to: write_table(to), saved: None };
-    gather(shared, queue, vec![wanted], from)
+    let blocks = if from.place() == Place::Device { REFILL_BLOCKS } else { GATHER_BLOCKS };
+    gather(shared, queue, vec![wanted], from, blocks)
 }
 
 /// See `Backend::admit`.

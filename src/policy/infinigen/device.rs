@@ -123,6 +123,23 @@ impl OnDevice {
         !(self.plan.attend_cache || self.whole && self.fits(self.held.after(layer, position)))
     }
 
+    /// Fills the cache of a layer with the best of what was ranked at the end of a prompt, while the layer is here.
+    fn load(&mut self, step: &Step<'_>, layer: usize, length: usize) -> Result<()> {
+        let lists = match self.plan.replays() {
+            true => self.prompt.ranked(step)?,
+            false => Vec::new(),
+        };
+        let lists = lists.into_iter().enumerate();
+        let lists: Vec<_> = lists.map(|(head, ranked)| self.plan.first(layer, head, ranked, length)).collect();
+        if !lists.is_empty() {
+            self.prompt.rank_by(step, &lists)?;
+        }
+        let stored = self.store.entries(layer);
+        let from = self.prompt.staged.entries(layer, &self.store).unwrap_or(stored);
+        let room = (self.plan.slots(length), self.plan.guard(length));
+        self.cache.load(step.backend, step.stream, layer, room, length, self.prompt.best(), &from)
+    }
+
     /// Writes down what the last token has selected, where that is asked for.
     fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
         self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache, self.pool.as_ref()))
@@ -156,7 +173,7 @@ impl Policy for OnDevice {
         if let Some(pool) = &mut self.pool {
             pool.begin();
         }
-        self.prompt.begin();
+        self.prompt.begin(self.held.begun_tokens());
         if let Some(tail) = &mut self.tail {
             tail.begin();
         }
@@ -169,6 +186,9 @@ impl Policy for OnDevice {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
+        if let (Some(layer), Phase::Prefill { .. }) = (self.stored(step.layer), step.phase) {
+            return self.prompt.prefetch(step, layer, &mut self.store);
+        }
         if step.layer > 0 {
             return Ok(());
         }
@@ -236,7 +256,7 @@ impl Policy for OnDevice {
             return self.admit(step, layer, keys, values);
         }
         self.held.extend(layer, step.rows);
-        self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
+        self.prompt.append(step, layer, keys, values, &mut self.store)?;
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, keys)?;
         }
@@ -253,7 +273,7 @@ impl Policy for OnDevice {
             return Ok(());
         };
         if step.phase != Phase::Decode {
-            return self.prompt.land(step, layer, &mut self.store);
+            return self.prompt.staged.land(step, layer, &mut self.store);
         }
         self.counters.held += (self.kv_heads() * (step.position + 1)) as u64;
         if let Some(trace) = &mut self.trace {
@@ -265,7 +285,9 @@ impl Policy for OnDevice {
     fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
         match self.stored(step.layer) {
             None => (self.resident.layer(step.layer), Visible::Causal),
-            Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
+            Some(layer) if step.phase != Phase::Decode => {
+                (self.prompt.staged.runs(layer, &self.store), Visible::Causal)
+            }
             Some(layer) => {
                 let limit = self.plan.slots(self.held.count(layer, step.position + 1));
                 (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.by_list[layer])))
@@ -280,14 +302,18 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        if !last {
-            return Ok(());
+        if last {
+            let length = step.position + step.rows;
+            if let Some(tail) = &mut self.tail {
+                tail.blend_runs(step, layer, self.prompt.staged.runs(layer, &self.store), length, 1.0)?;
+            }
+            self.prompt.rank(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)?;
+            match self.prompt.recent(length) {
+                Some(_) => self.prompt.keep_ranked(step, layer)?,
+                None => self.load(step, layer, length)?,
+            }
         }
-        let length = step.position + step.rows;
-        if let Some(tail) = &mut self.tail {
-            tail.blend_runs(step, layer, self.prompt.runs(layer, &self.store), length, 1.0)?;
-        }
-        self.prompt.observe(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)
+        self.prompt.staged.attended(step, layer, &self.store)
     }
 
     fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
@@ -311,18 +337,20 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.choose(step)?;
         }
-        let recent = self.prompt.recent(step.position, step.rows);
-        let heads = self.kv_heads();
-        let (plan, prompt) = (&self.plan, &mut self.prompt);
-        self.cache.keep(step.backend, step.stream)?;
-        self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
-            for head in 0..heads {
-                prompt::fill(cache, plan, (layer, head), prompt.take_ranked(layer, head), recent, length, moves);
-            }
-        })?;
-        self.whole = match recent {
-            Some(_) => self.whole && self.fits(length),
+        self.whole = match self.prompt.recent(length) {
             None => self.fits(length),
+            Some(first) => {
+                let heads = self.kv_heads();
+                let (plan, prompt) = (&self.plan, &mut self.prompt);
+                self.cache.keep(step.backend, step.stream)?;
+                self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
+                    for head in 0..heads {
+                        let ranked = prompt.take_kept(layer, head);
+                        prompt::join(cache, plan, (layer, head), ranked, first, length, moves);
+                    }
+                })?;
+                self.whole && self.fits(length)
+            }
         };
         self.prompt.finish();
         Ok(())

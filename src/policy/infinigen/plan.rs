@@ -142,6 +142,11 @@ impl Plan {
         }
     }
 
+    /// Whether a trace is replayed.
+    pub(super) fn replays(&self) -> bool {
+        self.trace.is_some()
+    }
+
     /// The rows that a prompt of `length` tokens puts into the cache of a layer and KV head of the store, the most valuable
     /// first: those `ranked`, unless a trace is replayed.
     pub(super) fn first(&self, layer: usize, head: usize, ranked: Vec<u32>, length: usize) -> Vec<u32> {

@@ -88,13 +88,13 @@ impl OnDevice {
             pool.reserve(&*self.backend, lost.min(held))?;
         }
         let prompt = self.held.in_order() && rows > held + 1;
-        self.prompt.reserve(if prompt { rows } else { 0 }, &self.store)
+        self.prompt.staged.reserve(if prompt { rows } else { 0 }, &self.store)
     }
 
     /// Gives back room beyond that of `length` tokens of which the pool holds `rows`.
     pub(super) fn give_back(&mut self, length: usize, rows: usize) {
         self.cache.shrink(if rows == 0 { 0 } else { self.plan.slots(rows) });
-        self.prompt.release();
+        self.prompt.staged.truncate(0);
         if let Some(pool) = &mut self.pool {
             pool.release();
         }
