@@ -29,7 +29,7 @@ pub use payload::{Landing, Payload, Slot, StoredRuns, StoredRunsMut};
 pub use replay::Replay;
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use scratch::{Product, Scratch, Work};
-pub use slots::{Admission, Blend, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+pub use slots::{Admission, Blend, Correction, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 use std::ops::Range;
 pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
@@ -302,7 +302,8 @@ pub trait Backend: Send + Sync {
     /// noted.
     ///
     /// Entries are copied on `copies`, a stream beside `stream` or the same, after all else: so the next layer's rows are
-    /// looked up while this one's come. What is recorded on `copies` afterwards stands for everything.
+    /// looked up while this one's come. What is recorded on `copies` afterwards stands for everything. Where a sequence is
+    /// corrected, `copies` is `stream`.
     fn prefetch(
         &self,
         stream: &Stream,
@@ -331,7 +332,7 @@ pub trait Backend: Send + Sync {
     /// Copies the entry of every row that has a slot into it.
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
 
-    /// Whether rehearsals find out tails and, on the host, corrections ([`Backend::rehearse`], or [`Backend::prefetch`] where the device selects), and
+    /// Whether rehearsals find out tails ([`Backend::rehearse`], or [`Backend::prefetch`] where the device selects), and
     /// [`Backend::blend`] and [`Backend::add_tail`] work.
     fn has_tail(&self) -> bool {
         false

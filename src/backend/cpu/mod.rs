@@ -537,17 +537,24 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
-        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some())
-        {
-            selected.present = slots::present(&sequence.slots, sequence.rehearsal.rows);
+        for (sequence, selected) in sequences.iter().zip(&mut selected) {
+            let Prefetch { slots, rehearsal, tail, correction, .. } = sequence;
+            if tail.is_some() || correction.is_some() {
+                selected.present = slots::present(slots, rehearsal.rows, correction.is_some());
+            }
+            if let Some(correction) = correction {
+                let before = slots::selected(slots).into_iter();
+                selected.most_absent = before.map(|selected| correction.most_beside(selected)).collect();
+            }
         }
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
         for (sequence, selected) in sequences.iter_mut().zip(&mut selected) {
             let (mut moves, mut saves) = (Vec::new(), Vec::new());
             for (head, rows) in selected.rows.iter_mut().enumerate() {
                 let first = moves.len();
-                evict::select(&mut sequence.slots, head, rows);
-                slots::request(&mut sequence.slots, head, rows, &mut moves);
+                let corrects = sequence.correction.is_some();
+                evict::select(&mut sequence.slots, head, rows, corrects);
+                slots::request(&mut sequence.slots, head, rows, &mut moves, corrects);
                 saves.extend((0..).zip(&moves[first..]).map(|(to, m)| Move { from: m.to, to, ..*m }));
             }
             if let Some(saved) = &mut sequence.saved {

@@ -174,11 +174,11 @@ fn assert_tables(tables: &Buffer, geometry: &SlotGeometry, layer: usize) {
     assert!(tables.bytes() >= geometry.bytes() && layer < geometry.layers, "tables that are too short");
 }
 
-/// Asserts that what is kept of a step's changes lies as the cache does, and has room.
-fn assert_saved(geometry: &SlotGeometry, cache: &KvRunsMut<'_>, saved: &Option<KvRunsMut<'_>>) {
+/// Asserts that what is kept of a step's changes lies as the cache does, and has room for `rows` rows.
+fn assert_saved(rows: usize, cache: &KvRunsMut<'_>, saved: &Option<KvRunsMut<'_>>) {
     if let Some(saved) = saved {
         assert_eq!((saved.geometry(), saved.layer_offset()), (cache.geometry(), cache.layer_offset()));
-        assert!(saved.capacity() > geometry.selected, "no room for what a step changes");
+        assert!(saved.capacity() >= rows, "no room for what a step changes");
     }
 }
 
@@ -602,14 +602,17 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         assert_activations!(queries);
         assert_eq!(place_of(stream).0, place_of(copies).0, "entries are copied on a stream beside");
-        for Prefetch { rehearsal, slots, from, to, saved, tail } in &*sequences {
+        for Prefetch { rehearsal, slots, from, to, saved, tail, correction } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
             let (a, b) = (from.geometry(), to.geometry());
             assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
             assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
-            assert_saved(&slots.geometry, to, saved);
+            let corrects = correction.is_some();
+            assert!(!corrects || slots.geometry.corrected > 0 && stream.0 == copies.0, "no room for a correction");
+            let kept = if corrects { slots.geometry.corrected } else { slots.geometry.selected + 1 };
+            assert_saved(kept, to, saved);
             assert_pool(slots);
             if let Some(tail) = tail {
                 let heads = queries.cols() / rehearsal.runs.geometry().columns;
@@ -626,7 +629,7 @@ impl Backend for CudaBackend {
         let Admission { row, slots, store, cache, saved, index, maps, mean } = &admission;
         let store = store.runs();
         assert_tables(slots.tables, &slots.geometry, slots.layer);
-        assert_saved(&slots.geometry, cache, saved);
+        assert_saved(slots.geometry.selected + 1, cache, saved);
         assert_pool(slots);
         let (a, b) = (store.geometry(), cache.geometry());
         assert_eq!(

@@ -2,7 +2,7 @@
 //!
 //! The same pieces as in the parent module, and the same outcome, entry by entry: only who decides is another. A layer's
 //! rehearsal, lookup and fetch run on the side stream ([`Step::fetch`]) from the moment its queries are predicted; its
-//! attention waits for them. The store is host memory that the device reads and writes in place.
+//! attention waits for them, and for those of a correction. The store is host memory that the device reads and writes in place.
 
 mod room;
 
@@ -46,6 +46,8 @@ pub(in crate::policy) struct OnDevice {
     fetches: Vec<Option<Event>>,
     /// Whether this step attends each layer's slots by a list: what is guarded and what was selected.
     by_list: Vec<bool>,
+    /// Layers of the store that have been rehearsed and not corrected yet.
+    due: Vec<bool>,
     counters: KvCounters,
     counted: KvCounters,
     /// What the cache has counted, and had counted when our counters were last reset.
@@ -89,6 +91,7 @@ impl OnDevice {
             resident_tokens,
             call: 0,
             by_list: vec![false; stored.layers],
+            due: vec![false; stored.layers],
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -150,8 +153,6 @@ impl OnDevice {
 fn refuse(options: &PolicyOptions, on_device: bool) -> Result<()> {
     let what = if matches!(options.tier, KvTier::File(_)) {
         "the file tier"
-    } else if options.infinigen.correct > 0.0 {
-        "a correction"
     } else if on_device
         && options.eviction != Eviction::Off
         && options.infinigen.tail
@@ -180,6 +181,7 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
+        self.due.fill(false);
         self.counted = self.counters;
         self.whole_before = self.whole;
         Ok(())
@@ -212,6 +214,11 @@ impl Policy for OnDevice {
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
         let stored = self.stored(layer)?;
         let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
+        if self.due[stored] {
+            let all_here = self.whole && self.fits(past);
+            let may = self.plan.may_correct(stored, position, &self.held, all_here);
+            return may.then(|| self.plan.correction(layer));
+        }
         let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
         (!(self.whole && self.fits(after)) || watched).then(|| self.plan.lookahead(layer))
     }
@@ -220,15 +227,23 @@ impl Policy for OnDevice {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
         let (place, by_list) = (self.place(stored, position), self.lists(stored, position));
-        let CacheMut { mut slots, entries: to, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        let correction = self.due[stored].then(|| self.plan.correction_held(stored, position, &self.held));
+        let cache = place.cache(&mut self.cache, self.pool.as_mut(), correction.is_some());
+        let CacheMut { mut slots, entries: to, saved } = cache;
         slots.by_list = by_list;
         let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
         let from = self.store.entries(stored);
-        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from, to, saved, tail })))
+        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from, to, saved, tail, correction })))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         if let Some(layer) = self.stored(step.layer) {
+            if std::mem::take(&mut self.due[layer]) {
+                // The engine has waited for all of it.
+                self.trace.iter_mut().for_each(|trace| trace.corrected(layer));
+                return Ok(());
+            }
+            self.due[layer] = self.plan.corrects();
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
             if let Some(trace) = &mut self.trace {
                 trace.rehearsed(step, layer, self.held.count(layer, step.position));
@@ -247,6 +262,7 @@ impl Policy for OnDevice {
         };
         if step.phase == Phase::Decode {
             // The tables are the prefetch's until it is done.
+            self.due[layer] = false;
             let fetched = self.fetches[layer].take();
             // What was not rehearsed is all here, and attended.
             self.by_list[layer] = fetched.is_some() && self.lists(layer, step.position);
@@ -440,6 +456,7 @@ impl Policy for OnDevice {
             selected,
             misses,
             hits: selected - misses,
+            corrected: now.corrected - before.corrected,
             attended: self.counters.attended + now.attended - before.attended,
             host_bytes: (now.missed + now.refilled - before.missed - before.refilled) * self.row_bytes as u64,
             ..self.counters
