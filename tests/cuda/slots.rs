@@ -469,9 +469,6 @@ fn steps_leave_what_the_cpu_leaves() {
                     }
                     let weights = shape.kv.kv_heads * shape.group;
                     let of = |rig: &Rig<'_>, s: &Sequence| rig.floats(s.weights.rows(DType::F32, LAYERS, weights));
-                    if i == LISTS && shape.rule.is_some() {
-                        continue; // eviction with a tail beside a list is refused
-                    }
                     if i != NO_TAIL && step > 10 {
                         assert_close(&case, &of(cuda, a), &of(cpu, b), 1e-5);
                         largest = of(cuda, a).into_iter().fold(largest, f32::max);

@@ -263,9 +263,6 @@ fn the_device_evicts_what_the_host_does() {
     .enumerate()
     {
         let (files, own) = (tempfile::tempdir().unwrap(), &options.policy.infinigen);
-        if own.tail && !own.attend_cache && model.backend().selects_on_device() {
-            continue; // refused there
-        }
         let traced = |name: &str| {
             let mut options = options.clone();
             let policy = &mut options.policy;

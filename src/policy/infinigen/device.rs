@@ -65,7 +65,9 @@ pub(in crate::policy) struct OnDevice {
 impl OnDevice {
     pub(in crate::policy) fn new(options: &PolicyOptions, setting: Setting) -> Result<OnDevice> {
         crate::policy::refuse_window("infinigen", &setting)?;
-        refuse(options, setting.backend.selects_on_device())?;
+        if matches!(options.tier, KvTier::File(_)) {
+            return Err(super::unsupported("the file tier is not there on a GPU yet; load the model with device=cpu"));
+        }
         let plan = Plan::new(options, &setting)?;
         let trace = Traced::create(options, &setting)?;
         let exact = options.payload == Payload::Exact;
@@ -147,22 +149,6 @@ impl OnDevice {
     fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
         self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache, self.pool.as_ref()))
     }
-}
-
-/// Errors where the options ask for what only the host's variant does.
-fn refuse(options: &PolicyOptions, on_device: bool) -> Result<()> {
-    let what = if matches!(options.tier, KvTier::File(_)) {
-        "the file tier"
-    } else if on_device
-        && options.eviction != Eviction::Off
-        && options.infinigen.tail
-        && !options.infinigen.attend_cache
-    {
-        "a tail, with eviction, beside a cache that is not attended whole"
-    } else {
-        return Ok(());
-    };
-    Err(super::unsupported(&format!("{what} is not there on a GPU yet; load the model with device=cpu")))
 }
 
 impl Policy for OnDevice {
