@@ -743,8 +743,8 @@ typedef struct {
   uint32_t tail;
   /**
    * Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
-   * the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none. Not
-   * on a GPU yet. Default: 0; paper: 0.
+   * the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none.
+   * Default: 0; paper: 0.
    */
   float correct;
   /**

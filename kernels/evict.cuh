@@ -38,7 +38,7 @@ struct Held {
     // What goes first has the least.
     __device__ u64 rank(u32 row) const {
         const u32 came = token(row), use = rule == FIFO ? 0 : uses[row];
-        return u64(rule == LRU && use == 0 ? 2 * came + 1 : use) << 32 | came;
+        return u64(rule == LRU && use == 0 ? 3 * came + 2 : use) << 32 | came;
     }
 };
 
@@ -65,9 +65,9 @@ __device__ __forceinline__ u32 *key_word(const Layout &p, u64 run, u32 token, u3
 }
 
 // A block leaves of `count` selected rows (ascending) those whose tokens are not guarded, notes their use, and returns how
-// many they are. `scratch` has WARPS and one words.
+// many they are. `corrects`: others have been used in this step before. `scratch` has WARPS and one words.
 __device__ __forceinline__ u32 use_selected(
-    const Pool &p, const Held &held, u32 below, u32 from, u32 *selected, u32 count, u32 *scratch
+    const Pool &p, const Held &held, u32 below, u32 from, u32 *selected, u32 count, bool corrects, u32 *scratch
 ) {
     const u32 tid = threadIdx.x;
     u32 kept = 0;
@@ -81,7 +81,7 @@ __device__ __forceinline__ u32 use_selected(
     }
     __syncthreads();
     if (p.rule == LRU) {
-        for (u32 i = tid; i < kept; i += THREADS) held.uses[selected[i]] = 2 * p.token;
+        for (u32 i = tid; i < kept; i += THREADS) held.uses[selected[i]] = 3 * p.token + corrects;
     }
     u32 *saturated = scratch + WARPS;
     for (u32 start = 0; p.rule == COUNTER && start < kept;) {

@@ -8,7 +8,7 @@
 constexpr u32 NONE = 0xffffffffu;
 
 enum Header : u32 { STEP = 0, CHANGES = 1, SELECTED = 2, MISSED = 3, ALL_SELECTED = 4, ALL_MISSED = 6, ALL_ATTENDED = 8,
-                    ATTENDED = 10, HEADER = 12 };
+                    ATTENDED = 10, CORRECTED = 11, ALL_CORRECTED = 12, HEADER = 14 };
 constexpr u32 COUNT = 4, CHANGE = 3;
 
 // One sequence's tables of a layer. Addresses are those of the first KV head; strides are words from head to head.
@@ -16,7 +16,7 @@ struct Tables {
     u32 *counts;   // COUNT words a head, the third of which counts
     u32 *headers;  // HEADER words a head
     u32 *used;     // `stride` words a head; behind them rows, slots of rows, journal
-    u32 *selected_counts;
+    u32 *selected_counts;  // of what is selected, or what a correction adds; and of its moves
     u32 *selected;
     u32 *move_counts;
     u32 *moves;
@@ -25,14 +25,14 @@ struct Tables {
     u64 stride;
     u32 slots;     // room in a table
     u32 rows;
-    u32 most;      // room for selected rows
+    u32 most;      // room for selected rows, or those that a correction adds
     u32 limit;     // slots that may be used
     u32 below;     // guarded tokens: below this, and from that on
     u32 from;
     u32 step;
     u32 row;       // of a new token
     u32 most_attended;  // room for listed slots
-    u32 unused;
+    u32 corrects;       // whether what is selected joins what this step has selected before
     Pool pool;
 };
 
@@ -63,7 +63,7 @@ struct Table {
     __device__ void begin(u32 step) {
         if (header[STEP] == step) return;
         header[STEP] = step;
-        header[CHANGES] = header[SELECTED] = header[MISSED] = header[ATTENDED] = 0;
+        header[CHANGES] = header[SELECTED] = header[MISSED] = header[ATTENDED] = header[CORRECTED] = 0;
     }
 };
 
@@ -73,22 +73,113 @@ __device__ __forceinline__ bool gives_way(const Tables &t, const Held &held, u32
     return used < t.step && token >= t.below && token < t.from;
 }
 
+// What a rehearsal by a layer's own queries has found for one sequence (rehearse.cu).
+struct Correct {
+    Tables tables;      // with the lists of corrections
+    const u32 *keys;    // KV heads × stride: ranks of rows, as numbers
+    const u32 *counts;  // KV heads: rows that it has picked
+    u32 *picked;        // KV heads × capacity: those rows, ascending
+    u32 stride;
+    u32 capacity;
+    u32 most;           // that may join
+    u32 room;           // that the step may select, together with these
+};
+
+struct Corrects {
+    const Correct *sequences;
+};
+
+// grid: KV heads × sequences. Of the rows that were picked, leaves out those that the step attends already; the best of the
+// others become what is selected, ascending.
+extern "C" __global__ void __launch_bounds__(512) slots_correct(Corrects p) {
+    __shared__ u32 totals[WARPS], histogram[256], found[2];
+    const Correct &c = p.sequences[blockIdx.y];
+    const Tables t = c.tables;
+    const u32 head = blockIdx.x, tid = threadIdx.x;
+    const Table table(t, head);
+    const Held pool(t.pool, head);
+    const u32 *keys = c.keys + u64(head) * c.stride;
+    u32 *rows = c.picked + u64(head) * c.capacity, *out = t.selected + u64(head) * t.most;
+    const u32 picked = min(c.counts[head], c.capacity);
+    const u32 before = table.header[STEP] == t.step ? table.header[SELECTED] : 0;
+
+    u32 absent = 0;
+    for (u32 first = 0; first < picked; first += THREADS) {
+        const u32 row = first + tid < picked ? rows[first + tid] : 0, slot = table.slots[row];
+        bool present = slot != NONE;
+        if (t.attended_lists && present) {
+            const u32 token = pool.token(row);
+            present = token < t.below || token >= t.from || table.used[slot] == t.step;
+        }
+        const bool stays = first + tid < picked && !present;
+        u32 total;
+        const u32 at = absent + scan(stays, totals, total);  // everyone has read
+        if (stays) rows[at] = row;
+        absent += total;
+    }
+    __syncthreads();
+    const u32 count = min(min(min(c.most, c.room > before ? c.room - before : 0), t.most), absent);
+    if (tid == 0) t.selected_counts[head] = count;
+    if (count == 0) return;
+
+    // The key of the count-th best of them, digit by digit. `above` rows have larger keys than those that begin with `prefix`.
+    u32 prefix = 0, above = 0;
+    for (int shift = 24; shift >= 0 && count < absent; shift -= 8) {
+        if (tid < 256) histogram[tid] = 0;
+        __syncthreads();
+        for (u32 i = tid; i < absent; i += THREADS) {
+            const u32 key = keys[rows[i]];
+            if (shift == 24 || key >> (shift + 8) == prefix) atomicAdd(&histogram[key >> shift & 255], 1);
+        }
+        __syncthreads();
+        u32 total;
+        const u32 digit = 255 - tid, here = tid < 256 ? histogram[digit] : 0;
+        const u32 larger = above + scan(here, totals, total);
+        if (here && larger < count && larger + here >= count) {
+            found[0] = digit;
+            found[1] = larger;
+        }
+        __syncthreads();
+        prefix = prefix << 8 | found[0];
+        above = found[1];
+    }
+    // Rows with larger keys, and of those with this one the first ones.
+    const u32 equal = count - above;
+    u32 larger_before = 0, equal_before = 0;
+    for (u32 first = 0; first < absent; first += THREADS) {
+        const u32 row = first + tid < absent ? rows[first + tid] : 0, key = keys[row];
+        const bool there = first + tid < absent, larger = there && (count == absent || key > prefix);
+        const bool same = there && !larger && key == prefix;
+        u32 both;
+        const u32 earlier = scan(u32(larger) | u32(same) << 16, totals, both);
+        const u32 equals = equal_before + (earlier >> 16);
+        if (larger || (same && equals < equal)) out[larger_before + (earlier & 0xffff) + min(equals, equal)] = row;
+        larger_before += both & 0xffff;
+        equal_before += both >> 16;
+    }
+}
+
 struct Request {
     const Tables *sequences;
 };
 
 // grid: KV heads × sequences.
 extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
-    __shared__ u32 totals[WARPS + 1], histogram[256], found[2];
+    __shared__ u32 totals[WARPS + 1], histogram[256], found[2], changes;
     const Tables t = p.sequences[blockIdx.y];
     const u32 head = blockIdx.x, tid = threadIdx.x;
     Table table(t, head);
     const Held pool(t.pool, head);
-    if (tid == 0) table.begin(t.step);
+    if (tid == 0) {
+        table.begin(t.step);
+        changes = t.corrects ? table.header[CHANGES] : 0;
+    }
+    __syncthreads();
+    const u32 changed = changes;  // before
     u32 count = min(t.selected_counts[head], t.most);
     u32 *selected = t.selected + head * t.most;
     if (t.pool.tables) {
-        count = use_selected(t.pool, pool, t.below, t.from, selected, count, totals);
+        count = use_selected(t.pool, pool, t.below, t.from, selected, count, t.corrects, totals);
         if (tid == 0) t.selected_counts[head] = count;
     }
     u32 *moves = t.moves + 2 * head * t.most;
@@ -100,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
         const u32 row = i < count ? selected[i] : NONE, slot = i < count ? table.slots[row] : NONE;
         const bool miss = i < count && slot == NONE;
         if (i < count && !miss) {
-            table.change(i, slot, row, table.used[slot]);
+            table.change(changed + i, slot, row, table.used[slot]);
             table.used[slot] = t.step;
         }
         u32 total;
@@ -156,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
             if (old || (same && equal_before < equal)) {
                 u32 *move = moves + 2 * (pushed + at);
                 const u32 i = move[1], row = move[0], gone = table.rows[slot];
-                table.change(i, slot, gone, used);
+                table.change(changed + i, slot, gone, used);
                 table.slots[gone] = NONE;
                 table.rows[slot] = row;
                 table.used[slot] = t.step;
@@ -170,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     }
     for (u32 m = tid; m < pushed; m += THREADS) {
         const u32 slot = held + m, i = moves[2 * m + 1], row = moves[2 * m];
-        table.change(i, slot, NONE, 0);
+        table.change(changed + i, slot, NONE, 0);
         table.rows[slot] = row;
         table.used[slot] = t.step;
         table.slots[row] = slot;
@@ -179,12 +270,53 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     __syncthreads();  // everyone has read the count
     if (tid == 0) {
         table.count = held + pushed;
-        table.header[CHANGES] = count;
-        table.header[SELECTED] = count;
-        table.header[MISSED] = missed;
+        table.header[CHANGES] = changed + count;
+        table.header[t.corrects ? CORRECTED : SELECTED] = count;
+        table.header[MISSED] = missed + (t.corrects ? table.header[MISSED] : 0);
+        if (t.corrects) table.add(ALL_CORRECTED, count);
         table.add(ALL_SELECTED, count);
         table.add(ALL_MISSED, missed);
         t.move_counts[head] = missed;
+    }
+}
+
+struct Load {
+    const Tables *tables;
+    const u32 *ranked;  // of each KV head the rows that are not guarded, and others, the best first
+    u64 ranked_stride;
+    u32 ranked_count;
+    u32 length;  // tokens, of which there are as many as slots at least
+};
+
+// grid: KV heads. Fills a table anew, for the end of a prompt: what is guarded, then the best rows. Each slot counts as used
+// later than the next one.
+extern "C" __global__ void __launch_bounds__(512) slots_load(Load p) {
+    __shared__ u32 totals[WARPS];
+    const Tables t = *p.tables;
+    const u32 head = blockIdx.x, tid = threadIdx.x;
+    Table table(t, head);
+    for (u32 row = tid; row < t.rows; row += THREADS) table.slots[row] = NONE;
+    __syncthreads();
+    auto put = [&](u32 slot, u32 row) {
+        table.rows[slot] = row;
+        table.used[slot] = t.limit - slot;
+        table.slots[row] = slot;
+    };
+    const u32 below = min(t.below, p.length), from = min(max(t.from, below), p.length);
+    const u32 always = below + p.length - from;
+    for (u32 i = tid; i < min(always, t.limit); i += THREADS) put(i, i < below ? i : from + i - below);
+    const u32 *ranked = p.ranked + head * p.ranked_stride;
+    for (u32 first = 0, at = always; first < p.ranked_count && at < t.limit; first += THREADS) {
+        const u32 row = first + tid < p.ranked_count ? ranked[first + tid] : NONE;
+        const bool wanted = row >= below && row < from;
+        u32 total;
+        const u32 slot = at + scan(wanted, totals, total);
+        if (wanted && slot < t.limit) put(slot, row);
+        at += total;
+    }
+    if (tid == 0) {
+        table.count = t.limit;  // there are as many, as promised
+        table.header[STEP] = 0;
     }
 }
 
@@ -329,7 +461,7 @@ template <class P, class T> __device__ void admit(const Admit &p) {
     if (tid == 0) {
         if (header[STEP] != t.step) {
             header[STEP] = t.step;
-            header[CHANGES] = header[SELECTED] = header[MISSED] = 0;
+            header[CHANGES] = header[SELECTED] = header[MISSED] = header[CORRECTED] = 0;
         }
         const u32 change = header[CHANGES]++;
         u32 slot = held, now = held + 1;

@@ -20,6 +20,7 @@ struct Sequence {
     const u32 *counts;           // slots in use: COUNT words a KV head, the third of which counts
     const u32 *rows;             // the row in each slot; table_stride words from KV head to KV head
     const u32 *slots;            // the slot of each row, or NONE; as far apart
+    const u32 *used;             // the step in which each slot was used last; as far apart
     float *weights;              // query heads
     const u32 *tokens;           // the token in each row and one, or 0 where it is the row's number; null: it always is
     u64 table_stride;
@@ -27,7 +28,7 @@ struct Sequence {
     u32 below;                   // guarded tokens: below this, and from that on
     u32 from;
     u32 by_list;                 // what is attended whatever is selected is what is guarded, not what is in slots
-    u32 unused0;
+    u32 step;                    // of a correction: what the step has used is attended as well; 0: it has used nothing
     u32 stride;
     u32 stats_stride;
     u32 chunks;
@@ -67,15 +68,17 @@ extern "C" __global__ void __launch_bounds__(512) tail_weights(Weights p) {
         const u32 token = tokens && tokens[row] ? tokens[row] - 1 : row;
         return token < s.below || token >= s.from;
     };
+    const u32 *used = s.used + kv_head * s.table_stride;
     // What is guarded is in slots, too; where rows are tokens it is found without them.
     const u32 below = min(min(s.below, s.from), s.index_rows), from = min(s.from, s.index_rows);
-    const bool by_row = s.by_list && !tokens;
+    const bool by_row = s.by_list && !tokens && !s.step;
     const u32 always = by_row ? below + s.index_rows - from : s.counts[COUNT * kv_head + 2];
     float here = 0;
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < always; i += THREADS) {
         const u32 row = !by_row ? rows[i] : i < below ? i : from + i - below;
-        if (row < s.index_rows && (!s.by_list || guarded(row))) here += expf(scores[row] - shift);
+        const bool attended = !s.by_list || guarded(row) || (s.step && used[i] == s.step);
+        if (row < s.index_rows && attended) here += expf(scores[row] - shift);
     }
     // Of what is selected, what has not been counted.
     const u32 *selected = s.selected + u64(kv_head) * s.capacity;

@@ -11,7 +11,8 @@ use super::{Buffer, IndexRunsMut, StoredRunsMut};
 ///
 /// One buffer holds, for every layer and KV head, in words: [`PoolGeometry::HEADER`] of them (see [`PoolHeader`]), the token
 /// in each row and the use of each row. All of it is relative, so that zeros are a pool in order: a word is the token and
-/// one, or 0 where row t holds token t; a use is the time of the last one, or 0 where the row's token was not selected yet.
+/// one, or 0 where row t holds token t; a use is the time of the last one, or 0 where the row's token was not selected yet. (A
+/// token's step has three times: what it selects, what a correction adds, the token itself.)
 ///
 /// Another buffer has, for every layer and KV head, room for what a step overwrites: the rows, a word each, then the
 /// entries as they were stored, then the partial keys and their scales, in the backend's own order.

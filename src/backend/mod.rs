@@ -29,7 +29,7 @@ pub use payload::{Landing, Payload, Slot, StoredRuns, StoredRunsMut};
 pub use replay::Replay;
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use scratch::{Product, Scratch, Work};
-pub use slots::{Admission, Blend, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+pub use slots::{Admission, Blend, Correction, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
 use std::ops::Range;
 pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};
@@ -263,6 +263,10 @@ pub trait Backend: Send + Sync {
         out: RowsMut<'_>,
     ) -> Result<()>;
 
+    /// Finds the best columns of every row of `scores`, f32: `out` (u32) gets as many as it has columns, the largest first, of
+    /// equals the lower ones. The order is IEEE 754's total one.
+    fn rank(&self, stream: &Stream, scores: Rows<'_>, out: RowsMut<'_>) -> Result<()>;
+
     /// Puts every head through its KV head's map: `out[i][h] = maps[h / group] · x[i][h]`. `x` has `heads × maps.inputs`
     /// columns, `out` has `heads × maps.outputs`; `heads` is a multiple of the maps' KV heads, `group` the factor.
     fn project_heads(&self, stream: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()>;
@@ -298,7 +302,8 @@ pub trait Backend: Send + Sync {
     /// noted.
     ///
     /// Entries are copied on `copies`, a stream beside `stream` or the same, after all else: so the next layer's rows are
-    /// looked up while this one's come. What is recorded on `copies` afterwards stands for everything.
+    /// looked up while this one's come. What is recorded on `copies` afterwards stands for everything. Where a sequence is
+    /// corrected, `copies` is `stream`.
     fn prefetch(
         &self,
         stream: &Stream,
@@ -319,10 +324,15 @@ pub trait Backend: Send + Sync {
     /// keys. What is known of the rows stays as it is.
     fn take_back(&self, stream: &Stream, lost: Lost<'_>) -> Result<()>;
 
+    /// Fills a layer's tables anew for a sequence of `length` tokens, which holds at least [`SlotsMut::limit`] of them: of each KV
+    /// head the first slots get what is guarded, in ascending order, and the rest up to the limit the first rows of its row
+    /// of `ranked` (u32) that are not. Each slot counts as used later than the next one. There is no pool.
+    fn load_slots(&self, stream: &Stream, slots: SlotsMut<'_>, length: usize, ranked: Rows<'_>) -> Result<()>;
+
     /// Copies the entry of every row that has a slot into it.
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()>;
 
-    /// Whether rehearsals find out tails and, on the host, corrections ([`Backend::rehearse`], or [`Backend::prefetch`] where the device selects), and
+    /// Whether rehearsals find out tails ([`Backend::rehearse`], or [`Backend::prefetch`] where the device selects), and
     /// [`Backend::blend`] and [`Backend::add_tail`] work.
     fn has_tail(&self) -> bool {
         false

@@ -19,7 +19,10 @@ use super::{
 ///    count, then room for pairs of row and slot. All layers share the lists of what was selected, and even and odd layers
 ///    those of moves, because one layer's moves are made while the next one's are found; unless [`SlotGeometry::lists`]
 ///    says that each layer has its own;
-/// 5. where steps list what they attend, for every KV head the list of the last layer that did: what attention reads (two
+/// 5. where steps are corrected ([`Correction`]), for every KV head a count and rows that a rehearsal by a layer's own queries
+///    has picked, of whichever layer was last; then lists and moves as above of what corrections added, each layer's own or
+///    one for all;
+/// 6. where steps list what they attend, for every KV head the list of the last layer that did: what attention reads (two
 ///    words that are the backend's own, the length, one zero), and for every KV head room for slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotGeometry {
@@ -35,6 +38,8 @@ pub struct SlotGeometry {
     pub selected: usize,
     /// Layers whose lists of a step are kept: `layers` where somebody reads them when the step is over, else 1.
     pub lists: usize,
+    /// Most rows that a correction adds to them; 0 where there is none.
+    pub corrected: usize,
     /// Most slots that a step lists for a KV head; 0 where it never does.
     pub attended: usize,
 }
@@ -47,11 +52,12 @@ pub enum Header {
     Step = 0,
     /// Changes in the journal.
     Changes = 1,
-    /// Rows that this step selected, and those of them that were not here.
+    /// Rows that this step selected, but for those of a correction.
     Selected = 2,
-    /// See above.
+    /// Those of both that were not here.
     Missed = 3,
-    /// The same of all steps, and entries attended: two words each, the lower first.
+    /// Of all steps the rows selected, corrections included, those that were not here, and entries attended: two words each,
+    /// the lower first.
     AllSelected = 4,
     /// See above.
     AllMissed = 6,
@@ -59,13 +65,17 @@ pub enum Header {
     AllAttended = 8,
     /// Entries that this step attended.
     Attended = 10,
+    /// Rows that a correction added in this step, and in all steps.
+    Corrected = 11,
+    /// See above.
+    AllCorrected = 12,
 }
 
 impl SlotGeometry {
     /// Words of what attention reads, a table.
     pub const COUNT: usize = 4;
     /// Words of a header.
-    pub const HEADER: usize = 12;
+    pub const HEADER: usize = 14;
     /// Words of a change: the slot, the row before (`NONE` where the slot was empty), its last use before.
     pub const CHANGE: usize = 3;
     /// No row, no slot.
@@ -78,7 +88,7 @@ impl SlotGeometry {
 
     /// Words of one table.
     pub const fn table_words(&self) -> usize {
-        2 * self.slots + self.rows + Self::CHANGE * (self.selected + 1)
+        2 * self.slots + self.rows + Self::CHANGE * (self.selected + self.corrected + 1)
     }
 
     /// Where a table's slots in use are told.
@@ -143,10 +153,43 @@ impl SlotGeometry {
         self.lists_at() + self.kv_heads * before
     }
 
-    /// Where the lists of all layers end.
-    pub const fn lists_end(&self) -> usize {
+    /// Where the counts of rows that were picked for a correction begin, one a KV head.
+    pub const fn picked_counts_at(&self) -> usize {
         let (lists, moves) = (self.lists, self.move_lists());
         self.lists_at() + self.kv_heads * (lists * (1 + self.selected) + moves * (1 + 2 * self.selected))
+    }
+
+    /// Where those rows begin: `selected` words a KV head.
+    pub const fn picked_rows_at(&self) -> usize {
+        self.picked_counts_at() + self.kv_heads
+    }
+
+    /// As [`SlotGeometry::selected_counts_at`], of what a correction added.
+    pub const fn corrected_counts_at(&self, layer: usize) -> usize {
+        self.picked_rows_at() + self.kv_heads * (self.selected + layer % self.lists)
+    }
+
+    /// Where those rows begin: `corrected` words a KV head.
+    pub const fn corrected_rows_at(&self, layer: usize) -> usize {
+        self.corrected_counts_at(0) + self.kv_heads * (self.lists + layer % self.lists * self.corrected)
+    }
+
+    /// As [`SlotGeometry::move_counts_at`], of corrections.
+    pub const fn correction_counts_at(&self, layer: usize) -> usize {
+        self.corrected_rows_at(0) + self.kv_heads * (self.lists * self.corrected + layer % self.lists)
+    }
+
+    /// Where those moves begin: `2 · corrected` words a KV head.
+    pub const fn correction_moves_at(&self, layer: usize) -> usize {
+        self.correction_counts_at(0) + self.kv_heads * (self.lists + 2 * (layer % self.lists) * self.corrected)
+    }
+
+    /// Where the lists of all layers end.
+    pub const fn lists_end(&self) -> usize {
+        match self.corrected {
+            0 => self.picked_counts_at(),
+            corrected => self.correction_moves_at(0) + self.kv_heads * 2 * self.lists * corrected,
+        }
     }
 
     /// Where the headers of what is attended begin: [`SlotGeometry::COUNT`] words a KV head. (Addresses are among them.)
@@ -180,6 +223,13 @@ pub struct Guard {
 }
 
 impl Guard {
+    /// What never gives way of a sequence of `length` tokens: below the first, and from the second on.
+    pub(super) fn ends(&self, length: usize) -> (u32, u32) {
+        let length = length as u32;
+        let below = self.below.min(length);
+        (below, self.from.clamp(below, length))
+    }
+
     /// Whether a row never gives way.
     pub fn protects(&self, row: u32) -> bool {
         row < self.below || row >= self.from
@@ -235,12 +285,33 @@ pub struct Prefetch<'a> {
     /// Entries of the layer, by slot.
     pub to: KvRunsMut<'a>,
     /// Where what lay in the slots of this step's misses is kept, where the store would not give back the same bits: for each
-    /// KV head that of the i-th move in row i.
+    /// KV head that of the i-th move in row i. (A correction has moves of its own, and another place.)
     pub saved: Option<KvRunsMut<'a>>,
     /// Given, where the tail is wanted: for each query head the speculated probability, 0 to 1, of all rows of the index that
     /// are neither selected nor were in a slot before (or are not guarded, where the step lists); one row of f32. Not with [`super::Selection::Paper`], which knows no
     /// probabilities.
     pub tail: Option<RowsMut<'a>>,
+    /// Given, where the layer has been rehearsed in this step and its own queries add to that.
+    pub correction: Option<Correction>,
+}
+
+/// The second look of a layer (docs/policies.md): of what is selected, a KV head leaves out the rows that the step attends
+/// already, whatever else it does: those in a slot, or where the step lists those that are guarded or used in this step.
+/// The best of the others join what the step has selected. With a tail its weight becomes that of all rows that are
+/// neither attended already nor among these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Correction {
+    /// Most rows that join.
+    pub most: usize,
+    /// Most rows that the step selects of a KV head, together with these.
+    pub room: usize,
+}
+
+impl Correction {
+    /// Most rows that join `selected` others.
+    pub fn most_beside(&self, selected: usize) -> usize {
+        self.most.min(self.room.saturating_sub(selected))
+    }
 }
 
 /// One token in [`super::Backend::admit`].

@@ -65,8 +65,13 @@ impl Forward<'_> {
         drop(plans);
         self.queried = Some(self.backend.record(&self.workspace.ahead)?);
 
-        self.rehearse_rows(layer, parts, &wanted)?;
+        // What comes of a layer's own queries is waited for, and fetched before what is fetched for the next layer.
+        let late = input.is_none();
+        self.rehearse_rows(layer, parts, &wanted, late)?;
         let (backend, w) = (self.backend, &*self.workspace);
+        if late {
+            backend.wait(&w.stream, &backend.record(&w.ahead)?)?;
+        }
         wanted.into_iter().try_for_each(|i| {
             let step = parts[i].step(backend, w.streams(), layer);
             parts[i].policy.rehearsed(&step)
@@ -74,9 +79,10 @@ impl Forward<'_> {
     }
 
     /// Rehearses the `wanted` parts, whose partial queries are the first rows of the layer's: for the host to go on with,
-    /// or with all that comes of it.
-    fn rehearse_rows(&self, layer: usize, parts: &mut [Part<'_>], wanted: &[usize]) -> Result<()> {
+    /// or with all that comes of it. `late`: entries are not fetched behind those of the next layer.
+    fn rehearse_rows(&self, layer: usize, parts: &mut [Part<'_>], wanted: &[usize], late: bool) -> Result<()> {
         let (backend, w) = (self.backend, &*self.workspace);
+        let copies = if late { &w.ahead } else { &w.fetch };
         let mut at = 0;
         let (mut rehearsals, mut selected): (Vec<Rehearsal<'_>>, Vec<&mut Selected>) = (Vec::new(), Vec::new());
         let mut prefetches: Vec<Prefetch<'_>> = Vec::new();
@@ -107,7 +113,7 @@ impl Forward<'_> {
         }
         let columns = |prefetch: &Prefetch<'_>| prefetch.rehearsal.runs.geometry().columns;
         for alike in prefetches.chunk_by_mut(|a, b| columns(a) == columns(b)) {
-            backend.prefetch(&w.ahead, &w.fetch, partial(columns(&alike[0])), alike)?;
+            backend.prefetch(&w.ahead, copies, partial(columns(&alike[0])), alike)?;
         }
         Ok(())
     }

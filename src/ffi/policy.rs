@@ -152,8 +152,8 @@ pub struct kva_infinigen_options {
     /// `KVA_RULE_PAPER`. Default: 1; paper: 0.
     pub tail: u32,
     /// Score once more when a layer's own queries have come, and attend of what they select and the step would not attend
-    /// the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none. Not
-    /// on a GPU yet. Default: 0; paper: 0.
+    /// the best entries, at most this share of the tokens in each KV head; they are fetched while the step waits. 0: none.
+    /// Default: 0; paper: 0.
     pub correct: f32,
     /// Must be 0.
     pub reserved: u32,

@@ -1,15 +1,15 @@
 //! A hot cache whose tables lie on the device, so that a step asks the host for nothing.
 //!
-//! Within a step `Backend::prefetch` and `Backend::admit` change the tables. What happens seldom (a prompt that fills the
-//! cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
+//! Within a step `Backend::prefetch` and `Backend::admit` change the tables, and at the end of a prompt `Backend::load_slots`
+//! does. What happens seldom (a few tokens that join a cache, a step to be undone, a truncation) is done here: the tables come over, a [`HotCache`] without entries of its own
 //! changes them, they go back, and entries are fetched from the store.
 
 use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Move, Place, SlotGeometry, Slots, SlotsMut,
-    Stream,
+    Backend, Buffer, DType, Guard, Header, KvGeometry, KvRuns, KvRunsMut, Move, Place, Rows, SlotGeometry, Slots,
+    SlotsMut, StoredRuns, Stream,
 };
 
 use super::device_saved::Saved;
@@ -57,6 +57,8 @@ pub struct CacheTotals {
     pub selected: u64,
     /// Those of them that were not here.
     pub missed: u64,
+    /// Those of them that corrections have added.
+    pub corrected: u64,
     /// Entries attended.
     pub attended: u64,
     /// Entries fetched by edits.
@@ -75,7 +77,8 @@ impl DeviceCache {
     ) -> Result<DeviceCache> {
         let KvGeometry { layers, kv_heads, .. } = kv;
         let lists = if listed { layers } else { 1 };
-        let geometry = SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists, attended: 0 };
+        let geometry =
+            SlotGeometry { layers, kv_heads, slots: 0, rows: 0, selected: 0, lists, corrected: 0, attended: 0 };
         Ok(DeviceCache {
             tables: backend.allocate(0, Place::Device, TABLES)?,
             geometry,
@@ -102,17 +105,17 @@ impl DeviceCache {
     }
 
     /// Makes room in the tables for sequences of `rows` tokens, of which up to `slots` have slots and a step selects up to
-    /// `selected` and lists up to `attended`. On an error nothing has changed.
+    /// `selected`, corrects by up to `corrected` and lists up to `attended`. On an error nothing has changed.
     pub fn reserve_tables(
         &mut self,
         backend: &dyn Backend,
         rows: usize,
         slots: usize,
-        (selected, attended): (usize, usize),
+        (selected, corrected, attended): (usize, usize, usize),
     ) -> Result<()> {
-        let geometry = SlotGeometry { slots, rows, selected, attended, ..self.geometry };
+        let geometry = SlotGeometry { slots, rows, selected, corrected, attended, ..self.geometry };
         if let Some(saved) = &mut self.saved {
-            saved.reserve(selected)?;
+            saved.reserve(selected, corrected)?;
         }
         self.grown = Some((geometry, backend.allocate(geometry.bytes(), Place::Device, TABLES)?));
         Ok(())
@@ -144,7 +147,7 @@ impl DeviceCache {
     pub fn shrink(&mut self, slots: usize) {
         self.grown = None;
         if let Some(saved) = &mut self.saved {
-            saved.shrink(self.geometry.selected);
+            saved.shrink(self.geometry.selected, self.geometry.corrected);
         }
         self.kv.truncate(slots);
     }
@@ -191,13 +194,18 @@ impl DeviceCache {
         Slots { tables: &self.tables, geometry: self.geometry, layer, limit, by_list }
     }
 
+    /// Bytes of entries that a step overwrites which selects up to `selected` rows and corrects by up to `corrected`.
+    pub fn saved_bytes(kv: &KvGeometry, selected: usize, corrected: usize) -> usize {
+        Saved::bytes_of(kv, selected, corrected)
+    }
+
     /// The tables of a layer in this step, of which `limit` slots may be used, its entries, and where those are kept that
-    /// the step overwrites. (There is no pool, and the step does not list.)
-    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard) -> CacheMut<'_> {
+    /// the step overwrites, or that it overwrites as it `corrects`. (There is no pool, and the step does not list.)
+    pub fn slots_mut(&mut self, layer: usize, limit: usize, guard: Guard, corrects: bool) -> CacheMut<'_> {
         let DeviceCache { geometry, step, .. } = *self;
         let tables = &mut self.tables;
         let slots = SlotsMut { tables, geometry, layer, limit, guard, step, pool: None, by_list: false };
-        let saved = self.saved.as_mut().map(|saved| saved.layer_mut(layer));
+        let saved = self.saved.as_mut().map(|saved| saved.layer_mut(layer, corrects));
         CacheMut { slots, entries: self.kv.layer_mut(layer), saved }
     }
 
@@ -215,6 +223,29 @@ impl DeviceCache {
             Some(saved) if self.ready => saved.keep(backend, stream, self.kv.buffers()),
             _ => Ok(()),
         }
+    }
+
+    /// Fills the tables of a layer anew, for a sequence of `length` tokens, and its `slots` slots from `from`, in which row t
+    /// is token t: see [`Backend::load_slots`]. All layers are filled in one step, in their order.
+    #[allow(clippy::too_many_arguments, reason = "each is one thing")]
+    pub fn load(
+        &mut self,
+        backend: &dyn Backend,
+        stream: &Stream,
+        layer: usize,
+        (slots, guard): (usize, Guard),
+        length: usize,
+        ranked: Rows<'_>,
+        from: &StoredRuns<'_>,
+    ) -> Result<()> {
+        self.grow(backend, stream)?;
+        self.keep_all(backend, stream)?;
+        backend.load_slots(stream, self.slots_mut(layer, slots, guard, false).slots, length, ranked)?;
+        self.refill(backend, stream, from, layer)?;
+        // Each slot counts as used in a step of its own.
+        self.step = self.step.max(slots as u32 + 1);
+        self.ready |= layer + 1 == self.geometry.layers;
+        Ok(())
     }
 
     /// Lets `change` work on the tables of each layer, and fetches what it asks for.
@@ -241,7 +272,7 @@ impl DeviceCache {
             moves.dedup();
             self.refilled += moves.len() as u64;
             if moves.len() == self.host.counts(layer).iter().map(|&count| count as usize).sum::<usize>() {
-                self.refill(backend, stream, store, layer)?;
+                self.refill(backend, stream, &store.entries(layer), layer)?;
             } else {
                 store.begin_fetch(layer, &moves)?;
                 store.finish_fetch(backend, stream, layer, &mut self.kv.layer_mut(layer))?;
@@ -274,7 +305,7 @@ impl DeviceCache {
         }
         if self.ready && self.saved.is_none() {
             for layer in 0..self.geometry.layers {
-                self.refill(backend, stream, store, layer)?;
+                self.refill(backend, stream, &store.entries(layer), layer)?;
             }
         }
         Ok(())
@@ -287,17 +318,22 @@ impl DeviceCache {
         match words {
             Some(words) => (0..g.layers).try_for_each(|layer| {
                 let moves = saved.overwritten(&g, &words, layer, step);
-                backend.copy_kv_rows(stream, &saved.layer(layer), &mut self.kv.layer_mut(layer), &moves)
+                [false, true].into_iter().zip(&moves).filter(|(_, moves)| !moves.is_empty()).try_for_each(
+                    |(corrects, moves)| {
+                        let from = saved.layer(layer, corrects);
+                        backend.copy_kv_rows(stream, &from, &mut self.kv.layer_mut(layer), moves)
+                    },
+                )
             }),
             None => saved.restore(backend, stream, self.kv.buffers_mut()),
         }
     }
 
     /// Fetches every entry that is in the tables of a layer.
-    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, store: &RamStore, layer: usize) -> Result<()> {
+    fn refill(&mut self, backend: &dyn Backend, stream: &Stream, from: &StoredRuns<'_>, layer: usize) -> Result<()> {
         let (tables, geometry) = (&self.tables, self.geometry);
         let slots = Slots { tables, geometry, layer, limit: geometry.slots, by_list: false };
-        backend.refill(stream, slots, &store.entries(layer), &mut self.kv.layer_mut(layer))
+        backend.refill(stream, slots, from, &mut self.kv.layer_mut(layer))
     }
 
     fn undo_table(&self, words: &mut [u32], table: usize) {
@@ -322,14 +358,16 @@ impl DeviceCache {
         }
         let steps = [
             (Header::Selected, Header::AllSelected),
+            (Header::Corrected, Header::AllSelected),
+            (Header::Corrected, Header::AllCorrected),
             (Header::Missed, Header::AllMissed),
             (Header::Attended, Header::AllAttended),
         ];
         for (one, all) in steps {
             let less = total(words, header(all)) - u64::from(words[header(one)]);
             (words[header(all)], words[header(all) + 1]) = (less as u32, (less >> 32) as u32);
-            words[header(one)] = 0;
         }
+        steps.iter().for_each(|&(one, _)| words[header(one)] = 0);
         words[header(Header::Step)] = 0;
     }
 
@@ -347,6 +385,7 @@ impl DeviceCache {
         for header in words.chunks_exact(SlotGeometry::HEADER) {
             totals.selected += total(header, Header::AllSelected as usize);
             totals.missed += total(header, Header::AllMissed as usize);
+            totals.corrected += total(header, Header::AllCorrected as usize);
             totals.attended += total(header, Header::AllAttended as usize);
         }
         Ok(totals)

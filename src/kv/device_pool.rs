@@ -177,7 +177,7 @@ impl DevicePool {
             uses[length.min(g.rows)..].fill(0);
             if self.rule == VictimRule::Lru {
                 // Positions come again, and with them times: those that were go before them, in their order.
-                let time = |(row, &used): (u32, &u32)| if used == 0 { 2 * row + 1 } else { used };
+                let time = |(row, &used): (u32, &u32)| if used == 0 { 3 * row + 2 } else { used };
                 let times: Vec<u32> = (0..).zip(&uses[..length.min(g.rows)]).map(time).collect();
                 let mut order = times.clone();
                 order.sort_unstable();

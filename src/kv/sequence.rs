@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    Backend, Buffer, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Rows, Slot, Stream,
+    Backend, Buffer, IndexGeometry, IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Payload, Rows, Slot,
+    StoredRuns, Stream,
 };
 
 use super::overwritten::Overwritten;
@@ -55,6 +56,11 @@ impl SequenceKv {
     /// One layer, for reading.
     pub fn layer(&self, layer: usize) -> KvRuns<'_> {
         KvRuns::new(self.extents.buffers(), self.geometry, layer)
+    }
+
+    /// One layer, as a store's that keeps exact entries.
+    pub fn entries(&self, layer: usize) -> StoredRuns<'_> {
+        StoredRuns::new(self.extents.buffers(), self.geometry, Payload::Exact, layer)
     }
 
     /// One layer, for writing.

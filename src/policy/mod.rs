@@ -17,6 +17,7 @@ mod full;
 mod h2o;
 mod infinigen;
 mod options;
+mod staged;
 mod tally;
 mod trace;
 mod window;
@@ -120,7 +121,8 @@ pub trait Policy: Send {
         None
     }
 
-    /// The rehearsal is done: starts to fetch what was selected. (A prefetch has been enqueued on [`Step::fetch`].)
+    /// The rehearsal is done: starts to fetch what was selected. (A prefetch has been enqueued on [`Step::fetch`]; that of a
+    /// layer's own queries on a stream of its own, for which [`Step::stream`] waits.)
     fn rehearsed(&mut self, _step: &Step<'_>) -> Result<()> {
         Ok(())
     }

@@ -8,6 +8,7 @@ mod index;
 mod mass;
 mod matrix;
 mod payload;
+mod rank;
 mod rig;
 mod rowwise;
 mod slots;

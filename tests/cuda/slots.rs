@@ -2,9 +2,9 @@
 //! version leaves.
 
 use kvahead::backend::{
-    Admission, AttentionShape, Blend, Buffer, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry, IndexRuns,
-    IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Lost, Payload, Place, PoolGeometry, PoolMut, Prefetch, Rehearsal,
-    Segment, Selection, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, VictimRule, Visible,
+    Admission, AttentionShape, Blend, Buffer, Correction, DType, Guard, HeadMaps, Header, IndexBits, IndexGeometry,
+    IndexRuns, IndexRunsMut, KvGeometry, KvRuns, KvRunsMut, Lost, Payload, Place, PoolGeometry, PoolMut, Prefetch,
+    Rehearsal, Segment, Selection, Slot, SlotGeometry, Slots, SlotsMut, StoredRuns, StoredRunsMut, VictimRule, Visible,
 };
 
 use crate::rig::*;
@@ -32,7 +32,16 @@ impl Shape {
         Shape {
             kv: KvGeometry { layers, kv_heads, head_dim, extent_tokens: 64, dtype },
             index: IndexGeometry { layers, kv_heads, columns, extent_tokens: 64, bits: IndexBits::Four },
-            slots: SlotGeometry { layers, kv_heads, slots, rows, selected, lists: LAYERS, attended: selected + 13 },
+            slots: SlotGeometry {
+                layers,
+                kv_heads,
+                slots,
+                rows,
+                selected,
+                lists: LAYERS,
+                corrected: selected / 3 + 1,
+                attended: selected + selected / 3 + 14,
+            },
             group,
             payload: Payload::Exact,
             rule: None,
@@ -68,6 +77,8 @@ struct Sequence {
     cache: Vec<Buffer>,
     /// What the cache held before the step, where the store is not exact.
     saved: Vec<Buffer>,
+    /// The same of corrections.
+    saved_corrected: Vec<Buffer>,
     index: Vec<Buffer>,
     tables: Buffer,
     pool: Pool,
@@ -105,6 +116,7 @@ impl Sequence {
             ),
             cache: extents(shape.slots.slots.div_ceil(64), shape.kv.extent_bytes(), Place::Device),
             saved: extents(shape.slots.selected / 64 + 1, shape.kv.extent_bytes(), Place::Device),
+            saved_corrected: extents(shape.slots.corrected / 64 + 1, shape.kv.extent_bytes(), Place::Device),
             index: extents(shape.slots.rows.div_ceil(64), shape.index.extent_bytes(), Place::Device),
             tables,
             pool: {
@@ -217,19 +229,24 @@ fn meaningful(shape: &SlotGeometry, mut words: Vec<u32>) -> Vec<u32> {
         words[shape.used_at(table) + count..shape.used_at(table) + shape.slots].fill(0);
         words[shape.rows_at(table) + count..shape.rows_at(table) + shape.slots].fill(0);
         let journal = shape.journal_at(table);
-        words[journal + SlotGeometry::CHANGE * changes..journal + SlotGeometry::CHANGE * (shape.selected + 1)].fill(0);
+        let room = shape.selected + shape.corrected + 1;
+        words[journal + SlotGeometry::CHANGE * changes..journal + SlotGeometry::CHANGE * room].fill(0);
     }
     for layer in 0..shape.layers {
         for head in 0..shape.kv_heads {
-            for (count, list, length) in [
-                (shape.selected_counts_at(layer), shape.selected_rows_at(layer), 1),
-                (shape.move_counts_at(layer), shape.moves_at(layer), 2),
+            for (count, list, room, length) in [
+                (shape.selected_counts_at(layer), shape.selected_rows_at(layer), shape.selected, 1),
+                (shape.move_counts_at(layer), shape.moves_at(layer), shape.selected, 2),
+                (shape.corrected_counts_at(layer), shape.corrected_rows_at(layer), shape.corrected, 1),
+                (shape.correction_counts_at(layer), shape.correction_moves_at(layer), shape.corrected, 2),
             ] {
-                let (used, room) = (length * words[count + head] as usize, length * shape.selected);
+                let (used, room) = (length * words[count + head] as usize, length * room);
                 words[list + head * room + used..list + (head + 1) * room].fill(0);
             }
         }
     }
+    // What was picked for a correction is used up.
+    words[shape.picked_counts_at()..shape.corrected_counts_at(0)].fill(0);
     words
 }
 
@@ -260,7 +277,15 @@ struct At {
     step: u32,
 }
 
-fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q: &[f32]) {
+/// `correction`: the layer has been prefetched in this step.
+fn prefetch(
+    rig: &Rig<'_>,
+    shape: &Shape,
+    sequences: &mut [Sequence],
+    at: At,
+    q: &[f32],
+    correction: Option<Correction>,
+) {
     let layer = at.layer;
     let heads = shape.group * shape.kv.kv_heads;
     let width = heads * shape.index.columns;
@@ -283,7 +308,11 @@ fn prefetch(rig: &Rig<'_>, shape: &Shape, sequences: &mut [Sequence], at: At, q:
                 slots: Sequence::slots_mut(&mut s.tables, &mut s.pool, shape, at, token, row == LISTS),
                 from: StoredRuns::new(&s.store, shape.kv, shape.payload, layer),
                 to: KvRunsMut::new(&mut s.cache, shape.kv, layer),
-                saved: saves.then(|| KvRunsMut::new(&mut s.saved, shape.kv, layer)),
+                saved: saves.then(|| match correction {
+                    Some(_) => KvRunsMut::new(&mut s.saved_corrected, shape.kv, layer),
+                    None => KvRunsMut::new(&mut s.saved, shape.kv, layer),
+                }),
+                correction,
                 // Not every sequence of a batch has a tail.
                 tail: (row != NO_TAIL).then(|| s.weights.rows_mut(DType::F32, LAYERS, heads).row_range(layer, 1)),
             }
@@ -339,7 +368,7 @@ fn steps_leave_what_the_cpu_leaves() {
             (Shape::new(3, 4, 64, DType::BF16, 120, 60).evicting(VictimRule::Counter), 110, 100),
             (Shape::new(1, 4, 61, DType::F32, 90, 20).evicting(VictimRule::Counter).stored(Payload::Int4), 90, 60),
         ];
-        let mut largest = 0f32;
+        let (mut largest, mut joined) = (0f32, 0);
         for (number, (shape, limit, held)) in shapes.into_iter().enumerate() {
             let mut random = Random(77 + number as u64);
             let lengths = [400, 310, 333];
@@ -398,9 +427,18 @@ fn steps_leave_what_the_cpu_leaves() {
                     let at = At { layer, limit, step };
                     let q = random.normals(lengths.len() * shape.group * shape.kv.kv_heads * shape.index.columns);
                     let kv = random.normals(lengths.len() * 2 * width);
+                    // The layer's own queries are others, and ask for few rows or many.
+                    let own = random.normals(q.len());
+                    let most = [1, 3, shape.slots.corrected][random.below(3)];
+                    let room = shape.slots.selected + [0, 2, most][random.below(3)];
+                    // What is guarded and selected, a new token and its slot must fit.
+                    let correction = Correction { most, room: room.min(limit - 14) };
                     for ((rig, sequences), maps) in rigs.iter().zip(&mut both).zip(&maps) {
                         if step % 5 != 0 {
-                            prefetch(rig, &shape, sequences, at, &q);
+                            prefetch(rig, &shape, sequences, at, &q, None);
+                        }
+                        if step % 5 > 1 {
+                            prefetch(rig, &shape, sequences, at, &own, Some(correction));
                         }
                         admit(rig, &shape, sequences, at, &kv, maps);
                     }
@@ -414,6 +452,10 @@ fn steps_leave_what_the_cpu_leaves() {
                     assert!(entries(cuda, &a.cache) == entries(cpu, &b.cache), "{case}: entries in slots differ");
                     assert!(entries(cuda, &a.store) == entries(cpu, &b.store), "{case}: entries in the store differ");
                     assert!(entries(cuda, &a.saved) == entries(cpu, &b.saved), "{case}: what was kept differs");
+                    let corrected = entries(cuda, &a.saved_corrected) == entries(cpu, &b.saved_corrected);
+                    assert!(corrected, "{case}: what was kept of corrections differs");
+                    let header = |table: usize| want[shape.slots.header_at(table) + Header::Corrected as usize];
+                    joined += (0..shape.slots.tables()).map(header).sum::<u32>();
                     assert!(cuda.bytes(&a.pool.tables) == cpu.bytes(&b.pool.tables), "{case}: the pools differ");
                     if i == LISTS {
                         let (got, want) = (lists(&shape.slots, &a.words(cuda)), lists(&shape.slots, &b.words(cpu)));
@@ -427,9 +469,6 @@ fn steps_leave_what_the_cpu_leaves() {
                     }
                     let weights = shape.kv.kv_heads * shape.group;
                     let of = |rig: &Rig<'_>, s: &Sequence| rig.floats(s.weights.rows(DType::F32, LAYERS, weights));
-                    if i == LISTS && shape.rule.is_some() {
-                        continue; // eviction with a tail beside a list is refused
-                    }
                     if i != NO_TAIL && step > 10 {
                         assert_close(&case, &of(cuda, a), &of(cpu, b), 1e-5);
                         largest = of(cuda, a).into_iter().fold(largest, f32::max);
@@ -456,6 +495,88 @@ fn steps_leave_what_the_cpu_leaves() {
             attends_its_slots(cuda, cpu, &shape, &both, limit, &mut random);
         }
         assert!(largest > 0.3, "there was no tail to speak of: {largest}");
+        assert!(joined > 1000, "nothing to speak of was corrected: {joined}");
+    });
+}
+
+/// The end of a prompt: what is guarded, then the best of what is ranked; over tables that have held something else.
+#[test]
+fn a_prompt_fills_the_slots_that_the_cpu_fills() {
+    with_both(|cuda, cpu| {
+        for (number, (shape, lengths)) in [
+            (Shape::new(3, 3, 64, DType::F32, 90, 20), [600, 95, 90]),
+            (Shape::new(1, 8, 128, DType::BF16, 40, 11), [40, 41, 500]),
+            (Shape::new(5, 1, 80, DType::F16, 520, 120), [640, 521, 600]),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut random = Random(5 + number as u64);
+            for (case, length) in lengths.into_iter().enumerate() {
+                let limit = shape.slots.slots.min(length) - case;
+                let words = filled(&shape.slots, length, 30, &mut random);
+                let kv_heads = shape.kv.kv_heads;
+                let most = (limit + 14).min(length);
+                let ranked: Vec<f32> = (0..LAYERS * kv_heads)
+                    .flat_map(|_| {
+                        let mut rows: Vec<f32> = (0..length).map(|row| row as f32).collect();
+                        (1..length).for_each(|i| rows.swap(i, random.below(i + 1)));
+                        rows.truncate(most);
+                        rows
+                    })
+                    .collect();
+                let entries_of: Vec<f32> = random.normals(LAYERS * length * 2 * kv_heads * shape.kv.head_dim);
+                let [got, want] = [cuda, cpu].map(|rig| {
+                    let mut s = Sequence::new(rig, &shape, &words, length);
+                    let ranked = rig.buffer(DType::U32, &ranked);
+                    for layer in 0..LAYERS {
+                        let width = kv_heads * shape.kv.head_dim;
+                        let kv =
+                            rig.buffer(DType::F32, &entries_of[layer * length * 2 * width..][..length * 2 * width]);
+                        let kv = kv.rows(DType::F32, length, 2 * width);
+                        // In memory of the device, as a prompt's layer is.
+                        let mut staged: Vec<Buffer> = (0..length.div_ceil(64))
+                            .map(|_| rig.b.allocate(shape.kv.extent_bytes(), Place::Device, "a test").unwrap())
+                            .collect();
+                        let (k, v) = (kv.col_range(0, width), kv.col_range(width, width));
+                        let runs = &mut KvRunsMut::new(&mut staged, shape.kv, layer);
+                        rig.b.store_kv(&rig.stream, k, v, runs, 0).unwrap();
+                        let slots = SlotsMut {
+                            tables: &mut s.tables,
+                            geometry: shape.slots,
+                            layer,
+                            limit,
+                            guard: Guard { below: 3, from: length as u32 - 9 },
+                            step: 9,
+                            pool: None,
+                            by_list: false,
+                        };
+                        let ranked = ranked.rows(DType::U32, LAYERS * kv_heads, most);
+                        let ranked = ranked.row_range(layer * kv_heads, kv_heads);
+                        rig.b.load_slots(&rig.stream, slots, length, ranked).unwrap();
+                        let slots = Slots { tables: &s.tables, geometry: shape.slots, layer, limit, by_list: false };
+                        let from = StoredRuns::new(&staged, shape.kv, Payload::Exact, layer);
+                        let to = &mut KvRunsMut::new(&mut s.cache, shape.kv, layer);
+                        rig.b.refill(&rig.stream, slots, &from, to).unwrap();
+                    }
+                    (meaningful(&shape.slots, s.words(rig)), entries(rig, &s.cache))
+                });
+                let differs = got.0.iter().zip(&want.0).position(|(a, b)| a != b);
+                assert_eq!(differs, None, "shape {number}, {length} tokens: word {differs:?} of the tables");
+                assert!(got.1 == want.1, "shape {number}, {length} tokens: entries differ");
+                for table in 0..shape.slots.tables() {
+                    let g = &shape.slots;
+                    assert_eq!(want.0[g.count_at(table)] as usize, limit);
+                    let rows = &want.0[g.rows_at(table)..][..limit];
+                    let ahead: Vec<u32> = (0..3).chain(length as u32 - 9..length as u32).collect();
+                    assert_eq!(rows[..12], ahead, "what is guarded comes first");
+                    let own = &ranked[table * most..][..most];
+                    let others = own.iter().map(|&row| row as u32).filter(|row| !ahead.contains(row));
+                    assert!(others.take(limit - 12).eq(rows[12..].iter().copied()), "{length}: then the best");
+                    assert!(want.0[g.used_at(table)..][..limit].iter().copied().eq((1..=limit as u32).rev()));
+                }
+            }
+        }
     });
 }
 

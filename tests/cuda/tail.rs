@@ -49,8 +49,16 @@ fn weights_are_what_is_neither_in_a_slot_nor_selected() {
             (4, 3, 64, 130, 3, false, Selection::Probability { below: 50.0, least: 1, most: 300 }),
         ] {
             let (heads, layers) = (kv_heads * group, 1);
-            let tables =
-                SlotGeometry { layers, kv_heads, slots: slots + 400, rows, selected: 300, lists: 1, attended: 320 };
+            let tables = SlotGeometry {
+                layers,
+                kv_heads,
+                slots: slots + 400,
+                rows,
+                selected: 300,
+                lists: 1,
+                corrected: 0,
+                attended: 320,
+            };
             let name = format!("{rows} rows, {slots} in slots, listed: {listed}, {selection:?}");
             let index = IndexGeometry { layers: 1, kv_heads, columns, extent_tokens: 256, bits: IndexBits::Full };
             let kv = KvGeometry { layers: 1, kv_heads, head_dim: 8, extent_tokens: 256, dtype: DType::F32 };
@@ -94,6 +102,7 @@ fn weights_are_what_is_neither_in_a_slot_nor_selected() {
                 to: KvRunsMut::new(&mut cache, kv, 0),
                 saved: None,
                 tail: Some(weights.rows_mut(DType::F32, 1, heads)),
+                correction: None,
             }];
             cuda.b
                 .prefetch(&cuda.stream, &cuda.stream, queries.rows(DType::F32, 1, heads * columns), &mut sequence)

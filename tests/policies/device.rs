@@ -44,6 +44,12 @@ fn paper(cache: usize, alpha: f32) -> SessionOptions {
     options
 }
 
+/// The same options, with corrections by up to a share of the tokens.
+fn correcting(mut options: SessionOptions, share: f32) -> SessionOptions {
+    options.policy.infinigen.correct = share;
+    options
+}
+
 /// The same options, with a cache of which only that is attended.
 fn listing(mut options: SessionOptions) -> SessionOptions {
     options.policy.infinigen.attend_cache = false;
@@ -90,6 +96,12 @@ fn the_device_does_what_the_host_does() {
             stored(Payload::Int4, paper(16, 2.0)),
             listing(options(20, Rule::Probability { below: 4.0, most: 0.2 })),
             stored(Payload::Int8, listing(options(16, Rule::Share(0.1)))),
+            correcting(options(14, Rule::Share(0.1)), 0.1),
+            correcting(options(16, Rule::Probability { below: 4.0, most: 0.2 }), 0.05),
+            stored(Payload::Int8, correcting(options(18, Rule::Share(0.1)), 0.5)),
+            stored(Payload::Int4, correcting(listing(options(20, Rule::Probability { below: 4.0, most: 0.2 })), 0.1)),
+            correcting(listing(options(20, Rule::Share(0.1))), 0.1),
+            correcting(paper(16, 2.0), 0.1),
         ] {
             let (own, payload) = (&options.policy.infinigen, options.policy.payload);
             let left = Arc::new(AtomicUsize::new(0));
@@ -113,12 +125,13 @@ fn the_device_does_what_the_host_does() {
                 }
                 let (a, b) = (device.kv_counters().unwrap(), host.kv_counters().unwrap());
                 assert_eq!(
-                    (a.steps, a.selected, a.misses, a.hits, a.attended, a.candidates, a.held),
-                    (b.steps, b.selected, b.misses, b.hits, b.attended, b.candidates, b.held),
+                    (a.steps, a.selected, a.misses, a.hits, a.corrected, a.attended, a.candidates, a.held),
+                    (b.steps, b.selected, b.misses, b.hits, b.corrected, b.attended, b.candidates, b.held),
                     "{case}"
                 );
             }
             let counters = host.kv_counters().unwrap();
+            assert_eq!(counters.corrected > 0, own.correct > 0.0, "{name}, {own:?}");
             assert!(
                 own.cache == Budget::Tokens(60) || counters.misses > 0,
                 "{name}, {own:?}: nothing was ever fetched"
@@ -144,6 +157,8 @@ fn a_gpu_does_what_the_cpu_does() {
             options(16, Rule::Probability { below: 4.0, most: 0.2 }),
             listing(options(20, Rule::Share(0.1))),
             paper(16, 2.0),
+            correcting(options(16, Rule::Probability { below: 4.0, most: 0.2 }), 0.1),
+            correcting(listing(options(20, Rule::Share(0.1))), 0.1),
         ] {
             let own = &options.policy.infinigen;
             let logits = |model: &Model| {
@@ -170,8 +185,12 @@ fn batches_of_both_equal_each_alone() {
     let model = load(&folder, Some(DType::F32));
     let tokens = tokens(&model, &Golden::read(&folder, ""), 60);
     let left = Arc::default();
-    let mut kinds =
-        [options(14, Rule::Share(0.1)), listing(options(14, Rule::Share(0.1))), options(30, Rule::Share(0.2))];
+    let mut kinds = [
+        options(14, Rule::Share(0.1)),
+        listing(options(14, Rule::Share(0.1))),
+        options(30, Rule::Share(0.2)),
+        correcting(options(14, Rule::Share(0.1)), 0.1),
+    ];
     kinds[1].policy.payload = Payload::Int8;
     let make = |device: bool| -> Vec<Session> {
         let of = |options: &SessionOptions| match device {
@@ -186,7 +205,7 @@ fn batches_of_both_equal_each_alone() {
         session.prefill(&tokens[..20 + i % kinds.len()]).unwrap();
     }
     for (step, &token) in tokens[24..44].iter().enumerate() {
-        decode_batch(&mut batch.iter_mut().collect::<Vec<_>>(), &[token; 6]).unwrap();
+        decode_batch(&mut batch.iter_mut().collect::<Vec<_>>(), &[token; 8]).unwrap();
         for (i, (alone, together)) in alone.iter_mut().zip(&batch).enumerate() {
             alone.decode(token).unwrap();
             assert_eq!(alone.logits().unwrap(), together.logits().unwrap(), "step {step}, session {i}");
@@ -231,14 +250,19 @@ fn the_device_evicts_what_the_host_does() {
         (Eviction::Lru, 18, listing(options(60, Rule::Paper { alpha: 2.0, most: 0.2 })), Payload::Exact, &short),
         (Eviction::Lru, 18, listing(options(60, Rule::Share(0.2))), Payload::Exact, &short),
         (Eviction::Counter, 20, paper(12, 2.0), Payload::Exact, &short),
+        (Eviction::Lru, 22, correcting(options(14, Rule::Share(0.1)), 0.1), Payload::Int8, &short),
+        (
+            Eviction::Counter,
+            22,
+            correcting(listing(options(14, Rule::Share(0.1))), 0.1),
+            Payload::Exact,
+            &long.concat(),
+        ),
     ]
     .into_iter()
     .enumerate()
     {
         let (files, own) = (tempfile::tempdir().unwrap(), &options.policy.infinigen);
-        if own.tail && !own.attend_cache && model.backend().selects_on_device() {
-            continue; // refused there
-        }
         let traced = |name: &str| {
             let mut options = options.clone();
             let policy = &mut options.policy;
@@ -281,8 +305,8 @@ fn the_device_evicts_what_the_host_does() {
             }
             let (a, b) = (device.kv_counters().unwrap(), host.kv_counters().unwrap());
             assert_eq!(
-                (a.steps, a.selected, a.misses, a.hits, a.attended, a.candidates, a.held, a.evicted),
-                (b.steps, b.selected, b.misses, b.hits, b.attended, b.candidates, b.held, b.evicted),
+                (a.steps, a.selected, a.misses, a.hits, a.corrected, a.attended, a.candidates, a.held, a.evicted),
+                (b.steps, b.selected, b.misses, b.hits, b.corrected, b.attended, b.candidates, b.held, b.evicted),
                 "{case}"
             );
             evicted = b.evicted;
@@ -301,14 +325,19 @@ fn traces_of_both_are_the_same() {
     let model = load(&folder, Some(DType::F32));
     let tokens = tokens(&model, &Golden::read(&folder, ""), 60);
     let files = tempfile::tempdir().unwrap();
-    for (cache, rule) in [(14, Rule::Share(0.1)), (16, Rule::Probability { below: 4.0, most: 0.2 })] {
+    for (cache, rule, correct) in [
+        (14, Rule::Share(0.1), 0.0),
+        (16, Rule::Probability { below: 4.0, most: 0.2 }, 0.0),
+        (16, Rule::Share(0.1), 0.05),
+    ] {
         let left = Arc::new(AtomicUsize::new(0));
+        let plain = correcting(options(cache, rule), correct);
         let traced = |name: &str| {
-            let mut options = options(cache, rule);
+            let mut options = plain.clone();
             options.policy.trace = Some(files.path().join(name));
             options
         };
-        let mut untraced = on_device(&model, &options(cache, rule), &left);
+        let mut untraced = on_device(&model, &plain, &left);
         let mut device = on_device(&model, &traced("device"), &left);
         let mut host = failing(&model, &traced("host"), &left);
         for session in [&mut untraced, &mut device, &mut host] {

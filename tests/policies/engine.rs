@@ -34,11 +34,6 @@ fn there(model: &Model, policy: &PolicyOptions) -> bool {
     let backend: &dyn Backend = model.backend();
     let in_file = matches!(policy.tier, KvTier::File(_));
     let evicts = policy.eviction != Eviction::Off;
-    // What only the host's variant of infinigen does.
-    let unusual = evicts && policy.infinigen.tail && !policy.infinigen.attend_cache;
-    if (policy.infinigen.correct > 0.0 || unusual) && backend.selects_on_device() {
-        return false;
-    }
     (backend.has_files() || !in_file) && (backend.has_eviction() || !evicts)
 }
 

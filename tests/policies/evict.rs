@@ -323,9 +323,6 @@ fn what_is_attended_is_what_a_naive_pool_holds() {
             (12, 11, 0.5),
             (40, 16, 0.2),
         ] {
-            if correct > 0.0 && matches!(chooser, Chooser::Device) {
-                continue; // refused there
-            }
             for calls in scenarios() {
                 let what =
                     format!("{kind:?} by {chooser:?}, {limit} rows, {cache} slots, {correct} corrected, {calls:?}");

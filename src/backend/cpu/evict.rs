@@ -13,8 +13,9 @@ pub(super) fn tokens(pool: &PoolMut<'_>, table: usize) -> Vec<u32> {
     (0..).zip(&words[at..at + pool.geometry.rows]).map(token).collect()
 }
 
-/// Leaves of what was selected (rows, ascending) what is not guarded, and notes its use.
-pub(super) fn select(slots: &mut SlotsMut<'_>, head: usize, selected: &mut Vec<u32>) {
+/// Leaves of what was selected (rows, ascending) what is not guarded, and notes its use. `corrects`: others have been used in
+/// this step before.
+pub(super) fn select(slots: &mut SlotsMut<'_>, head: usize, selected: &mut Vec<u32>, corrects: bool) {
     let table = slots.layer * slots.geometry.kv_heads + head;
     let Some(pool) = &mut slots.pool else { return };
     let (tokens, g) = (tokens(pool, table), pool.geometry);
@@ -23,7 +24,7 @@ pub(super) fn select(slots: &mut SlotsMut<'_>, head: usize, selected: &mut Vec<u
     for &row in &*selected {
         match pool.rule {
             VictimRule::Fifo => {}
-            VictimRule::Lru => uses[row as usize] = 2 * pool.token as u32,
+            VictimRule::Lru => uses[row as usize] = 3 * pool.token as u32 + u32::from(corrects),
             VictimRule::Counter => {
                 uses[row as usize] += 1;
                 if uses[row as usize] == VictimRule::SATURATED {
@@ -53,7 +54,7 @@ pub(super) fn place(
             let (token, uses) = (tokens[row as usize], uses[row as usize]);
             let by_use = match pool.rule {
                 VictimRule::Fifo => 0,
-                VictimRule::Lru if uses == 0 => 2 * token + 1,
+                VictimRule::Lru if uses == 0 => 3 * token + 2,
                 VictimRule::Lru | VictimRule::Counter => uses,
             };
             (by_use, token)

@@ -23,6 +23,7 @@ mod norm;
 mod payload;
 mod pool;
 mod project;
+mod rank;
 mod rotary;
 mod scratch;
 mod simd;
@@ -38,7 +39,7 @@ mod view;
 use crate::backend::{
     Activation, Admission, AttentionShape, Backend, Blend, Buffer, DType, Event, HeadMaps, IndexGeometry, IndexRunsMut,
     KvGeometry, KvRuns, KvRunsMut, Landing, Linear, Lost, Move, Norm, Payload, Place, Prefetch, Rehearsal, Rotation,
-    Rows, RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, StoredRuns, Stream, Visible, Work,
+    Rows, RowsMut, Scratch, Segment, Selected, Shape, Slot, Slots, SlotsMut, StoredRuns, Stream, Visible, Work,
 };
 use crate::{Error, Result};
 use half::bf16;
@@ -462,6 +463,13 @@ impl Backend for CpuBackend {
         attention::mass(self, q, attention, segment, out)
     }
 
+    fn rank(&self, _: &Stream, scores: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_eq!((scores.dtype(), out.dtype(), scores.rows()), (DType::F32, DType::U32, out.rows()));
+        assert!(out.cols() <= scores.cols(), "more columns than there are");
+        rank::rank(self, scores, &out);
+        Ok(())
+    }
+
     fn project_heads(&self, _: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {
         assert_activations!(x, out);
         assert!(maps.kv_heads > 0 && maps.inputs > 0 && maps.outputs > 0);
@@ -529,17 +537,24 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
         let mut selected = vec![Selected::default(); sequences.len()];
-        for (sequence, selected) in sequences.iter().zip(&mut selected).filter(|(sequence, _)| sequence.tail.is_some())
-        {
-            selected.present = slots::present(&sequence.slots, sequence.rehearsal.rows);
+        for (sequence, selected) in sequences.iter().zip(&mut selected) {
+            let Prefetch { slots, rehearsal, tail, correction, .. } = sequence;
+            if tail.is_some() || correction.is_some() {
+                selected.present = slots::present(slots, rehearsal.rows, correction.is_some());
+            }
+            if let Some(correction) = correction {
+                let before = slots::selected(slots).into_iter();
+                selected.most_absent = before.map(|selected| correction.most_beside(selected)).collect();
+            }
         }
         self.rehearse(stream, queries, &rehearsals, &mut selected.iter_mut().collect::<Vec<_>>())?;
         for (sequence, selected) in sequences.iter_mut().zip(&mut selected) {
             let (mut moves, mut saves) = (Vec::new(), Vec::new());
             for (head, rows) in selected.rows.iter_mut().enumerate() {
                 let first = moves.len();
-                evict::select(&mut sequence.slots, head, rows);
-                slots::request(&mut sequence.slots, head, rows, &mut moves);
+                let corrects = sequence.correction.is_some();
+                evict::select(&mut sequence.slots, head, rows, corrects);
+                slots::request(&mut sequence.slots, head, rows, &mut moves, corrects);
                 saves.extend((0..).zip(&moves[first..]).map(|(to, m)| Move { from: m.to, to, ..*m }));
             }
             if let Some(saved) = &mut sequence.saved {
@@ -594,6 +609,15 @@ impl Backend for CpuBackend {
 
     fn take_back(&self, _: &Stream, lost: Lost<'_>) -> Result<()> {
         evict::take_back(lost);
+        Ok(())
+    }
+
+    fn load_slots(&self, _: &Stream, mut slots: SlotsMut<'_>, length: usize, ranked: Rows<'_>) -> Result<()> {
+        assert_eq!((ranked.dtype(), ranked.rows()), (DType::U32, slots.geometry.kv_heads));
+        assert!(slots.pool.is_none() && slots.limit <= length && length <= slots.geometry.rows, "rows past the end");
+        for head in 0..ranked.rows() {
+            slots::load(&mut slots, head, length, view::row_u32(&ranked, head));
+        }
         Ok(())
     }
 

@@ -26,7 +26,7 @@ impl<'a> Table<'a> {
         let mut table = Table { words, geometry, at, limit, guard, step, tokens, by_list };
         if table.header(Header::Step) != step {
             table.set(Header::Step, step);
-            for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended] {
+            for header in [Header::Changes, Header::Selected, Header::Missed, Header::Attended, Header::Corrected] {
                 table.set(header, 0);
             }
         }
@@ -83,14 +83,30 @@ impl<'a> Table<'a> {
         *self.slot_of(row) = slot;
     }
 
-    /// Writes down what this step selected, and the moves that it made.
-    fn list(&mut self, selected: &[u32], moves: &[Move]) {
+    /// Writes down what this step selected, or a correction added, and the moves that it made.
+    fn list(&mut self, selected: &[u32], moves: &[Move], corrects: bool) {
         let g = self.geometry;
         let (layer, head) = (self.at / g.kv_heads, self.at % g.kv_heads);
-        self.words[g.selected_counts_at(layer) + head] = selected.len() as u32;
-        self.words[g.selected_rows_at(layer) + head * g.selected..][..selected.len()].copy_from_slice(selected);
-        self.words[g.move_counts_at(layer) + head] = moves.len() as u32;
-        let at = g.moves_at(layer) + 2 * head * g.selected;
+        let (room, [counts, rows, move_counts, moves_at]) = match corrects {
+            false => (
+                g.selected,
+                [g.selected_counts_at(layer), g.selected_rows_at(layer), g.move_counts_at(layer), g.moves_at(layer)],
+            ),
+            true => (
+                g.corrected,
+                [
+                    g.corrected_counts_at(layer),
+                    g.corrected_rows_at(layer),
+                    g.correction_counts_at(layer),
+                    g.correction_moves_at(layer),
+                ],
+            ),
+        };
+        assert!(selected.len() <= room, "more rows selected than the tables have room for");
+        self.words[counts + head] = selected.len() as u32;
+        self.words[rows + head * room..][..selected.len()].copy_from_slice(selected);
+        self.words[move_counts + head] = moves.len() as u32;
+        let at = moves_at + 2 * head * room;
         for (i, m) in moves.iter().enumerate() {
             self.words[at + 2 * i..at + 2 * i + 2].copy_from_slice(&[m.from, m.to]);
         }
@@ -127,18 +143,18 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Marks the selected rows of a KV head as used and gives those that are not here a slot.
-pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], moves: &mut Vec<Move>) {
+/// Marks the selected rows of a KV head as used and gives those that are not here a slot. `corrects`: they join others.
+pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], moves: &mut Vec<Move>, corrects: bool) {
     let geometry = slots.geometry;
-    assert!(selected.len() <= geometry.selected, "more rows selected than the tables have room for");
     let mut table = Table::new(slots, head);
+    let before = if corrects { table.header(Header::Changes) as usize } else { 0 };
     let mut missed = Vec::new();
     for (i, &row) in selected.iter().enumerate() {
         match *table.slot_of(row) {
             SlotGeometry::NONE => missed.push((i, row)),
             slot => {
                 let used = geometry.used_at(table.at) + slot as usize;
-                table.journal(i, slot, row, table.words[used]);
+                table.journal(before + i, slot, row, table.words[used]);
                 table.words[used] = table.step;
             }
         }
@@ -148,16 +164,22 @@ pub(super) fn request(slots: &mut SlotsMut<'_>, head: usize, selected: &[u32], m
     let mut free: Vec<u32> = (held..held + pushed).map(|slot| slot as u32).collect();
     free.extend(table.victims(missed.len() - pushed));
     for (&(i, row), &slot) in missed.iter().zip(&free) {
-        table.put(i, slot, row);
+        table.put(before + i, slot, row);
         moves.push(Move { head: head as u32, from: row, to: slot });
     }
-    table.list(selected, &moves[moves.len() - missed.len()..]);
+    table.list(selected, &moves[moves.len() - missed.len()..], corrects);
     let (all, missed) = (selected.len() as u32, missed.len() as u32);
-    table.set(Header::Changes, all);
-    table.set(Header::Selected, all);
-    table.set(Header::Missed, missed);
+    table.set(Header::Changes, before as u32 + all);
     table.add(Header::AllSelected, all);
     table.add(Header::AllMissed, missed);
+    if corrects {
+        table.set(Header::Missed, table.header(Header::Missed) + missed);
+        table.set(Header::Corrected, all);
+        table.add(Header::AllCorrected, all);
+    } else {
+        table.set(Header::Missed, missed);
+        table.set(Header::Selected, all);
+    }
 }
 
 /// Whether this step has selected a row.
@@ -187,26 +209,64 @@ pub(super) fn admit(slots: &mut SlotsMut<'_>, head: usize, row: u32) -> u32 {
     slot
 }
 
-/// Rows, of `rows` rows, that this step will attend whatever it selects, KV head by KV head: those in slots, or those that
-/// are guarded.
-pub(super) fn present(slots: &SlotsMut<'_>, rows: usize) -> Vec<Vec<u32>> {
-    let SlotsMut { tables, geometry, layer, limit, guard, by_list, pool, .. } = slots;
-    if *by_list && pool.is_none() {
-        let guarded = (0..guard.below.min(guard.from)).chain(guard.from..rows as u32);
-        return vec![guarded.collect(); geometry.kv_heads];
+/// Fills the table of a KV head anew; see `Backend::load_slots`.
+pub(super) fn load(slots: &mut SlotsMut<'_>, head: usize, length: usize, ranked: &[u32]) {
+    let (g, guard, limit) = (slots.geometry, slots.guard, slots.limit);
+    let table = slots.layer * g.kv_heads + head;
+    let words = words_mut(slots.tables, &g);
+    let (below, from) = guard.ends(length);
+    let always = (0..below).chain(from..length as u32);
+    let rows: Vec<u32> = always.chain(ranked.iter().copied().filter(|&row| !guard.protects(row))).take(limit).collect();
+    words[g.slots_at(table)..][..g.rows].fill(SlotGeometry::NONE);
+    for (slot, &row) in rows.iter().enumerate() {
+        words[g.rows_at(table) + slot] = row;
+        words[g.used_at(table) + slot] = (rows.len() - slot) as u32;
+        words[g.slots_at(table) + row as usize] = slot as u32;
     }
-    let mut rows = vec![Vec::new(); geometry.kv_heads];
-    let slots = Slots { tables, geometry: *geometry, layer: *layer, limit: *limit, by_list: false };
-    held(&slots).iter().for_each(|held| rows[held.head as usize].push(held.from));
-    if let (true, Some(pool)) = (by_list, pool) {
-        // What is guarded is in slots, too. In the order of tokens.
-        for (head, rows) in rows.iter_mut().enumerate() {
-            let tokens = evict::tokens(pool, layer * geometry.kv_heads + head);
-            rows.retain(|&row| guard.protects(tokens[row as usize]));
-            rows.sort_unstable_by_key(|&row| tokens[row as usize]);
-        }
+    words[g.count_at(table)] = rows.len() as u32;
+    words[g.header_at(table) + Header::Step as usize] = 0;
+}
+
+/// Rows, of `rows` rows, that this step will attend whatever it selects from now on, KV head by KV head: those in slots, or
+/// those that are guarded and, if it was rehearsed before, those that it has selected.
+pub(super) fn present(slots: &SlotsMut<'_>, rows: usize, rehearsed: bool) -> Vec<Vec<u32>> {
+    let SlotsMut { tables, geometry: g, layer, limit, guard, by_list, pool, step } = slots;
+    let of_layer = Slots { tables, geometry: *g, layer: *layer, limit: *limit, by_list: false };
+    let mut in_slots = vec![Vec::new(); g.kv_heads];
+    held(&of_layer).iter().for_each(|held| in_slots[held.head as usize].push(held.from));
+    if !by_list {
+        return in_slots;
     }
-    rows
+    let words = words(tables, g);
+    let of_head = |(head, in_slots): (usize, Vec<u32>)| {
+        let table = layer * g.kv_heads + head;
+        let tokens = pool.as_ref().map(|pool| evict::tokens(pool, table));
+        let token = |row: u32| tokens.as_ref().map_or(row, |tokens| tokens[row as usize]);
+        let used = |row: u32| {
+            let slot = words[g.slots_at(table) + row as usize] as usize;
+            words[g.used_at(table) + slot] == *step
+        };
+        // In the order of tokens, what is guarded first. (With a pool, it is in slots, too.)
+        let mut present: Vec<u32> = match &tokens {
+            None => (0..guard.below.min(guard.from)).chain(guard.from..rows as u32).collect(),
+            Some(_) => in_slots.iter().copied().filter(|&row| guard.protects(token(row))).collect(),
+        };
+        present.sort_unstable_by_key(|&row| token(row));
+        let mut selected = in_slots;
+        selected.retain(|&row| rehearsed && used(row) && !guard.protects(token(row)));
+        selected.sort_unstable_by_key(|&row| token(row));
+        present.extend(selected);
+        present
+    };
+    in_slots.into_iter().enumerate().map(of_head).collect()
+}
+
+/// Rows that this step has selected of each KV head.
+pub(super) fn selected(slots: &SlotsMut<'_>) -> Vec<usize> {
+    let g = &slots.geometry;
+    let words = words(slots.tables, g);
+    let of_head = |head| words[g.header_at(slots.layer * g.kv_heads + head) + Header::Selected as usize] as usize;
+    (0..g.kv_heads).map(of_head).collect()
 }
 
 /// Slots in use of each KV head.

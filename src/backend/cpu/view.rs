@@ -21,6 +21,24 @@ pub(super) unsafe fn row_mut<'a>(x: &'a RowsMut<'_>, i: usize) -> &'a mut [f32] 
     unsafe { std::slice::from_raw_parts_mut(x.base().cast::<f32>().add(i * x.stride()), x.cols()) }
 }
 
+/// Row `i` of a window of u32.
+pub(super) fn row_u32<'a>(x: &Rows<'a>, i: usize) -> &'a [u32] {
+    assert!(x.dtype() == DType::U32 && i < x.rows());
+    // SAFETY: as in `row`.
+    unsafe { std::slice::from_raw_parts(x.base().cast::<u32>().add(i * x.stride()), x.cols()) }
+}
+
+/// Row `i` of a writable window of u32.
+///
+/// # Safety
+/// As of [`row_mut`].
+#[allow(clippy::mut_from_ref)] // as above
+pub(super) unsafe fn row_u32_mut<'a>(x: &'a RowsMut<'_>, i: usize) -> &'a mut [u32] {
+    assert!(x.dtype() == DType::U32 && i < x.rows());
+    // SAFETY: as in `row_mut`.
+    unsafe { std::slice::from_raw_parts_mut(x.base().cast::<u32>().add(i * x.stride()), x.cols()) }
+}
+
 /// Element 0 of row `i` of one column of u32.
 pub(super) fn id(x: &Rows<'_>, i: usize) -> usize {
     assert!(x.dtype() == DType::U32 && x.cols() == 1 && i < x.rows());

@@ -48,6 +48,7 @@ modules! {
     MatvecMma: "matvec_mma";
     Norm: "norm";
     ProjectHeads: "project_heads";
+    Rank: "rank";
     Rehearse: "rehearse";
     Payload: "payload";
     Rotary: "rotary";

@@ -20,6 +20,7 @@ mod matmul;
 mod memory;
 mod payload;
 mod queue;
+mod rank;
 mod rehearse;
 mod rowwise;
 mod scratch;
@@ -173,11 +174,11 @@ fn assert_tables(tables: &Buffer, geometry: &SlotGeometry, layer: usize) {
     assert!(tables.bytes() >= geometry.bytes() && layer < geometry.layers, "tables that are too short");
 }
 
-/// Asserts that what is kept of a step's changes lies as the cache does, and has room.
-fn assert_saved(geometry: &SlotGeometry, cache: &KvRunsMut<'_>, saved: &Option<KvRunsMut<'_>>) {
+/// Asserts that what is kept of a step's changes lies as the cache does, and has room for `rows` rows.
+fn assert_saved(rows: usize, cache: &KvRunsMut<'_>, saved: &Option<KvRunsMut<'_>>) {
     if let Some(saved) = saved {
         assert_eq!((saved.geometry(), saved.layer_offset()), (cache.geometry(), cache.layer_offset()));
-        assert!(saved.capacity() > geometry.selected, "no room for what a step changes");
+        assert!(saved.capacity() >= rows, "no room for what a step changes");
     }
 }
 
@@ -536,6 +537,13 @@ impl Backend for CudaBackend {
         mass::mass(&self.shared, &mut queue, q, attention, segment, &out)
     }
 
+    fn rank(&self, stream: &Stream, scores: Rows<'_>, out: RowsMut<'_>) -> Result<()> {
+        assert_eq!((scores.dtype(), out.dtype(), scores.rows()), (DType::F32, DType::U32, out.rows()));
+        assert!(out.cols() <= scores.cols(), "more columns than there are");
+        let (mut queue, _entered) = self.enter(stream)?;
+        rank::rank(&self.shared, &mut queue, scores, &out)
+    }
+
     fn project_heads(&self, stream: &Stream, x: Rows<'_>, maps: &HeadMaps, out: RowsMut<'_>) -> Result<()> {
         assert_activations!(x, out);
         assert!(maps.kv_heads > 0 && maps.inputs > 0 && maps.outputs > 0);
@@ -594,14 +602,17 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         assert_activations!(queries);
         assert_eq!(place_of(stream).0, place_of(copies).0, "entries are copied on a stream beside");
-        for Prefetch { rehearsal, slots, from, to, saved, tail } in &*sequences {
+        for Prefetch { rehearsal, slots, from, to, saved, tail, correction } in &*sequences {
             assert_rehearsal(queries, rehearsal);
             assert_tables(slots.tables, &slots.geometry, slots.layer);
             let (a, b) = (from.geometry(), to.geometry());
             assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
             assert!(rehearsal.rows <= from.capacity() && rehearsal.rows <= slots.geometry.rows, "rows past the end");
             assert!(slots.limit <= slots.geometry.slots && slots.limit <= to.capacity(), "slots past the end");
-            assert_saved(&slots.geometry, to, saved);
+            let corrects = correction.is_some();
+            assert!(!corrects || slots.geometry.corrected > 0 && stream.0 == copies.0, "no room for a correction");
+            let kept = if corrects { slots.geometry.corrected } else { slots.geometry.selected + 1 };
+            assert_saved(kept, to, saved);
             assert_pool(slots);
             if let Some(tail) = tail {
                 let heads = queries.cols() / rehearsal.runs.geometry().columns;
@@ -618,7 +629,7 @@ impl Backend for CudaBackend {
         let Admission { row, slots, store, cache, saved, index, maps, mean } = &admission;
         let store = store.runs();
         assert_tables(slots.tables, &slots.geometry, slots.layer);
-        assert_saved(&slots.geometry, cache, saved);
+        assert_saved(slots.geometry.selected + 1, cache, saved);
         assert_pool(slots);
         let (a, b) = (store.geometry(), cache.geometry());
         assert_eq!(
@@ -651,6 +662,15 @@ impl Backend for CudaBackend {
         evict::assert_pool(lost.tables, lost.lost, &lost.geometry, lost.layer);
         let (mut queue, _entered) = self.enter(stream)?;
         evict::take_back(&self.shared, &mut queue, lost)
+    }
+
+    fn load_slots(&self, stream: &Stream, slots: SlotsMut<'_>, length: usize, ranked: Rows<'_>) -> Result<()> {
+        assert_tables(slots.tables, &slots.geometry, slots.layer);
+        assert_eq!((ranked.dtype(), ranked.rows()), (DType::U32, slots.geometry.kv_heads));
+        assert!(slots.limit <= slots.geometry.slots && slots.limit <= length, "slots past the end");
+        assert!(slots.pool.is_none() && length <= slots.geometry.rows, "rows past the end");
+        let (mut queue, _entered) = self.enter(stream)?;
+        slots::load(&self.shared, &mut queue, &slots, length, ranked)
     }
 
     fn refill(&self, stream: &Stream, slots: Slots<'_>, from: &StoredRuns<'_>, to: &mut KvRunsMut<'_>) -> Result<()> {

@@ -1,5 +1,5 @@
 //! Rehearsals of attention on an index, and the rows that they select: three launches for all sequences of a call, and one
-//! more for those that want the tail.
+//! more each for those that are corrected and those that want the tail.
 //!
 //! [`rehearse_into`] leaves the lists in device memory and waits for nothing, so that it may be part of a step that is
 //! replayed; [`rehearse`] is the operation of the backend, which hands them to the host.
@@ -8,6 +8,7 @@ use super::block::{bytes_of, plain};
 use super::index::{bits, extent_table};
 use super::kernels::{Kernel, Module};
 use super::queue::{Queue, Use};
+use super::slots::{self, Joining};
 use super::tail;
 use super::{Shared, address};
 use crate::Result;
@@ -87,7 +88,9 @@ pub(super) struct Lists {
     pub(super) rows: u64,
     pub(super) counts: u64,
     pub(super) most: u32,
-    /// Given, where the tail is wanted.
+    /// Given, where the lists are only what a correction is made of, in memory that it may write.
+    pub(super) correction: Option<Joining>,
+    /// Given, where the tail is wanted: behind the correction, if there is one.
     pub(super) tail: Option<tail::Tables>,
 }
 
@@ -174,9 +177,10 @@ fn launch(
     let mut scratch = queue.scratch(Use::Rehearsals, layouts.iter().map(|l| l.bytes).sum())?;
     let tables: Vec<Vec<u64>> =
         rehearsals.iter().map(|r| extent_table((0..r.runs.extents()).map(|i| r.runs.extent(i)))).collect();
-    let each = size_of::<Sequence>() + size_of::<tail::Sequence>() + size_of::<Replayed>();
+    let each =
+        size_of::<Sequence>() + size_of::<tail::Sequence>() + size_of::<Replayed>() + size_of::<slots::Correct>();
     let bytes = tables.iter().map(|t| 8 * t.len()).sum::<usize>() + rehearsals.len() * each;
-    queue.reserve(bytes, 2 * rehearsals.len() + 2)?;
+    queue.reserve(bytes, 2 * rehearsals.len() + 3)?;
     let sequences: Vec<Sequence> = rehearsals
         .iter()
         .zip(&tables)
@@ -224,27 +228,45 @@ fn launch(
     queue.push(shared, rank, [chunks, kv_heads, count], CHUNK / 4, &params)?;
     queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_select"), [kv_heads, 1, count], SELECT, &params)?;
 
+    let corrections: Vec<slots::Correct> = sequences
+        .iter()
+        .zip(outs)
+        .filter_map(|(s, out)| {
+            out.correction.map(|joining| joining.of((s.keys, s.stride), (s.out_rows, s.out_counts, s.capacity)))
+        })
+        .collect();
+    if !corrections.is_empty() {
+        slots::correct(shared, queue, &corrections, kv_heads)?;
+    }
     let tails: Vec<tail::Sequence> = sequences
         .iter()
         .zip(outs)
-        .filter_map(|(sequence, out)| out.tail.map(|tables| sequence.with_tail(tables)))
+        .filter_map(|(sequence, out)| {
+            let picked = (sequence.out_rows, sequence.out_counts, sequence.capacity);
+            let selected = out.correction.map_or(picked, |joining| joining.lists());
+            out.tail.map(|tables| sequence.with_tail(tables, selected))
+        })
         .collect();
     if tails.is_empty() { Ok(()) } else { tail::weigh(shared, queue, &tails, heads, group) }
 }
 
 impl Sequence {
-    /// What a tail is found from, once rows have been selected.
-    fn with_tail(&self, tables: tail::Tables) -> tail::Sequence {
+    /// What a tail is found from, once rows have been selected: lists, counts, and their capacity.
+    fn with_tail(
+        &self,
+        tables: tail::Tables,
+        (selected, selected_counts, capacity): (u64, u64, u32),
+    ) -> tail::Sequence {
         tail::Sequence {
             scores: self.scores,
             stats: self.stats,
-            selected: self.out_rows,
-            selected_counts: self.out_counts,
+            selected,
+            selected_counts,
             tables,
             stride: self.stride,
             stats_stride: self.stride / CHUNK as u32,
             chunks: self.rows.div_ceil(CHUNK as u32),
-            capacity: self.capacity,
+            capacity,
             index_rows: self.rows,
             unused: 0,
         }
@@ -349,7 +371,7 @@ pub(super) fn rehearse(
         .map(|r| {
             let (counts, rows) = (memory + 4 * list as u64, memory + 4 * ((counts + list) * width) as u64);
             list += r.runs.geometry().kv_heads;
-            Lists { rows, counts, most: width as u32, tail: None }
+            Lists { rows, counts, most: width as u32, correction: None, tail: None }
         })
         .collect();
     rehearse_into(shared, queue, queries, rehearsals, &outs)?;

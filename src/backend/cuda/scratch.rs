@@ -1,7 +1,7 @@
 //! How much scratch memory the largest steps take, before they run.
 
 use super::queue::{Queue, Use};
-use super::{Shared, attention, mass, matmul, rehearse};
+use super::{Shared, attention, mass, matmul, rank, rehearse};
 use crate::backend::{DType, Scratch, Work};
 
 /// Lanes of a step: its own, and the second beside it, which finds out what is fetched.
@@ -31,7 +31,10 @@ pub(super) fn scratch(shared: &Shared, queue: &Queue, work: Option<&Work<'_>>) -
         predictors,
     } = work;
     let [partials, counters] = attention::scratch_bytes(shared, shape, *kv, *sequences, *attended);
-    let masses = if *ranked == 0 { 0 } else { mass::scratch_bytes(shape, *ranked, *tokens) };
+    let masses = match *ranked {
+        0 => 0,
+        rows => mass::scratch_bytes(shape, rows, *tokens).max(rank::scratch_bytes(shape.kv_heads, *tokens)),
+    };
     // Where it was looked for in vain, cuBLAS multiplies nothing.
     let blas = !matches!(*shared.blas.lock(), Some(None));
     let sixteen = products.iter().filter(|product| product.dtype != DType::F32 && blas);

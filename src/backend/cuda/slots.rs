@@ -10,8 +10,8 @@ use super::tail;
 use super::{Shared, address};
 use crate::Result;
 use crate::backend::{
-    Admission, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, PoolGeometry, Prefetch, Rehearsal, Rows, SlotGeometry,
-    Slots, SlotsMut, StoredRuns,
+    Admission, Correction, DType, IndexGeometry, KvRuns, KvRunsMut, Payload, Place, PoolGeometry, Prefetch, Rehearsal,
+    Rows, SlotGeometry, Slots, SlotsMut, StoredRuns,
 };
 
 plain! {
@@ -35,12 +35,35 @@ plain! {
         step: u32,
         row: u32,
         most_attended: u32,
-        unused: u32,
+        corrects: u32,
         pool: Pool,
+    }
+
+    pub(super) struct Correct {
+        tables: Tables,
+        keys: u64,
+        counts: u64,
+        picked: u64,
+        stride: u32,
+        capacity: u32,
+        most: u32,
+        room: u32,
+    }
+
+    struct Corrects {
+        sequences: u64,
     }
 
     struct Request {
         sequences: u64,
+    }
+
+    struct Load {
+        tables: u64,
+        ranked: u64,
+        ranked_stride: u64,
+        ranked_count: u32,
+        length: u32,
     }
 
     struct Runs {
@@ -105,8 +128,10 @@ plain! {
 const THREADS: usize = 512;
 const GATHER_THREADS: usize = 1024;
 
-/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it.
+/// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it. And
+/// blocks where what is copied is on the device, and nothing runs beside.
 pub(super) const GATHER_BLOCKS: usize = 4;
+const REFILL_BLOCKS: usize = 128;
 
 /// Rows that a warp of a gather has in flight (`gather.cu`).
 const IN_FLIGHT: usize = 4;
@@ -123,32 +148,47 @@ pub(super) struct LastAdmit {
     end: usize,
 }
 
-/// Where what lies in a sequence's tables. `row` is that of a new token.
-fn tables_of(slots: &SlotsMut<'_>, row: usize) -> Tables {
+/// Where what lies in a sequence's tables. `row` is that of a new token; `corrects`: lists are those of corrections.
+fn tables_of(slots: &SlotsMut<'_>, row: usize, corrects: bool) -> Tables {
     let SlotsMut { geometry: g, layer, limit, guard, step, by_list, .. } = *slots;
     let first = layer * g.kv_heads;
     let at = |word: usize| address(slots.tables.address()) + 4 * word as u64;
+    let (most, [selected_counts, selected, move_counts, moves]) = match corrects {
+        false => (
+            g.selected,
+            [g.selected_counts_at(layer), g.selected_rows_at(layer), g.move_counts_at(layer), g.moves_at(layer)],
+        ),
+        true => (
+            g.corrected,
+            [
+                g.corrected_counts_at(layer),
+                g.corrected_rows_at(layer),
+                g.correction_counts_at(layer),
+                g.correction_moves_at(layer),
+            ],
+        ),
+    };
     Tables {
         counts: at(SlotGeometry::COUNT * first),
         headers: at(g.header_at(first)),
         used: at(g.used_at(first)),
-        selected_counts: at(g.selected_counts_at(layer)),
-        selected: at(g.selected_rows_at(layer)),
-        move_counts: at(g.move_counts_at(layer)),
-        moves: at(g.moves_at(layer)),
+        selected_counts: at(selected_counts),
+        selected: at(selected),
+        move_counts: at(move_counts),
+        moves: at(moves),
         attended_lists: if by_list { at(g.attended_lists_at()) } else { 0 },
         attended: at(g.attended_at()),
         stride: g.table_words() as u64,
         slots: g.slots as u32,
         rows: g.rows as u32,
-        most: g.selected as u32,
+        most: most as u32,
         limit: limit as u32,
         below: guard.below,
         from: guard.from,
         step,
         row: row as u32,
         most_attended: g.attended as u32,
-        unused: 0,
+        corrects: corrects.into(),
         pool: evict::pool_of(slots.pool.as_ref(), layer),
     }
 }
@@ -162,6 +202,7 @@ fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
         counts: tables.counts,
         rows,
         slots,
+        used: tables.used,
         weights,
         tokens: if pool.tables == 0 { 0 } else { pool.tables + 4 * PoolGeometry::HEADER as u64 },
         stride: tables.stride,
@@ -169,7 +210,7 @@ fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
         below: tables.below,
         from: tables.from,
         by_list: (tables.attended_lists != 0).into(),
-        unused: 0,
+        step: if tables.corrects == 0 { 0 } else { tables.step },
     }
 }
 
@@ -193,6 +234,33 @@ fn write_table(runs: &mut KvRunsMut<'_>) -> Vec<u64> {
     extent_table((0..runs.extents()).map(|i| runs.extent_mut(i).cast_const()))
 }
 
+/// Where what a correction finds goes, and how much of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Joining {
+    tables: Tables,
+    most: u32,
+    room: u32,
+}
+
+impl Joining {
+    /// The lists of what joins: of rows, and of how many they are, for how many there is room.
+    pub(super) fn lists(&self) -> (u64, u64, u32) {
+        (self.tables.selected, self.tables.selected_counts, self.tables.most)
+    }
+
+    /// What the kernel needs, where ranks of rows lie `stride` apart from `keys` on, and rows have been picked.
+    pub(super) fn of(&self, (keys, stride): (u64, u32), (picked, counts, capacity): (u64, u64, u32)) -> Correct {
+        let &Joining { tables, most, room } = self;
+        Correct { tables, keys, counts, picked, stride, capacity, most, room }
+    }
+}
+
+/// Finds what joins of what has been picked for the sequences. The block was asked whether it has room for them.
+pub(super) fn correct(shared: &Shared, queue: &mut Queue, sequences: &[Correct], kv_heads: usize) -> Result<()> {
+    let params = Corrects { sequences: queue.block.push(bytes_of(sequences)) };
+    queue.push(shared, Kernel::new(Module::Slots, "slots_correct"), [kv_heads, sequences.len(), 1], THREADS, &params)
+}
+
 /// See `Backend::prefetch`. Entries are copied on the lane `copies`.
 pub(super) fn prefetch(
     shared: &Shared,
@@ -202,15 +270,26 @@ pub(super) fn prefetch(
     sequences: &mut [Prefetch<'_>],
 ) -> Result<()> {
     let rehearsals: Vec<Rehearsal<'_>> = sequences.iter().map(|sequence| sequence.rehearsal).collect();
-    let tables: Vec<Tables> = sequences.iter().map(|sequence| tables_of(&sequence.slots, 0)).collect();
+    let tables = |sequence: &Prefetch<'_>| tables_of(&sequence.slots, 0, sequence.correction.is_some());
+    let tables: Vec<Tables> = sequences.iter().map(tables).collect();
     let lists: Vec<Lists> = sequences
         .iter()
         .zip(&tables)
-        .map(|(sequence, t)| Lists {
-            rows: t.selected,
-            counts: t.selected_counts,
-            most: t.most,
-            tail: sequence.tail.as_ref().map(|tail| tail_of(t, address(tail.base()))),
+        .map(|(sequence, t)| {
+            let tail = sequence.tail.as_ref().map(|tail| tail_of(t, address(tail.base())));
+            let Some(Correction { most, room }) = sequence.correction else {
+                return Lists { rows: t.selected, counts: t.selected_counts, most: t.most, correction: None, tail };
+            };
+            // What is picked is not yet what is selected.
+            let g = &sequence.slots.geometry;
+            let at = |word: usize| address(sequence.slots.tables.address()) + 4 * word as u64;
+            Lists {
+                rows: at(g.picked_rows_at()),
+                counts: at(g.picked_counts_at()),
+                most: g.selected as u32,
+                correction: Some(Joining { tables: *t, most: most as u32, room: room as u32 }),
+                tail,
+            }
         })
         .collect();
     rehearse::rehearse_into(shared, queue, queries, &rehearsals, &lists)?;
@@ -249,7 +328,7 @@ pub(super) fn prefetch(
         let (lane, requested) = (queue.lane(), queue.point()?);
         queue.switch(copies);
         queue.wait(requested)?;
-        gather(shared, queue, wanted, &sequences[0].from)?;
+        gather(shared, queue, wanted, &sequences[0].from, GATHER_BLOCKS)?;
         queue.switch(lane);
     }
     Ok(())
@@ -264,7 +343,7 @@ struct Wanted {
 }
 
 /// Copies entries that are stored as those of `like` are, or widens them.
-fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &StoredRuns<'_>) -> Result<()> {
+fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &StoredRuns<'_>, blocks: usize) -> Result<()> {
     let words: usize = wanted.iter().map(|w| w.from.len() + w.to.len() + w.saved.as_ref().map_or(0, Vec::len)).sum();
     queue.reserve(8 * words + size_of::<Gathered>() * wanted.len(), 3 * wanted.len() + 1)?;
     let lists = wanted.iter().map(|Wanted { list, from, to, saved }| {
@@ -303,7 +382,27 @@ fn gather(shared: &Shared, queue: &mut Queue, wanted: Vec<Wanted>, like: &Stored
     let rows = if like.payload() == Payload::Exact { 0 } else { GATHER_THREADS / 32 * IN_FLIGHT };
     let kernel =
         Kernel::new(Module::Gather, name).reading(like.place()).with_shared(rows * row_bytes.next_multiple_of(16));
-    queue.push(shared, kernel, [GATHER_BLOCKS, 1, 1], GATHER_THREADS, &params)
+    queue.push(shared, kernel, [blocks, 1, 1], GATHER_THREADS, &params)
+}
+
+/// See `Backend::load_slots`.
+pub(super) fn load(
+    shared: &Shared,
+    queue: &mut Queue,
+    slots: &SlotsMut<'_>,
+    length: usize,
+    ranked: Rows<'_>,
+) -> Result<()> {
+    let tables = tables_of(slots, 0, false);
+    queue.reserve(size_of::<Tables>(), 1)?;
+    let params = Load {
+        tables: queue.block.push(bytes_of(&[tables])),
+        ranked: address(ranked.base()),
+        ranked_stride: ranked.stride() as u64,
+        ranked_count: ranked.cols() as u32,
+        length: length as u32,
+    };
+    queue.push(shared, Kernel::new(Module::Slots, "slots_load"), [ranked.rows(), 1, 1], THREADS, &params)
 }
 
 /// See `Backend::refill`.
@@ -329,7 +428,8 @@ pub(super) fn refill(
         list_stride: g.table_words() as u64,
     };
     let wanted = Wanted { list, from: stored_table(from), to: write_table(to), saved: None };
-    gather(shared, queue, vec![wanted], from)
+    let blocks = if from.place() == Place::Device { REFILL_BLOCKS } else { GATHER_BLOCKS };
+    gather(shared, queue, vec![wanted], from, blocks)
 }
 
 /// See `Backend::admit`.
@@ -351,7 +451,7 @@ pub(super) fn admit(
     let last = queue.last_admit;
     queue.reserve(8 * words + size_of::<Token>(), 5)?;
     let token = Token {
-        tables: tables_of(&slots, row),
+        tables: tables_of(&slots, row, false),
         keys: address(keys.base()),
         values: address(values.base()),
         store: queue.block.push_table(bytes_of(&stored)),

@@ -28,6 +28,7 @@ plain! {
         pub(super) counts: u64,
         pub(super) rows: u64,
         pub(super) slots: u64,
+        pub(super) used: u64,
         pub(super) weights: u64,
         pub(super) tokens: u64,
         pub(super) stride: u64,
@@ -35,7 +36,7 @@ plain! {
         pub(super) below: u32,
         pub(super) from: u32,
         pub(super) by_list: u32,
-        pub(super) unused: u32,
+        pub(super) step: u32,
     }
 
     struct Weights {

@@ -6,6 +6,8 @@
 //! the time of a rehearsal and of its fetches, which nothing hides. With a tail, the tail's weight becomes that of the true
 //! queries as well.
 //!
+//! Where the device selects, it does all of this by itself (`device`, `backend::Correction`).
+//!
 //! To the engine a correction is the rehearsal of a policy that asks for the layer's own queries; that it is the second
 //! one of the layer is known here.
 
@@ -48,7 +50,7 @@ impl Infinigen {
     pub(super) fn may_correct(&self, layer: usize, position: usize) -> bool {
         let past = self.held.count(layer, position);
         let all_here = self.cache.counts(layer).iter().all(|&count| count as usize == past);
-        !(all_here && self.plan.attend_cache) && self.plan.most_corrected(layer, position, &self.held, 0) > 0
+        self.plan.may_correct(layer, position, &self.held, all_here)
     }
 
     /// The rehearsal that corrects a layer.
@@ -59,7 +61,8 @@ impl Infinigen {
         found.present = present;
         found.most_absent.clear();
         let selected = &self.selected[layer].rows;
-        let most = |rows: &Vec<u32>| self.plan.most_corrected(layer, position, &self.held, rows.len());
+        let correction = self.plan.correction_held(layer, position, &self.held);
+        let most = |rows: &Vec<u32>| correction.most_beside(rows.len());
         found.most_absent.extend(selected.iter().map(most));
         Some(Ahead::Select(self.plan.rehearsal_held(self.index.layer(layer), layer, position, &self.held), found))
     }

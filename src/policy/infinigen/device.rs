@@ -2,7 +2,7 @@
 //!
 //! The same pieces as in the parent module, and the same outcome, entry by entry: only who decides is another. A layer's
 //! rehearsal, lookup and fetch run on the side stream ([`Step::fetch`]) from the moment its queries are predicted; its
-//! attention waits for them. The store is host memory that the device reads and writes in place.
+//! attention waits for them, and for those of a correction. The store is host memory that the device reads and writes in place.
 
 mod room;
 
@@ -46,6 +46,8 @@ pub(in crate::policy) struct OnDevice {
     fetches: Vec<Option<Event>>,
     /// Whether this step attends each layer's slots by a list: what is guarded and what was selected.
     by_list: Vec<bool>,
+    /// Layers of the store that have been rehearsed and not corrected yet.
+    due: Vec<bool>,
     counters: KvCounters,
     counted: KvCounters,
     /// What the cache has counted, and had counted when our counters were last reset.
@@ -63,7 +65,9 @@ pub(in crate::policy) struct OnDevice {
 impl OnDevice {
     pub(in crate::policy) fn new(options: &PolicyOptions, setting: Setting) -> Result<OnDevice> {
         crate::policy::refuse_window("infinigen", &setting)?;
-        refuse(options, setting.backend.selects_on_device())?;
+        if matches!(options.tier, KvTier::File(_)) {
+            return Err(super::unsupported("the file tier is not there on a GPU yet; load the model with device=cpu"));
+        }
         let plan = Plan::new(options, &setting)?;
         let trace = Traced::create(options, &setting)?;
         let exact = options.payload == Payload::Exact;
@@ -89,6 +93,7 @@ impl OnDevice {
             resident_tokens,
             call: 0,
             by_list: vec![false; stored.layers],
+            due: vec![false; stored.layers],
             fetches: (0..stored.layers).map(|_| None).collect(),
             counters: KvCounters::default(),
             counted: KvCounters::default(),
@@ -123,28 +128,27 @@ impl OnDevice {
         !(self.plan.attend_cache || self.whole && self.fits(self.held.after(layer, position)))
     }
 
+    /// Fills the cache of a layer with the best of what was ranked at the end of a prompt, while the layer is here.
+    fn load(&mut self, step: &Step<'_>, layer: usize, length: usize) -> Result<()> {
+        let lists = match self.plan.replays() {
+            true => self.prompt.ranked(step)?,
+            false => Vec::new(),
+        };
+        let lists = lists.into_iter().enumerate();
+        let lists: Vec<_> = lists.map(|(head, ranked)| self.plan.first(layer, head, ranked, length)).collect();
+        if !lists.is_empty() {
+            self.prompt.rank_by(step, &lists)?;
+        }
+        let stored = self.store.entries(layer);
+        let from = self.prompt.staged.entries(layer, &self.store).unwrap_or(stored);
+        let room = (self.plan.slots(length), self.plan.guard(length));
+        self.cache.load(step.backend, step.stream, layer, room, length, self.prompt.best(), &from)
+    }
+
     /// Writes down what the last token has selected, where that is asked for.
     fn write_trace(&mut self, step: &Step<'_>) -> Result<()> {
         self.trace.as_mut().map_or(Ok(()), |trace| trace.write(step, &self.cache, self.pool.as_ref()))
     }
-}
-
-/// Errors where the options ask for what only the host's variant does.
-fn refuse(options: &PolicyOptions, on_device: bool) -> Result<()> {
-    let what = if matches!(options.tier, KvTier::File(_)) {
-        "the file tier"
-    } else if options.infinigen.correct > 0.0 {
-        "a correction"
-    } else if on_device
-        && options.eviction != Eviction::Off
-        && options.infinigen.tail
-        && !options.infinigen.attend_cache
-    {
-        "a tail, with eviction, beside a cache that is not attended whole"
-    } else {
-        return Ok(());
-    };
-    Err(super::unsupported(&format!("{what} is not there on a GPU yet; load the model with device=cpu")))
 }
 
 impl Policy for OnDevice {
@@ -156,19 +160,23 @@ impl Policy for OnDevice {
         if let Some(pool) = &mut self.pool {
             pool.begin();
         }
-        self.prompt.begin();
+        self.prompt.begin(self.held.begun_tokens());
         if let Some(tail) = &mut self.tail {
             tail.begin();
         }
         if let Some(columns) = self.plan.columns_mut() {
             columns.begin();
         }
+        self.due.fill(false);
         self.counted = self.counters;
         self.whole_before = self.whole;
         Ok(())
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
+        if let (Some(layer), Phase::Prefill { .. }) = (self.stored(step.layer), step.phase) {
+            return self.prompt.prefetch(step, layer, &mut self.store);
+        }
         if step.layer > 0 {
             return Ok(());
         }
@@ -192,6 +200,11 @@ impl Policy for OnDevice {
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
         let stored = self.stored(layer)?;
         let (past, after) = (self.held.count(stored, position), self.held.after(stored, position));
+        if self.due[stored] {
+            let all_here = self.whole && self.fits(past);
+            let may = self.plan.may_correct(stored, position, &self.held, all_here);
+            return may.then(|| self.plan.correction(layer));
+        }
         let watched = past > 0 && self.held.watches(|rows| self.plan.slots(rows));
         (!(self.whole && self.fits(after)) || watched).then(|| self.plan.lookahead(layer))
     }
@@ -200,15 +213,23 @@ impl Policy for OnDevice {
         let stored = self.stored(layer)?;
         let rehearsal = self.plan.rehearsal_held(self.index.layer(stored), stored, position, &self.held);
         let (place, by_list) = (self.place(stored, position), self.lists(stored, position));
-        let CacheMut { mut slots, entries: to, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        let correction = self.due[stored].then(|| self.plan.correction_held(stored, position, &self.held));
+        let cache = place.cache(&mut self.cache, self.pool.as_mut(), correction.is_some());
+        let CacheMut { mut slots, entries: to, saved } = cache;
         slots.by_list = by_list;
         let tail = self.tail.as_mut().map(|tail| tail.weights_mut(stored));
         let from = self.store.entries(stored);
-        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from, to, saved, tail })))
+        Some(Ahead::Prefetch(Box::new(Prefetch { rehearsal, slots, from, to, saved, tail, correction })))
     }
 
     fn rehearsed(&mut self, step: &Step<'_>) -> Result<()> {
         if let Some(layer) = self.stored(step.layer) {
+            if std::mem::take(&mut self.due[layer]) {
+                // The engine has waited for all of it.
+                self.trace.iter_mut().for_each(|trace| trace.corrected(layer));
+                return Ok(());
+            }
+            self.due[layer] = self.plan.corrects();
             self.fetches[layer] = Some(step.backend.record(step.fetch)?);
             if let Some(trace) = &mut self.trace {
                 trace.rehearsed(step, layer, self.held.count(layer, step.position));
@@ -227,6 +248,7 @@ impl Policy for OnDevice {
         };
         if step.phase == Phase::Decode {
             // The tables are the prefetch's until it is done.
+            self.due[layer] = false;
             let fetched = self.fetches[layer].take();
             // What was not rehearsed is all here, and attended.
             self.by_list[layer] = fetched.is_some() && self.lists(layer, step.position);
@@ -236,7 +258,7 @@ impl Policy for OnDevice {
             return self.admit(step, layer, keys, values);
         }
         self.held.extend(layer, step.rows);
-        self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
+        self.prompt.append(step, layer, keys, values, &mut self.store)?;
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, keys)?;
         }
@@ -253,7 +275,7 @@ impl Policy for OnDevice {
             return Ok(());
         };
         if step.phase != Phase::Decode {
-            return self.prompt.land(step, layer, &mut self.store);
+            return self.prompt.staged.land(step, layer, &mut self.store);
         }
         self.counters.held += (self.kv_heads() * (step.position + 1)) as u64;
         if let Some(trace) = &mut self.trace {
@@ -265,7 +287,9 @@ impl Policy for OnDevice {
     fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
         match self.stored(step.layer) {
             None => (self.resident.layer(step.layer), Visible::Causal),
-            Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &self.store), Visible::Causal),
+            Some(layer) if step.phase != Phase::Decode => {
+                (self.prompt.staged.runs(layer, &self.store), Visible::Causal)
+            }
             Some(layer) => {
                 let limit = self.plan.slots(self.held.count(layer, step.position + 1));
                 (self.cache.runs(layer), Visible::Slots(self.cache.slots(layer, limit, self.by_list[layer])))
@@ -280,14 +304,18 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        if !last {
-            return Ok(());
+        if last {
+            let length = step.position + step.rows;
+            if let Some(tail) = &mut self.tail {
+                tail.blend_runs(step, layer, self.prompt.staged.runs(layer, &self.store), length, 1.0)?;
+            }
+            self.prompt.rank(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)?;
+            match self.prompt.recent(length) {
+                Some(_) => self.prompt.keep_ranked(step, layer)?,
+                None => self.load(step, layer, length)?,
+            }
         }
-        let length = step.position + step.rows;
-        if let Some(tail) = &mut self.tail {
-            tail.blend_runs(step, layer, self.prompt.runs(layer, &self.store), length, 1.0)?;
-        }
-        self.prompt.observe(step, (layer, self.plan.ranked(length)), shape, queries, &self.store)
+        self.prompt.staged.attended(step, layer, &self.store)
     }
 
     fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
@@ -311,18 +339,20 @@ impl Policy for OnDevice {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.choose(step)?;
         }
-        let recent = self.prompt.recent(step.position, step.rows);
-        let heads = self.kv_heads();
-        let (plan, prompt) = (&self.plan, &mut self.prompt);
-        self.cache.keep(step.backend, step.stream)?;
-        self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
-            for head in 0..heads {
-                prompt::fill(cache, plan, (layer, head), prompt.take_ranked(layer, head), recent, length, moves);
-            }
-        })?;
-        self.whole = match recent {
-            Some(_) => self.whole && self.fits(length),
+        self.whole = match self.prompt.recent(length) {
             None => self.fits(length),
+            Some(first) => {
+                let heads = self.kv_heads();
+                let (plan, prompt) = (&self.plan, &mut self.prompt);
+                self.cache.keep(step.backend, step.stream)?;
+                self.cache.edit(step.backend, step.stream, &mut self.store, |cache, layer, moves| {
+                    for head in 0..heads {
+                        let ranked = prompt.take_kept(layer, head);
+                        prompt::join(cache, plan, (layer, head), ranked, first, length, moves);
+                    }
+                })?;
+                self.whole && self.fits(length)
+            }
         };
         self.prompt.finish();
         Ok(())
@@ -412,6 +442,7 @@ impl Policy for OnDevice {
             selected,
             misses,
             hits: selected - misses,
+            corrected: now.corrected - before.corrected,
             attended: self.counters.attended + now.attended - before.attended,
             host_bytes: (now.missed + now.refilled - before.missed - before.refilled) * self.row_bytes as u64,
             ..self.counters

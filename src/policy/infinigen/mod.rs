@@ -7,7 +7,7 @@
 //! | `index` | a partial key of every entry in the store, on the device |
 //! | `cache` | sinks, recent window and the entries selected last, on the device: what attention reads |
 //!
-//! A prompt is attended in full; its end fills the cache with what its last queries attended most. A step then goes
+//! A prompt is attended in full; each layer's end fills its cache with what the last queries attended most. A step then goes
 //! through each layer as `policy::Policy` says: rehearse on the index, ask the cache, fetch the misses, admit the new token,
 //! attend. When the layer's own queries are there, a correction may add to what was selected (`correct`). A sequence that fits the cache is attended in full, without speculation.
 //!
@@ -130,6 +130,20 @@ impl Infinigen {
         self.plan.slots(after) == after && self.cache.counts(layer).iter().all(|&count| count as usize == past)
     }
 
+    /// Fills the cache of a layer with the best of what was ranked at the end of a prompt, while the layer is here.
+    fn load(&mut self, step: &Step<'_>, layer: usize, length: usize) -> Result<()> {
+        let (guard, slots) = (self.plan.guard(length), self.plan.slots(length));
+        self.moves.clear();
+        for (head, ranked) in self.prompt.ranked(step)?.into_iter().enumerate() {
+            let ranked = self.plan.first(layer, head, ranked, length);
+            let rows = prompt::first_load(&ranked, length, slots, guard);
+            self.cache.load(layer, head, &rows, &mut self.moves);
+        }
+        self.keep_slots(step, layer, None)?;
+        let runs = self.prompt.staged.runs(layer, &*self.store);
+        step.backend.copy_kv_rows(step.stream, &runs, &mut self.cache.runs_mut(layer), &self.moves)
+    }
+
     fn count_attended(&mut self, attended: u64, held: usize) {
         self.counters.attended += attended;
         self.counters.held += held as u64;
@@ -143,7 +157,7 @@ impl Policy for Infinigen {
         self.store.begin(self.held.begun_rows());
         self.index.begin(self.held.begun_rows());
         self.cache.begin();
-        self.prompt.begin();
+        self.prompt.begin(self.held.begun_tokens());
         self.selected.iter_mut().for_each(|selected| selected.rows.iter_mut().for_each(Vec::clear));
         if let Some(tail) = &mut self.tail {
             tail.begin();
@@ -162,11 +176,14 @@ impl Policy for Infinigen {
     }
 
     fn prefetch(&mut self, step: &Step<'_>) -> Result<()> {
-        if step.layer == 0 && step.phase == Phase::Decode {
-            self.cache.next_token();
-            self.plan.begin(step)?;
+        match (step.phase, self.stored(step.layer)) {
+            (Phase::Prefill { .. }, Some(layer)) => self.prompt.prefetch(step, layer, &mut *self.store),
+            (Phase::Decode, _) if step.layer == 0 => {
+                self.cache.next_token();
+                self.plan.begin(step)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn lookahead(&self, layer: usize, position: usize) -> Option<Lookahead<'_>> {
@@ -213,7 +230,7 @@ impl Policy for Infinigen {
             Phase::Decode => self.append_one(step, layer, keys, values),
             Phase::Prefill { .. } => {
                 self.held.extend(layer, step.rows);
-                self.store.append(step.backend, step.stream, layer, keys, values, kv::Place::From(step.position))?;
+                self.prompt.append(step, layer, keys, values, &mut *self.store)?;
                 if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
                     columns.add(step, keys)?;
                 }
@@ -232,7 +249,7 @@ impl Policy for Infinigen {
             return Ok(());
         };
         if step.phase != Phase::Decode {
-            return self.prompt.land(step, layer, &mut *self.store);
+            return self.prompt.staged.land(step, layer, &mut *self.store);
         }
         self.store.finish_fetch(step.backend, step.stream, layer, &mut self.cache.runs_mut(layer))?;
         let mut attended: u64 = self.cache.counts(layer).iter().map(|&count| u64::from(count)).sum();
@@ -256,7 +273,9 @@ impl Policy for Infinigen {
     fn attended(&self, step: &Step<'_>) -> (KvRuns<'_>, Visible<'_>) {
         match self.stored(step.layer) {
             None => (self.resident.layer(step.layer), Visible::Causal),
-            Some(layer) if step.phase != Phase::Decode => (self.prompt.runs(layer, &*self.store), Visible::Causal),
+            Some(layer) if step.phase != Phase::Decode => {
+                (self.prompt.staged.runs(layer, &*self.store), Visible::Causal)
+            }
             Some(layer) if self.listed[layer].iter().all(|list| !list.is_empty()) => {
                 (self.cache.runs(layer), Visible::Listed(&self.listed[layer]))
             }
@@ -271,15 +290,18 @@ impl Policy for Infinigen {
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.add(step, queries)?;
         }
-        if !last {
-            return Ok(());
-        }
-        if let Some(tail) = &mut self.tail {
+        if last {
             let length = step.position + step.rows;
-            tail.blend_runs(step, layer, self.prompt.runs(layer, &*self.store), length, 1.0)?;
+            if let Some(tail) = &mut self.tail {
+                tail.blend_runs(step, layer, self.prompt.staged.runs(layer, &*self.store), length, 1.0)?;
+            }
+            self.prompt.rank(step, (layer, self.plan.ranked(length)), shape, queries, &*self.store)?;
+            match self.prompt.recent(length) {
+                Some(_) => self.prompt.keep_ranked(step, layer)?,
+                None => self.load(step, layer, length)?,
+            }
         }
-        let most = self.plan.ranked(step.position + step.rows);
-        self.prompt.observe(step, (layer, most), shape, queries, &*self.store)
+        self.prompt.staged.attended(step, layer, &*self.store)
     }
 
     fn complete(&mut self, step: &Step<'_>, attended: RowsMut<'_>) -> Result<()> {
@@ -299,18 +321,19 @@ impl Policy for Infinigen {
             self.counters.steps += step.rows as u64;
             return self.trace.as_mut().map_or(Ok(()), Tracing::flush);
         }
-        let recent = self.prompt.recent(step.position, step.rows);
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
             columns.choose(step)?;
         }
-        for layer in 0..self.selected.len() {
-            self.moves.clear();
-            for head in 0..self.kv_heads() {
-                let ranked = self.prompt.take_ranked(layer, head);
-                let moves = &mut self.moves;
-                prompt::fill(&mut self.cache, &self.plan, (layer, head), ranked, recent, length, moves);
+        if let Some(first) = self.prompt.recent(length) {
+            for layer in 0..self.selected.len() {
+                self.moves.clear();
+                for head in 0..self.kv_heads() {
+                    let ranked = self.prompt.take_kept(layer, head);
+                    let moves = &mut self.moves;
+                    prompt::join(&mut self.cache, &self.plan, (layer, head), ranked, first, length, moves);
+                }
+                self.fetch_now(step, layer)?;
             }
-            self.fetch_now(step, layer)?;
         }
         self.prompt.finish();
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::{HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
+use crate::backend::{Correction, HeadMaps, IndexBits, IndexRuns, Rehearsal, Selection};
 use crate::kv::{Eviction, Guard};
 use crate::policy::{
     Budget, IndexBasis, InfinigenOptions, Lookahead, Phase, PolicyOptions, Predictor, QuerySource, Rule, Setting, Step,
@@ -120,18 +120,27 @@ impl Plan {
 
     /// Whether there are corrections. The true queries have nothing to correct where they have selected.
     pub(super) fn corrects(&self) -> bool {
-        self.options.correct > 0.0 && self.options.predictor != Predictor::Exact
+        corrects(&self.options)
     }
 
-    /// Most rows that a correction for the token at `position` adds to the `selected` ones of a KV head: as far as the
-    /// slots go, and in a full pool one row less than there are.
-    pub(super) fn most_corrected(&self, layer: usize, position: usize, held: &Held, selected: usize) -> usize {
+    /// The correction for the token at `position`: as far as the slots go, and in a full pool one row less than there are.
+    pub(super) fn correction_held(&self, layer: usize, position: usize, held: &Held) -> Correction {
         let after = held.after(layer, position);
         let mut room = self.slots(after).saturating_sub(always(&self.options));
         if held.full(layer) {
             room = room.min((held.count(layer, position) + 1).saturating_sub(always(&self.options)));
         }
-        Budget::Share(self.options.correct).tokens(after).min(room.saturating_sub(selected))
+        Correction { most: Budget::Share(self.options.correct).tokens(after), room }
+    }
+
+    /// Whether a correction might find anything, where `all_here` says that every row is in the cache.
+    pub(super) fn may_correct(&self, layer: usize, position: usize, held: &Held, all_here: bool) -> bool {
+        !(all_here && self.attend_cache) && self.correction_held(layer, position, held).most_beside(0) > 0
+    }
+
+    /// Most rows that a correction adds to a KV head's for a sequence of `length` tokens; 0 where there is none.
+    pub(super) fn most_corrected(&self, length: usize) -> usize {
+        most_corrected(&self.options, length)
     }
 
     /// A decode step begins.
@@ -140,6 +149,11 @@ impl Plan {
             Some((trace, _)) if step.phase == Phase::Decode => trace.begin(step),
             _ => Ok(()),
         }
+    }
+
+    /// Whether a trace is replayed.
+    pub(super) fn replays(&self) -> bool {
+        self.trace.is_some()
     }
 
     /// The rows that a prompt of `length` tokens puts into the cache of a layer and KV head of the store, the most valuable
@@ -270,6 +284,17 @@ pub(super) fn most_rehearsed(options: &InfinigenOptions, length: usize, evicts: 
     most_selected(options, length, if evicts { options.window } else { 0 })
 }
 
+/// See [`Plan::corrects`].
+fn corrects(options: &InfinigenOptions) -> bool {
+    options.correct > 0.0 && options.predictor != Predictor::Exact
+}
+
+/// See [`Plan::most_corrected`].
+pub(super) fn most_corrected(options: &InfinigenOptions, length: usize) -> usize {
+    let room = slots(options, length).saturating_sub(always(options));
+    if corrects(options) { Budget::Share(options.correct).tokens(length).min(room) } else { 0 }
+}
+
 /// Fewest rows of a pool that can evict: sinks, window with the newest token, and a victim.
 pub(super) fn least_rows(options: &InfinigenOptions) -> usize {
     always(options)
@@ -288,7 +313,8 @@ fn always(options: &InfinigenOptions) -> usize {
 
 /// See [`Plan::most_attended`].
 pub(super) fn most_attended(options: &InfinigenOptions, length: usize, evicts: bool) -> usize {
-    if options.attend_cache { 0 } else { always(options) + most_rehearsed(options, length, evicts) }
+    let selected = most_rehearsed(options, length, evicts) + most_corrected(options, length);
+    if options.attend_cache { 0 } else { always(options) + selected }
 }
 
 /// Slots of each layer and KV head for a sequence of `length` tokens: the budget, and never fewer than what is always

@@ -1,14 +1,14 @@
 //! What a prompt leaves for decode: the index, and the ranking that the cache is first filled by.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, KvRuns, Move, Place, Rows, Segment, Visible,
+    AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, Move, Place, Rows, Segment, Visible,
 };
-use crate::kv::{Guard, HotCache, Pool, SequenceKv, Store};
+use crate::kv::{Guard, HotCache, Pool, Store};
 use crate::policy::Step;
+use crate::policy::staged::Staged;
 
 use super::plan::Plan;
 
@@ -17,12 +17,16 @@ pub(super) const RANKING_QUERIES: usize = 32;
 
 /// The state of a prompt under way.
 pub(super) struct Prompt {
-    /// One layer in full, where the store's entries are not memory that attention can read.
-    staging: SequenceKv,
+    kv_heads: usize,
+    /// Layers in full, where the store's entries are not memory that attention can read.
+    pub(super) staged: Staged,
     /// Partial keys of one chunk.
     partial: Option<Buffer>,
-    /// The most attended rows at the end of the prompt, the most attended first, for each layer and KV head of the store.
-    ranked: Vec<Vec<u32>>,
+    ranking: Option<Ranking>,
+    /// What [`Prompt::keep_ranked`] has kept, for each layer and KV head of the store.
+    kept: Vec<Vec<u32>>,
+    /// Tokens when the call began.
+    begun: usize,
     /// Whether the prompt's last chunk has run.
     ended: bool,
     /// Whether a prompt has filled the cache, now and when this step began.
@@ -30,12 +34,27 @@ pub(super) struct Prompt {
     filled_before: bool,
 }
 
+/// One layer's entries by the attention of the last queries.
+struct Ranking {
+    /// Attention that each token gets from them: a row a KV head.
+    mass: Buffer,
+    /// As many zeros, for the next layer.
+    zeros: Buffer,
+    length: usize,
+    /// The most attended rows, the most attended first: as many for each KV head.
+    best: Buffer,
+    most: usize,
+}
+
 impl Prompt {
     pub(super) fn new(pool: Arc<Pool>, stored: KvGeometry) -> Prompt {
         Prompt {
-            staging: SequenceKv::new(pool, KvGeometry { layers: 1, ..stored }),
+            kv_heads: stored.kv_heads,
+            staged: Staged::new(pool, &stored),
             partial: None,
-            ranked: vec![Vec::new(); stored.layers * stored.kv_heads],
+            ranking: None,
+            kept: vec![Vec::new(); stored.layers * stored.kv_heads],
+            begun: 0,
             ended: false,
             filled: false,
             filled_before: false,
@@ -43,12 +62,33 @@ impl Prompt {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.staging.bytes() + self.partial.as_ref().map_or(0, Buffer::bytes)
+        let ranking = self.ranking.as_ref().map(|r| [&r.mass, &r.zeros, &r.best]);
+        let scratch = self.partial.iter().chain(ranking.into_iter().flatten());
+        self.staged.bytes() + scratch.map(Buffer::bytes).sum::<usize>()
     }
 
     /// Whether a prompt's last chunk has run since the last commit.
     pub(super) fn ended(&self) -> bool {
         self.ended
+    }
+
+    /// Starts to bring what a layer attends beside the step's own entries.
+    pub(super) fn prefetch(&mut self, step: &Step<'_>, layer: usize, store: &mut dyn Store) -> Result<()> {
+        self.staged.reserve(step.position + step.rows, store)?;
+        self.staged.prefetch(step, layer, store)
+    }
+
+    /// Takes a chunk's entries of a layer.
+    pub(super) fn append(
+        &mut self,
+        step: &Step<'_>,
+        layer: usize,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        store: &mut dyn Store,
+    ) -> Result<()> {
+        self.staged.reserve(step.position + step.rows, store)?;
+        self.staged.append(step, layer, keys, values, store)
     }
 
     /// Appends a chunk's partial keys to the index.
@@ -69,51 +109,8 @@ impl Prompt {
         step.backend.index_append(step.stream, partial.rows(dtype, step.rows, columns), index, step.position)
     }
 
-    /// Makes room for what [`Prompt::land`] needs of a sequence of `tokens` tokens.
-    pub(super) fn reserve(&mut self, tokens: usize, store: &dyn Store) -> Result<()> {
-        self.staging.reserve(if store.runs(0).is_some() { 0 } else { tokens })
-    }
-
-    /// Gives that room back.
-    pub(super) fn release(&mut self) {
-        self.staging.truncate(0);
-    }
-
-    /// Brings the layer's entries to where attention can read them.
-    pub(super) fn land(&mut self, step: &Step<'_>, layer: usize, store: &mut dyn Store) -> Result<()> {
-        if store.runs(layer).is_some() {
-            return Ok(());
-        }
-        let length = step.position + step.rows;
-        self.staging.reserve(length)?;
-        store.begin_fetch_first(layer, length)?;
-        store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))
-    }
-
-    /// The layer in full; after [`Prompt::land`].
-    pub(super) fn runs<'a>(&'a self, layer: usize, store: &'a dyn Store) -> KvRuns<'a> {
-        store.runs(layer).unwrap_or_else(|| self.staging.layer(0))
-    }
-
-    /// Fetches rows of a layer into the first rows of the staging area, which is returned.
-    pub(super) fn bring(
-        &mut self,
-        step: &Step<'_>,
-        layer: usize,
-        store: &mut dyn Store,
-        rows: Range<usize>,
-    ) -> Result<KvRuns<'_>> {
-        self.staging.reserve(rows.len())?;
-        let of_head = |head| rows.clone().enumerate().map(move |(to, from)| (head, from as u32, to as u32));
-        let heads = 0..self.staging.geometry().kv_heads as u32;
-        let moves: Vec<Move> = heads.flat_map(of_head).map(|(head, from, to)| Move { head, from, to }).collect();
-        store.begin_fetch(layer, &moves)?;
-        store.finish_fetch(step.backend, step.stream, layer, &mut self.staging.layer_mut(0))?;
-        Ok(self.staging.layer(0))
-    }
-
     /// Ranks the layer's `most` most attended entries by the attention of the last queries.
-    pub(super) fn observe(
+    pub(super) fn rank(
         &mut self,
         step: &Step<'_>,
         (layer, most): (usize, usize),
@@ -121,45 +118,66 @@ impl Prompt {
         queries: Rows<'_>,
         store: &dyn Store,
     ) -> Result<()> {
-        let length = step.position + step.rows;
+        let (backend, stream, length) = (step.backend, step.stream, step.position + step.rows);
         let rows = step.rows.min(RANKING_QUERIES);
         let skip = step.rows - rows;
-        let mut mass = step.backend.allocate(shape.kv_heads * length * 4, Place::Device, "attention of a prompt")?;
-        let segment = Segment {
-            row: 0,
-            rows,
-            position: step.position + skip,
-            runs: self.runs(layer, store),
-            visible: Visible::Causal,
-        };
-        let queries = queries.row_range(skip, rows);
-        let out = mass.rows_mut(DType::F32, shape.kv_heads, length);
-        step.backend.attention_mass(step.stream, queries, shape, &segment, out)?;
-        let mut bytes = vec![0; shape.kv_heads * length * 4];
-        step.backend.download(step.stream, mass.rows(DType::F32, shape.kv_heads, length), &mut bytes)?;
-        for (head, bytes) in bytes.chunks_exact(length * 4).enumerate() {
-            let mass: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect();
-            let ranked = &mut self.ranked[layer * shape.kv_heads + head];
-            *ranked = (0..length as u32).collect();
-            let order = |a: &u32, b: &u32| mass[*b as usize].total_cmp(&mass[*a as usize]).then(a.cmp(b));
-            if most < length {
-                ranked.select_nth_unstable_by(most, order);
-                ranked.truncate(most);
-            }
-            ranked.sort_unstable_by(order);
+        if self.ranking.as_ref().is_none_or(|ranking| (ranking.length, ranking.most) != (length, most)) {
+            let bytes = (shape.kv_heads * length * 4).next_multiple_of(8);
+            let allocate = |bytes| backend.allocate(bytes, Place::Device, "attention of a prompt");
+            let best = allocate(shape.kv_heads * most * 4)?;
+            self.ranking = Some(Ranking { mass: allocate(bytes)?, zeros: allocate(bytes)?, length, best, most });
         }
+        let runs = self.staged.runs(layer, store);
+        let Some(Ranking { mass, zeros, best, .. }) = &mut self.ranking else { unreachable!("made above") };
+        backend.copy(stream, zeros, mass)?;
+        let segment = Segment { row: 0, rows, position: step.position + skip, runs, visible: Visible::Causal };
+        let queries = queries.row_range(skip, rows);
+        backend.attention_mass(stream, queries, shape, &segment, mass.rows_mut(DType::F32, shape.kv_heads, length))?;
+        let mass = mass.rows(DType::F32, shape.kv_heads, length);
+        backend.rank(stream, mass, best.rows_mut(DType::U32, shape.kv_heads, most))?;
         self.ended = true;
         Ok(())
     }
 
-    /// For a prompt of a few tokens after a sequence that has its cache already: the first of them.
-    pub(super) fn recent(&self, position: usize, rows: usize) -> Option<usize> {
-        (self.filled && position > 0 && rows < RANKING_QUERIES).then_some(position)
+    /// What was ranked last: the most attended rows, the most attended first, for each KV head.
+    pub(super) fn best(&self) -> Rows<'_> {
+        let Ranking { best, most, .. } = self.ranking.as_ref().expect("a layer has been ranked");
+        best.rows(DType::U32, self.kv_heads, *most)
     }
 
-    pub(super) fn take_ranked(&mut self, layer: usize, head: usize) -> Vec<u32> {
-        let heads = self.staging.geometry().kv_heads;
-        std::mem::take(&mut self.ranked[layer * heads + head])
+    /// As [`Prompt::best`], for the host: a list a KV head.
+    pub(super) fn ranked(&self, step: &Step<'_>) -> Result<Vec<Vec<u32>>> {
+        let best = self.best();
+        let mut bytes = vec![0; best.rows() * best.cols() * 4];
+        step.backend.download(step.stream, best, &mut bytes)?;
+        let rows = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|b| u32::from_ne_bytes(*b)).collect();
+        Ok(bytes.chunks_exact(best.cols() * 4).map(rows).collect())
+    }
+
+    /// Puts other lists in the place of [`Prompt::best`], as far as there is room.
+    pub(super) fn rank_by(&mut self, step: &Step<'_>, lists: &[Vec<u32>]) -> Result<()> {
+        let Some(Ranking { best, most, .. }) = &mut self.ranking else { return Ok(()) };
+        let padded = |list: &Vec<u32>| -> Vec<u32> {
+            list.iter().copied().chain(std::iter::repeat(u32::MAX)).take(*most).collect()
+        };
+        let bytes: Vec<u8> = lists.iter().flat_map(padded).flat_map(u32::to_ne_bytes).collect();
+        step.backend.upload(step.stream, &bytes, best, 0)
+    }
+
+    /// Keeps what was ranked last until the prompt is over.
+    pub(super) fn keep_ranked(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
+        let lists = self.ranked(step)?;
+        self.kept.iter_mut().skip(layer * self.kv_heads).zip(lists).for_each(|(kept, list)| *kept = list);
+        Ok(())
+    }
+
+    pub(super) fn take_kept(&mut self, layer: usize, head: usize) -> Vec<u32> {
+        std::mem::take(&mut self.kept[layer * self.kv_heads + head])
+    }
+
+    /// For a call of a few tokens, up to `length`, after a sequence that has its cache already: the first of them.
+    pub(super) fn recent(&self, length: usize) -> Option<usize> {
+        (self.filled && self.begun > 0 && length - self.begun < RANKING_QUERIES).then_some(self.begun)
     }
 
     /// The prompt is over, and the cache filled.
@@ -168,8 +186,9 @@ impl Prompt {
         self.give_up();
     }
 
-    /// A step begins.
-    pub(super) fn begin(&mut self) {
+    /// A step begins, after `tokens` tokens.
+    pub(super) fn begin(&mut self, tokens: usize) {
+        self.begun = tokens;
         self.filled_before = self.filled;
     }
 
@@ -181,9 +200,9 @@ impl Prompt {
 
     fn give_up(&mut self) {
         self.ended = false;
-        self.partial = None;
-        self.release();
-        self.ranked.iter_mut().for_each(Vec::clear);
+        (self.partial, self.ranking) = (None, None);
+        self.staged.truncate(0);
+        self.kept.iter_mut().for_each(Vec::clear);
     }
 }
 
@@ -196,35 +215,26 @@ pub(super) fn first_load(ranked: &[u32], length: usize, slots: usize, guard: Gua
     always.into_iter().chain(others.take(free)).collect()
 }
 
-/// Puts what a prompt leaves into the cache of one layer and KV head: `ranked` are its rows by attention, `recent` as of
-/// [`Prompt::recent`]. `moves` gets what must be fetched.
-pub(super) fn fill(
+/// Puts what a few tokens leave, from `first` on after a sequence that has its cache, into that of one layer and KV head: the
+/// tokens, and what they attended most (`ranked`). `moves` gets what must be fetched.
+pub(super) fn join(
     cache: &mut HotCache,
     plan: &Plan,
     (layer, head): (usize, usize),
     ranked: Vec<u32>,
-    recent: Option<usize>,
+    first: usize,
     length: usize,
     moves: &mut Vec<Move>,
 ) {
     let (guard, slots) = (plan.guard(length), plan.slots(length));
-    match recent {
-        // A few tokens after a sequence that has its cache: they join it, with what they attended most.
-        Some(first) => {
-            let room = slots.saturating_sub(guard.below as usize + 1);
-            let from = first.min(guard.from as usize).max(length.saturating_sub(room));
-            let most = plan.most_selected(length).min(room - (length - from).min(room));
-            let mut rows: Vec<u32> = ranked.into_iter().take(most).collect();
-            rows.extend(from as u32..length as u32);
-            rows.sort_unstable();
-            rows.dedup();
-            cache.request(layer, head, &rows, slots, guard, moves);
-        }
-        None => {
-            let ranked = plan.first(layer, head, ranked, length);
-            cache.load(layer, head, &first_load(&ranked, length, slots, guard), moves);
-        }
-    }
+    let room = slots.saturating_sub(guard.below as usize + 1);
+    let from = first.min(guard.from as usize).max(length.saturating_sub(room));
+    let most = plan.most_selected(length).min(room - (length - from).min(room));
+    let mut rows: Vec<u32> = ranked.into_iter().take(most).collect();
+    rows.extend(from as u32..length as u32);
+    rows.sort_unstable();
+    rows.dedup();
+    cache.request(layer, head, &rows, slots, guard, moves);
 }
 
 /// After a truncation to `length` tokens: the window has moved back, over entries that may have left the cache, and what

@@ -42,13 +42,13 @@ impl Infinigen {
         self.cache.reserve(self.plan.slots(rows))?;
         self.store.reserve(rows)?;
         let prompt = self.held.in_order() && rows > self.held.now().1 + 1;
-        self.prompt.reserve(if prompt { rows } else { 0 }, &*self.store)
+        self.prompt.staged.reserve(if prompt { rows } else { 0 }, &*self.store)
     }
 
     /// Gives back room beyond that of `length` tokens of which the pool holds `rows`.
     pub(super) fn give_back(&mut self, length: usize, rows: usize) {
         self.cache.shrink();
-        self.prompt.release();
+        self.prompt.staged.truncate(0);
         self.resident.truncate(self.resident_room(length));
         self.index.truncate(rows);
         self.store.truncate(rows);

@@ -26,8 +26,9 @@ pub(super) struct Tail {
     layers: Vec<Layer>,
     kv_heads: usize,
     head_dim: usize,
-    /// A query to which all keys are alike.
+    /// A query to which all keys are alike, and what it attends.
     no_query: Buffer,
+    mean: Buffer,
     /// What each query head gives to the tail: a row a layer of the store.
     weights: Buffer,
     heads: usize,
@@ -43,7 +44,7 @@ struct Layer {
 
 /// What [`Tail::bytes`] will say.
 pub(super) fn bytes(stored: &KvGeometry) -> usize {
-    (2 * stored.layers + 1) * stored.kv_heads * stored.head_dim * 4
+    (2 * stored.layers + 2) * stored.kv_heads * stored.head_dim * 4
 }
 
 impl Tail {
@@ -58,6 +59,7 @@ impl Tail {
             kv_heads,
             head_dim,
             no_query: backend.allocate(kv_heads * head_dim * 4, Place::Device, "a query of zeros")?,
+            mean: backend.allocate(kv_heads * head_dim * 4, Place::Device, "mean values")?,
             weights: backend.allocate(layers * heads * 4, Place::Device, "weights of tails")?,
             heads,
         })
@@ -65,7 +67,7 @@ impl Tail {
 
     /// Bytes of device memory, but for the few of the weights.
     pub(super) fn bytes(&self) -> usize {
-        self.means.iter().map(Buffer::bytes).sum::<usize>() + self.no_query.bytes()
+        self.means.iter().map(Buffer::bytes).sum::<usize>() + self.no_query.bytes() + self.mean.bytes()
     }
 
     /// A step begins.
@@ -114,7 +116,7 @@ impl Tail {
 
     /// How the layer's mean moves towards the values of the token at `position`, for whoever lets it.
     pub(super) fn next_mean(&mut self, layer: usize, position: usize) -> Blend<'_> {
-        self.blend(layer, 1.0 / (position + 1) as f32)
+        self.blend(layer, 1.0 / (position + 1) as f32).0
     }
 
     /// Moves the layer's mean by `factor` towards that of the first `rows` rows of `runs`. Where those are `rows` of
@@ -128,15 +130,15 @@ impl Tail {
         factor: f32,
     ) -> Result<()> {
         let (kv_heads, head_dim, activation) = (self.kv_heads, self.head_dim, step.backend.activation());
-        let mut mean = step.backend.allocate(self.width() * 4, Place::Device, "mean values")?;
         // What a query attends to which all keys are alike is the mean of their values.
         let shape = AttentionShape { heads: kv_heads, kv_heads, head_dim, scale: 1.0, window: None };
         let counts = vec![rows as u32; kv_heads];
         let segment = Segment { row: 0, rows: 1, position: rows - 1, runs, visible: Visible::First(&counts) };
-        let query = self.no_query.rows(activation, 1, self.width());
-        step.backend.attend(step.stream, query, &shape, &[segment], mean.rows_mut(activation, 1, self.width()))?;
         let width = self.width();
-        step.backend.blend(step.stream, self.blend(layer, factor), mean.rows(activation, 1, width))
+        let (query, mean) = (self.no_query.rows(activation, 1, width), self.mean.rows_mut(activation, 1, width));
+        step.backend.attend(step.stream, query, &shape, &[segment], mean)?;
+        let (blend, mean) = self.blend(layer, factor);
+        step.backend.blend(step.stream, blend, mean.rows(activation, 1, width))
     }
 
     /// Takes the values of every token from `length` on out of the means, of a sequence that ends with the step's tokens:
@@ -161,7 +163,7 @@ impl Tail {
             for at in (first..end).step_by(kv::EXTENT_TOKENS) {
                 let rows = kv::EXTENT_TOKENS.min(end - at);
                 let begin = if goes { end - (at - first) - rows } else { at };
-                let runs = prompt.bring(step, layer, store, begin..begin + rows)?;
+                let runs = prompt.staged.bring(step, layer, store, begin..begin + rows)?;
                 let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
                 self.blend_runs(step, layer, runs, rows, factor)?;
             }
@@ -191,15 +193,15 @@ impl Tail {
         if self.layers[layer].written { self.current ^ 1 } else { self.current }
     }
 
-    /// The layer's mean in this step: `mean + factor · (values − mean)`.
-    fn blend(&mut self, layer: usize, factor: f32) -> Blend<'_> {
+    /// The layer's mean in this step: `mean + factor · (values − mean)`; and where a mean of values may lie.
+    fn blend(&mut self, layer: usize, factor: f32) -> (Blend<'_>, &Buffer) {
         let (layers, width) = (self.layers.len(), self.width());
         let written = std::mem::replace(&mut self.layers[layer].written, true);
         let [a, b] = &mut self.means;
         let (before, after) = if self.current == 0 { (&*a, b) } else { (&*b, a) };
         let before = before.rows(DType::F32, layers, width).row_range(layer, 1);
         let out = after.rows_mut(DType::F32, layers, width).row_range(layer, 1);
-        Blend { from: (!written).then_some(before), out, factor }
+        (Blend { from: (!written).then_some(before), out, factor }, &self.mean)
     }
 }
 

@@ -18,6 +18,8 @@ struct Rehearsed {
     of_store: usize,
     /// Rows that held tokens.
     candidates: usize,
+    /// Whether a correction has joined.
+    corrected: bool,
     /// Whether it has attended what was selected. If not, it is not written.
     landed: bool,
 }
@@ -34,7 +36,13 @@ impl Traced {
     /// The device selects for `layer` of the store, of which `candidates` rows hold tokens.
     pub(super) fn rehearsed(&mut self, step: &Step<'_>, layer: usize, candidates: usize) {
         self.position = step.position;
-        self.rehearsed.push(Rehearsed { of_model: step.layer, of_store: layer, candidates, landed: false });
+        let (of_model, of_store) = (step.layer, layer);
+        self.rehearsed.push(Rehearsed { of_model, of_store, candidates, corrected: false, landed: false });
+    }
+
+    /// The device corrects what it has selected for the layer of the store.
+    pub(super) fn corrected(&mut self, layer: usize) {
+        self.rehearsed.iter_mut().filter(|rehearsed| rehearsed.of_store == layer).for_each(|r| r.corrected = true);
     }
 
     /// The layer of the store attends what the device has selected for it.
@@ -51,7 +59,7 @@ impl Traced {
         }
         let lists = cache.lists(step.backend, step.stream)?;
         let tokens = pool.map(|pool| pool.tokens(step.backend, step.stream)).transpose()?;
-        for Rehearsed { of_model, of_store: layer, candidates, .. } in rehearsed {
+        for Rehearsed { of_model, of_store: layer, candidates, corrected, .. } in rehearsed {
             for head in 0..self.kv_heads {
                 // What a token selects stays in its row at least until the token is done.
                 let of_rows = |rows: &mut dyn Iterator<Item = u32>| {
@@ -60,14 +68,19 @@ impl Traced {
                     tokens.sort_unstable();
                     tokens
                 };
+                let (mut more, mut more_missed) = (&[][..], Vec::new());
+                if corrected {
+                    more = lists.corrected(layer, head);
+                    more_missed.extend(lists.corrected_missed(layer, head));
+                }
                 self.writer.write(&Record {
                     position: self.position as u32,
                     layer: of_model as u16,
                     head: head as u16,
                     candidates: candidates as u32,
-                    selected: of_rows(&mut lists.selected(layer, head).iter().copied()),
-                    missed: of_rows(&mut lists.missed(layer, head)),
-                    corrected: Vec::new(),
+                    selected: of_rows(&mut lists.selected(layer, head).iter().chain(more).copied()),
+                    missed: of_rows(&mut lists.missed(layer, head).chain(more_missed)),
+                    corrected: of_rows(&mut more.iter().copied()),
                 })?;
             }
         }

@@ -8,6 +8,7 @@ mod blocks;
 mod index;
 mod matrix;
 mod payload;
+mod rank;
 mod rowwise;
 mod tail;
 

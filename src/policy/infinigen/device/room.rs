@@ -26,9 +26,14 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// The layer's cache, with the pool that its rows are of.
-    pub(super) fn cache<'a>(&self, cache: &'a mut DeviceCache, pool: Option<&'a mut DevicePool>) -> CacheMut<'a> {
-        let mut cache = cache.slots_mut(self.layer, self.slots, self.guard);
+    /// The layer's cache, with the pool that its rows are of; for a correction or not.
+    pub(super) fn cache<'a>(
+        &self,
+        cache: &'a mut DeviceCache,
+        pool: Option<&'a mut DevicePool>,
+        corrects: bool,
+    ) -> CacheMut<'a> {
+        let mut cache = cache.slots_mut(self.layer, self.slots, self.guard, corrects);
         cache.slots.pool = pool.map(|pool| pool.layer_mut(self.rows, self.position, self.full, self.begun));
         cache
     }
@@ -79,7 +84,9 @@ impl OnDevice {
         if rows > self.cache.rows() {
             let rows = table_rows(rows, self.capacity);
             let evicts = self.held.evicts();
-            let lists = (self.plan.most_rehearsed(rows, evicts), self.plan.most_attended(rows, evicts));
+            let plan = &self.plan;
+            let lists =
+                (plan.most_rehearsed(rows, evicts), plan.most_corrected(rows), plan.most_attended(rows, evicts));
             self.cache.reserve_tables(&*self.backend, rows, self.plan.slots(rows), lists)?;
         }
         self.store.reserve(rows)?;
@@ -88,13 +95,13 @@ impl OnDevice {
             pool.reserve(&*self.backend, lost.min(held))?;
         }
         let prompt = self.held.in_order() && rows > held + 1;
-        self.prompt.reserve(if prompt { rows } else { 0 }, &self.store)
+        self.prompt.staged.reserve(if prompt { rows } else { 0 }, &self.store)
     }
 
     /// Gives back room beyond that of `length` tokens of which the pool holds `rows`.
     pub(super) fn give_back(&mut self, length: usize, rows: usize) {
         self.cache.shrink(if rows == 0 { 0 } else { self.plan.slots(rows) });
-        self.prompt.release();
+        self.prompt.staged.truncate(0);
         if let Some(pool) = &mut self.pool {
             pool.release();
         }
@@ -112,7 +119,7 @@ impl OnDevice {
         if row.is_none() {
             self.counters.evicted += heads as u64;
         }
-        let CacheMut { mut slots, entries, saved } = place.cache(&mut self.cache, self.pool.as_mut());
+        let CacheMut { mut slots, entries, saved } = place.cache(&mut self.cache, self.pool.as_mut(), false);
         slots.by_list = self.by_list[layer];
         let admission = Admission {
             row: row.unwrap_or(0),
@@ -146,8 +153,10 @@ pub(in crate::policy::infinigen) fn table_bytes(
     let lists = if options.trace.is_some() { stored.layers } else { 1 };
     let attended = plan::most_attended(own, rows, evicts);
     let &KvGeometry { layers, kv_heads, .. } = stored;
-    let tables = SlotGeometry { layers, kv_heads, slots, rows, selected, lists, attended };
-    let saved = if options.payload == Payload::Exact { 0 } else { stored.extents(selected + 1) };
+    let corrected = plan::most_corrected(own, rows);
+    let tables = SlotGeometry { layers, kv_heads, slots, rows, selected, lists, corrected, attended };
+    let exact = options.payload == Payload::Exact;
+    let saved = if exact { 0 } else { DeviceCache::saved_bytes(stored, selected, corrected) };
     let pool = if evicts { DevicePool::bytes_of(stored, options.payload, index, rows) } else { 0 };
-    tables.bytes() + saved * stored.extent_bytes() + pool
+    tables.bytes() + saved + pool
 }
