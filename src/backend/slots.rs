@@ -231,8 +231,9 @@ impl Guard {
     }
 
     /// Whether a row never gives way.
+    #[inline]
     pub fn protects(&self, row: u32) -> bool {
-        row < self.below || row >= self.from
+        (row < self.below) | (row >= self.from) // no jump: thousands are asked for in a row
     }
 }
 

@@ -370,12 +370,16 @@ impl Table {
         }
         // Never the use of a slot that may give way.
         let never = u32::MAX;
-        let age = |used: u32, row: u32| if used < clock && !guard.protects(row) { used } else { never };
+        let age = |used: u32, row: u32| if (used < clock) & !guard.protects(row) { used } else { never };
         let blocks = || self.used.chunks(BLOCK).zip(self.slots.rows().chunks(BLOCK));
         oldest.clear();
-        oldest.extend(
-            blocks().map(|(used, rows)| used.iter().zip(rows).fold(never, |least, (&u, &row)| least.min(age(u, row)))),
-        );
+        for (used, rows) in blocks() {
+            let mut least = never;
+            for (&used, &row) in used.iter().zip(rows) {
+                least = least.min(age(used, row));
+            }
+            oldest.push(least);
+        }
         let bound = if count <= oldest.len() {
             sorted.clone_from(oldest);
             *sorted.select_nth_unstable(count - 1).1

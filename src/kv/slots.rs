@@ -29,6 +29,7 @@ impl SlotTable {
     }
 
     /// Where a row lies.
+    #[inline]
     pub fn slot(&self, row: u32) -> Option<u32> {
         self.slots.get(row as usize).copied().filter(|&slot| slot != NONE)
     }
