@@ -86,11 +86,11 @@ impl<W: Stored> Product<'_, W> {
     fn rows<S: Simd, const N: usize>(&self, s: S, n: usize, count: usize) {
         let rows = self.x.rows();
         let mut m = 0;
-        while rows - m >= 4 {
+        while S::WIDE && rows - m >= 4 {
             self.block::<S, 4, N>(s, m, n, count);
             m += 4;
         }
-        if W::TILED && rows - m >= 2 {
+        while W::TILED && rows - m >= 2 {
             // Two rows share what it takes to widen a tile; elements are as quickly loaded again.
             self.block::<S, 2, N>(s, m, n, count);
             m += 2;

@@ -73,17 +73,6 @@ pub(super) struct Q4_1;
 #[derive(Clone, Copy)]
 pub(super) struct Q8_0;
 
-/// Sixteen floats from `first` on.
-const fn from(first: i32) -> [f32; LANES] {
-    let mut levels = [0.0; LANES];
-    let mut q = 0;
-    while q < LANES {
-        levels[q] = (first + q as i32) as f32;
-        q += 1;
-    }
-    levels
-}
-
 /// The first eight halves of a tile, of which the scales are the first, widened into `to`.
 ///
 /// # Safety
@@ -99,26 +88,13 @@ unsafe fn scales<S: Simd>(s: S, tile: *const u8, to: &mut MaybeUninit<[f32; 8]>)
     }
 }
 
-/// The elements of a tile's rows, four bits each, by tables of what they stand for.
-///
-/// # Safety
-/// `words` is readable for 16 words.
-#[inline(always)]
-unsafe fn look_up<S: Simd>(s: S, tables: [S::V; Blocks::ROWS], words: *const u32) -> [[S::V; 2]; Blocks::ROWS] {
-    let mut out = [[s.zero(); 2]; Blocks::ROWS];
-    for r in 0..Blocks::ROWS {
-        let (table, shift) = (s.round_bf16(tables[r]), 4 * r as u32);
-        // SAFETY: the caller's promise.
-        out[r] = unsafe { [s.pick(table, words, shift), s.pick(table, words, 16 + shift)] };
-    }
-    out
-}
-
 /// The rows of a tile as an array of `N`, which a caller of [`Stored::load`] promises to be all.
 #[inline(always)]
 fn all<V: Copy, const N: usize>(rows: [[V; 2]; Blocks::ROWS]) -> [[V; 2]; N] {
     let mut out = [rows[0]; N];
-    out[1..N].copy_from_slice(&rows[1..N]);
+    for r in 1..N {
+        out[r] = rows[r]; // one by one: a copy of all would go through memory
+    }
     out
 }
 
@@ -146,28 +122,28 @@ macro_rules! tiled {
 }
 
 tiled!(Q4_0, |s, tile| {
-    // SAFETY: a tile is four scales of two bytes and sixteen words; the levels are sixteen.
+    // SAFETY: a tile is four scales of two bytes and sixteen words.
     unsafe {
         let mut place = MaybeUninit::uninit();
-        let (d, levels) = (scales(s, tile, &mut place), s.load(const { &from(-8) }.as_ptr()));
-        let mut tables = [s.zero(); Blocks::ROWS];
+        let d = scales(s, tile, &mut place);
+        let mut out = [[s.zero(); 2]; Blocks::ROWS];
         for r in 0..Blocks::ROWS {
-            tables[r] = s.mul(levels, s.splat(d[r]));
+            out[r] = s.dequantize::<-8>(tile.add(8).cast(), 4 * r as u32, d[r], 0.0);
         }
-        look_up(s, tables, tile.add(8).cast())
+        out
     }
 });
 
 tiled!(Q4_1, |s, tile| {
-    // SAFETY: a tile is four scales and minima of two bytes each and sixteen words; the levels are sixteen.
+    // SAFETY: a tile is four scales and minima of two bytes each and sixteen words.
     unsafe {
         let mut place = MaybeUninit::uninit();
-        let (scales, levels) = (scales(s, tile, &mut place), s.load(const { &from(0) }.as_ptr()));
-        let mut tables = [s.zero(); Blocks::ROWS];
+        let scales = scales(s, tile, &mut place);
+        let mut out = [[s.zero(); 2]; Blocks::ROWS];
         for r in 0..Blocks::ROWS {
-            tables[r] = s.fma(levels, s.splat(scales[2 * r]), s.splat(scales[2 * r + 1]));
+            out[r] = s.dequantize::<0>(tile.add(16).cast(), 4 * r as u32, scales[2 * r], scales[2 * r + 1]);
         }
-        look_up(s, tables, tile.add(16).cast())
+        out
     }
 });
 

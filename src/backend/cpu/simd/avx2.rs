@@ -114,12 +114,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn pick(self, table: V, words: *const u32, shift: u32) -> V {
+    unsafe fn dequantize<const FIRST: i32>(self, words: *const u32, shift: u32, scale: f32, min: f32) -> [V; 2] {
+        // Permutations, which would look results up, take longer here than computing them.
         // SAFETY: 16 readable words, by the caller's promise; features by `self`.
-        unsafe {
-            let (low, high) = (_mm256_loadu_si256(words.cast()), _mm256_loadu_si256(words.add(8).cast()));
-            (pick_half(table, low, shift), pick_half(table, high, shift))
-        }
+        let (a, b) = unsafe { (_mm256_loadu_si256(words.cast()), _mm256_loadu_si256(words.add(8).cast())) };
+        let (scale, min) = (self.splat(scale), self.splat(min));
+        let low = with_proof!((four_bits::<FIRST>(a, shift), four_bits::<FIRST>(b, shift)));
+        let high = with_proof!((four_bits::<FIRST>(a, 16 + shift), four_bits::<FIRST>(b, 16 + shift)));
+        [self.round_bf16(self.fma(low, scale, min)), self.round_bf16(self.fma(high, scale, min))]
     }
 
     #[inline(always)]
@@ -320,13 +322,13 @@ fn transpose_eight(v: [__m256; 8]) -> [__m256; 8] {
     out
 }
 
-/// Eight lanes of [`Simd::pick`]: three bits of an index choose in each half of the table, the fourth between them.
+/// Four bits of each word and `FIRST`.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn pick_half(table: V, words: __m256i, shift: u32) -> __m256 {
-    let index = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
-    let (low, high) = (_mm256_permutevar8x32_ps(table.0, index), _mm256_permutevar8x32_ps(table.1, index));
-    _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
+fn four_bits<const FIRST: i32>(words: __m256i, shift: u32) -> __m256 {
+    let bits = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+    let q = _mm256_and_si256(bits, _mm256_set1_epi32(15));
+    _mm256_cvtepi32_ps(_mm256_add_epi32(q, _mm256_set1_epi32(FIRST)))
 }
 
 #[inline]

@@ -1,6 +1,6 @@
 //! AVX-512: a vector is one register.
 
-use super::{Kernel, LANES, Simd};
+use super::{Kernel, LANES, Simd, levels};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -99,12 +99,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn pick(self, table: __m512, words: *const u32, shift: u32) -> __m512 {
-        // The permutation looks at four bits of each index.
-        // SAFETY: 16 readable words, by the caller's promise; features by `self`.
+    unsafe fn dequantize<const FIRST: i32>(self, words: *const u32, shift: u32, scale: f32, min: f32) -> [__m512; 2] {
+        // All sixteen results, of which the permutation picks by four bits of each index.
+        // SAFETY: 16 readable words, by the caller's promise, and levels; features by `self`.
         unsafe {
+            let levels = self.load(const { &levels(FIRST) }.as_ptr());
+            let table = self.round_bf16(self.fma(levels, self.splat(scale), self.splat(min)));
             let words = _mm512_loadu_si512(words.cast());
-            _mm512_permutexvar_ps(_mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32)), table)
+            let low = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
+            let high = _mm512_srlv_epi32(words, _mm512_set1_epi32(16 + shift as i32));
+            [_mm512_permutexvar_ps(low, table), _mm512_permutexvar_ps(high, table)]
         }
     }
 

@@ -115,6 +115,17 @@ pub(super) trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
+/// Sixteen floats from `first` on.
+const fn levels(first: i32) -> [f32; LANES] {
+    let mut levels = [0.0; LANES];
+    let mut q = 0;
+    while q < LANES {
+        levels[q] = (first + q as i32) as f32;
+        q += 1;
+    }
+    levels
+}
+
 /// Arithmetic on vectors of [`LANES`] floats.
 pub(super) trait Simd: Copy + Send + Sync {
     /// A vector.
@@ -157,10 +168,11 @@ pub(super) trait Simd: Copy + Send + Sync {
     /// As [`Simd::load`].
     unsafe fn load_i8(self, from: *const i8) -> Self::V;
 
-    /// Lane i is the lane of `table` that bits `shift..shift + 4` of word i name; `shift` ≤ 28.
+    /// Of four bits q each, `shift..shift + 4` of word i and those sixteen higher: lane i of (q + `FIRST`) · scale + min,
+    /// rounded once, then as [`Simd::round_bf16`] does; `shift` ≤ 12.
     /// # Safety
     /// `words` is readable for 16 words.
-    unsafe fn pick(self, table: Self::V, words: *const u32, shift: u32) -> Self::V;
+    unsafe fn dequantize<const FIRST: i32>(self, words: *const u32, shift: u32, scale: f32, min: f32) -> [Self::V; 2];
 
     /// # Safety
     /// `to` is writable for 16 elements.

@@ -81,9 +81,17 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn pick(self, table: V, words: *const u32, shift: u32) -> V {
-        // SAFETY: the caller's promise: 16 readable words.
-        lanes!(i => table[(unsafe { words.add(i).read_unaligned() } >> shift & 15) as usize])
+    unsafe fn dequantize<const FIRST: i32>(self, words: *const u32, shift: u32, scale: f32, min: f32) -> [V; 2] {
+        let mut out = [[0.0; LANES]; 2];
+        for (half, out) in out.iter_mut().enumerate() {
+            // SAFETY: the caller's promise: 16 readable words.
+            let q: V = lanes!(i => {
+                let bits = unsafe { words.add(i).read_unaligned() } >> (16 * half as u32 + shift) & 15;
+                (bits as i32 + FIRST) as f32
+            });
+            *out = self.round_bf16(self.fma(q, [scale; LANES], [min; LANES]));
+        }
+        out
     }
 
     #[inline(always)]
