@@ -52,7 +52,7 @@ class Net:
 
     def run(self, tokens, past, visible):
         """What the layers see of `tokens`, which come after `past` (what this has returned, or nothing), and the last hidden
-        states. `visible(layer, seen, before)` says what each row may attend of all so far, [heads, rows, n] or None for all."""
+        states. `visible(layer, positions, states)` says what each row may attend of all so far, [heads, rows, n] or None for all."""
         start = past[0]["k"].shape[1] if past else 0
         positions = torch.arange(start, start + len(tokens))
         x, states = self.model.embed_tokens.weight[tokens], []
