@@ -843,6 +843,11 @@ typedef struct {
    * docs/policies.md describes it.
    */
   const char *trace_path;
+  /**
+   * `KVA_POLICY_WINDOW`: first layers, whose tokens are all attended, as those of `KVA_POLICY_INFINIGEN` are; 0 for
+   * StreamingLLM as published. Default: 2.
+   */
+  uint64_t resident_layers;
 } kva_session_options;
 
 /**

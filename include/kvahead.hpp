@@ -581,6 +581,7 @@ struct SessionOptions {
   KvFile kv_file_flags = KvFile::plain;
   Budget budget;                         ///< `window`, `h2o`: tokens to attend, sinks included
   std::uint32_t sinks = 0;               ///< `window`: first tokens, always attended
+  std::uint64_t resident_layers = 0;     ///< `window`: first layers, whose tokens are all attended
   Eviction eviction = Eviction::off;     ///< infinigen: which entry gives way when there is no more room
   std::uint64_t pool_tokens = 0;         ///< infinigen: most tokens to keep, each layer and KV head; 0: as many as there is room for
   InfinigenOptions infinigen;
@@ -597,6 +598,7 @@ struct SessionOptions {
       kv_payload = static_cast<KvPayload>(c->kv_payload);
       budget = Budget{c->budget_share, c->budget_tokens};
       sinks = c->sinks;
+      resident_layers = c->resident_layers;
       eviction = static_cast<Eviction>(c->eviction);
     }
   }
@@ -619,6 +621,7 @@ struct SessionOptions {
     c->budget_share = budget.share;
     c->budget_tokens = budget.tokens;
     c->sinks = sinks;
+    c->resident_layers = resident_layers;
     c->eviction = static_cast<std::int32_t>(eviction);
     c->pool_tokens = pool_tokens;
     c->trace_path = trace_path.empty() ? nullptr : trace_path.c_str();

@@ -109,12 +109,14 @@ type SessionOptions struct {
 	KVFileLimitBytes uint64 // FileTier: 0: what Capacity needs
 	KVFileFlags      KVFileFlags
 
-	Budget     Budget   // Window, H2O: tokens to attend, sinks included; the zero value: the library's choice
-	Sinks      *uint32  // Window: first tokens, always attended; nil: the library's choice
-	Eviction   Eviction // Infinigen
-	PoolTokens uint64   // Infinigen: most tokens to keep, in each layer and KV head; 0: as many as there is room for
-	Infinigen  *InfinigenOptions
-	TracePath  string // what was selected and fetched goes to this file; empty: nowhere
+	Budget   Budget   // Window, H2O: tokens to attend, sinks included; the zero value: the library's choice
+	Sinks    *uint32  // Window: first tokens, always attended; nil: the library's choice
+	Eviction Eviction // Infinigen
+	// ResidentLayers, of Window, are first layers whose tokens are all attended; nil: the library's choice
+	ResidentLayers *uint64
+	PoolTokens     uint64 // Infinigen: most tokens to keep, in each layer and KV head; 0: as many as there is room for
+	Infinigen      *InfinigenOptions
+	TracePath      string // what was selected and fetched goes to this file; empty: nowhere
 }
 
 // SamplingOptions say how to pick a token. The zero value picks the likeliest.

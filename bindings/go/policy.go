@@ -239,6 +239,9 @@ func (a *arena) session(o *SessionOptions) (*C.kva_session_options, error) {
 	if o.Sinks != nil {
 		c.sinks = C.uint32_t(*o.Sinks)
 	}
+	if o.ResidentLayers != nil {
+		c.resident_layers = C.uint64_t(*o.ResidentLayers)
+	}
 	c.eviction = C.int32_t(o.Eviction)
 	c.pool_tokens = C.uint64_t(o.PoolTokens)
 	return c, nil

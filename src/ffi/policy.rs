@@ -377,6 +377,7 @@ pub(super) unsafe fn policy_options(options: &kva_session_options) -> Result<Pol
         },
         budget: budget(options.budget_share, options.budget_tokens),
         sinks: options.sinks as usize,
+        resident_layers: tokens(options.resident_layers),
         eviction: match options.eviction {
             KVA_EVICTION_OFF => Eviction::Off,
             KVA_EVICTION_FIFO => Eviction::Fifo,

@@ -78,9 +78,12 @@ pub struct kva_session_options {
     /// A file to write what was speculated, selected, hit, missed and fetched to; NULL (the default) for none.
     /// docs/policies.md describes it.
     pub trace_path: *const c_char,
+    /// `KVA_POLICY_WINDOW`: first layers, whose tokens are all attended, as those of `KVA_POLICY_INFINIGEN` are; 0 for
+    /// StreamingLLM as published. Default: 2.
+    pub resident_layers: u64,
 }
 
-sized32!(kva_session_options, versions: [capacity: u64, trace_path: *const c_char]);
+sized32!(kva_session_options, versions: [capacity: u64, trace_path: *const c_char, resident_layers: u64]);
 
 impl Options for kva_session_options {
     fn defaults() -> Self {
@@ -104,6 +107,7 @@ impl Options for kva_session_options {
             kv_file_path: std::ptr::null(),
             infinigen: std::ptr::null(),
             trace_path: std::ptr::null(),
+            resident_layers: policy.resident_layers as u64,
         }
     }
 }

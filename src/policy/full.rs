@@ -2,12 +2,14 @@
 //!
 //! This file is the policy with everything on the device; with another tier or payload it is `fetched`.
 
+use std::sync::Arc;
+
 use crate::Result;
 use crate::backend::{KvGeometry, KvRuns, Rows, Visible};
-use crate::kv::{FetchCounters, SequenceKv};
+use crate::kv::{FetchCounters, Pool, SequenceKv};
 
 use super::tally::Tally;
-use super::{KvCounters, Policy, Setting, Step, TierBytes};
+use super::{KvCounters, Policy, Step, TierBytes};
 
 pub(super) struct Full {
     kv: SequenceKv,
@@ -15,8 +17,13 @@ pub(super) struct Full {
 }
 
 impl Full {
-    pub(super) fn new(setting: Setting) -> Full {
-        Full { kv: SequenceKv::new(setting.pool, setting.geometry), tally: Tally::default() }
+    pub(super) fn new(pool: Arc<Pool>, geometry: KvGeometry) -> Full {
+        Full { kv: SequenceKv::new(pool, geometry), tally: Tally::default() }
+    }
+
+    /// Gives back what was reserved past `length` tokens.
+    pub(super) fn shrink(&mut self, length: usize) {
+        self.kv.truncate(length);
     }
 }
 

@@ -16,6 +16,7 @@ mod fetched;
 mod full;
 mod h2o;
 mod infinigen;
+mod leading;
 mod options;
 mod staged;
 mod tally;
@@ -271,11 +272,11 @@ impl PolicyKind {
 /// A new, empty policy.
 pub fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
     Ok(match options.kind {
-        PolicyKind::Full if options.on_device() => Box::new(full::Full::new(setting)),
+        PolicyKind::Full if options.on_device() => Box::new(full::Full::new(setting.pool, setting.geometry)),
         PolicyKind::Full => Box::new(fetched::Fetched::new(options, options.payload, setting)?),
         PolicyKind::Int4 => Box::new(fetched::Fetched::new(options, Payload::Int4, setting)?),
         PolicyKind::H2o => Box::new(h2o::H2o::new(options, setting)?),
-        PolicyKind::Window => Box::new(window::Window::new(options, setting)?),
+        PolicyKind::Window => window::create(options, setting)?,
         PolicyKind::Infinigen if setting.backend.selects_on_device() => {
             Box::new(infinigen::OnDevice::new(options, setting)?)
         }
@@ -323,7 +324,8 @@ pub fn effort(options: &PolicyOptions, geometry: &KvGeometry, capacity: usize, r
     let budget = || options.budget.tokens(capacity).saturating_add(1).min(capacity);
     match options.kind {
         PolicyKind::Full | PolicyKind::Int4 => whole,
-        PolicyKind::Window => Effort { attended: budget(), ..whole },
+        PolicyKind::Window if options.resident_layers == 0 => Effort { attended: budget(), ..whole },
+        PolicyKind::Window => whole,
         PolicyKind::H2o => Effort { attended: budget(), ranked: rows, ..whole },
         PolicyKind::Infinigen => infinigen::effort(options, geometry, whole),
     }

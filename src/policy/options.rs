@@ -192,6 +192,8 @@ pub struct PolicyOptions {
     pub budget: Budget,
     /// `window`: first tokens, always attended.
     pub sinks: usize,
+    /// `window`: first layers, whose tokens are all attended.
+    pub resident_layers: usize,
     /// What happens when the pool is full.
     pub eviction: Eviction,
     /// `infinigen`: most entries a layer and KV head of the session keeps in the pool, 0 for as many as there is room.
@@ -211,6 +213,7 @@ impl Default for PolicyOptions {
             payload: Payload::default(),
             budget: Budget::Share(0.2),
             sinks: 4,
+            resident_layers: 2,
             eviction: Eviction::default(),
             pool_tokens: 0,
             infinigen: InfinigenOptions::default(),

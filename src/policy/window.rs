@@ -2,7 +2,8 @@
 //! Language Models with Attention Sinks", ICLR 2024).
 //!
 //! The budget is what a token attends: sinks, recent tokens, and itself. As a share it grows with the sequence; what has
-//! been dropped stays dropped. Every layer and KV head keeps the same tokens.
+//! been dropped stays dropped. Every layer and KV head keeps the same tokens, but for the first layers
+//! (`resident_layers`), which keep all: so that what is compared with `infinigen` differs from it in the layers behind only.
 //!
 //! StreamingLLM gives tokens new positions by their place in the cache. Here keys keep the rotation of the position that
 //! their token has in the text: that is what the figures of ALGORITHM.md are of, and the model is not asked about more
@@ -13,20 +14,19 @@ use crate::kv::{Entries, Kept};
 use crate::{Error, Result};
 
 use super::dropping::{self, Dropping, Rule};
-use super::{Budget, PolicyOptions, Setting, TierBytes};
+use super::leading;
+use super::{Budget, Policy, PolicyOptions, Setting, TierBytes};
 
-pub(super) type Window = Dropping<WindowRule>;
-
-impl Window {
-    pub(super) fn new(options: &PolicyOptions, setting: Setting) -> Result<Window> {
-        super::refuse_window("window", &setting)?;
-        Ok(Dropping::with(WindowRule::new(options), setting))
-    }
+pub(super) fn create(options: &PolicyOptions, setting: Setting) -> Result<Box<dyn Policy>> {
+    super::refuse_window("window", &setting)?;
+    leading::create(options.resident_layers, setting, |setting| Dropping::with(WindowRule::new(options), setting))
 }
 
 /// What `Policy::bytes` will say of a session of `length` tokens.
 pub(super) fn estimate(options: &PolicyOptions, geometry: &KvGeometry, length: usize) -> TierBytes {
-    dropping::estimate(geometry, length, WindowRule::new(options).most(length))
+    leading::estimate(options.resident_layers, geometry, length, |geometry| {
+        dropping::estimate(geometry, length, WindowRule::new(options).most(length))
+    })
 }
 
 pub(super) struct WindowRule {

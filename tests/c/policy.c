@@ -51,6 +51,7 @@ static void defaults(void) {
   CHECK(options.policy == KVA_POLICY_FULL && options.kv_tier == KVA_KV_TIER_DEVICE);
   CHECK(options.kv_payload == KVA_KV_PAYLOAD_EXACT && options.eviction == KVA_EVICTION_OFF);
   CHECK(options.budget_share == 0.2f && options.budget_tokens == 0 && options.sinks == 4 && options.pool_tokens == 0);
+  CHECK(options.resident_layers == 2);
   CHECK(!options.kv_file_path && !options.kv_file_flags && !options.kv_file_limit_bytes && !options.trace_path);
   CHECK(!options.infinigen);
   OK(kva_infinigen_options_init(&infinigen, sizeof infinigen, KVA_INFINIGEN_DEFAULT));

@@ -26,7 +26,7 @@ fn file(buffered: bool) -> KvTier {
 }
 
 fn budget(kind: PolicyKind, budget: Budget) -> PolicyOptions {
-    PolicyOptions { budget, ..of(kind) }
+    PolicyOptions { budget, resident_layers: 1, ..of(kind) } // of two or three
 }
 
 /// Whether the model's device has what the policy needs.
@@ -449,7 +449,8 @@ fn what_is_dropped_is_given_back() {
     let (model, _) = model("smollm2");
     let tokens: Vec<u32> = (0..510).map(|i| i % 50).collect();
     for kind in [PolicyKind::Window, PolicyKind::H2o] {
-        let mut kept = session(&model, &budget(kind, Budget::Tokens(20)));
+        let everywhere = PolicyOptions { resident_layers: 0, ..budget(kind, Budget::Tokens(20)) };
+        let mut kept = session(&model, &everywhere);
         kept.prefill(&tokens).unwrap();
         let mut full = session(&model, &of(PolicyKind::Full));
         full.prefill(&tokens).unwrap();

@@ -98,11 +98,15 @@ fn tokens(budget: Budget, length: usize) -> usize {
 struct NaiveWindow {
     budget: Budget,
     sinks: usize,
+    resident_layers: usize,
 }
 
 impl Naive for NaiveWindow {
-    fn decode(&mut self, _: &[Layer], _: usize, _: usize, position: usize) -> Vec<usize> {
+    fn decode(&mut self, _: &[Layer], layer: usize, _: usize, position: usize) -> Vec<usize> {
         let n = position + 1;
+        if layer < self.resident_layers {
+            return (0..n).collect();
+        }
         let recent = tokens(self.budget, n).max(self.sinks + 1) - self.sinks;
         (0..n).filter(|&row| row < self.sinks || row + recent >= n).collect()
     }
@@ -292,7 +296,8 @@ fn check(options: &PolicyOptions, naive: &mut dyn Naive, prompt: usize, total: u
     let stream = backend.stream().unwrap();
     let fetch = backend.side_stream(&stream).unwrap();
     let mut real = Real { stream, fetch, backend, policy, layers };
-    let what = format!("{} {:?}, {} sinks, prompt {prompt}", options.kind.name(), options.budget, options.sinks);
+    let PolicyOptions { kind, budget, sinks, resident_layers, .. } = options;
+    let what = format!("{} {budget:?}, {sinks} sinks, {resident_layers} layers in full, prompt {prompt}", kind.name());
 
     // The prompt, in chunks; given up once, and done again.
     for fail in [true, false] {
@@ -319,7 +324,12 @@ fn check(options: &PolicyOptions, naive: &mut dyn Naive, prompt: usize, total: u
     real.policy.reset_counters();
 
     // Tokens one by one, in steps of one and sometimes of several; every third step is begun, given up, and done again.
-    let (mut attended, mut position) = (0, prompt);
+    // The first layers that attend everything count in that only, unless all do.
+    let first = match options.kind {
+        PolicyKind::Window if options.resident_layers < LAYERS => options.resident_layers,
+        _ => 0,
+    };
+    let (mut attended, mut selected, mut position) = (0, 0, prompt);
     while position < total {
         let rows = if random.below(4) == 0 { 1 + random.below(9) } else { 1 }.min(total - position);
         if random.below(3) == 0 {
@@ -341,6 +351,7 @@ fn check(options: &PolicyOptions, naive: &mut dyn Naive, prompt: usize, total: u
                 for head in 0..KV_HEADS {
                     let seen = naive.decode(&real.layers, layer, head, p);
                     attended += seen.len() as u64;
+                    selected += if layer < first { 0 } else { seen.len() as u64 - 1 };
                     for h in head * HEADS / KV_HEADS..(head + 1) * HEADS / KV_HEADS {
                         let expected = attention(&real.layers[layer], h, p, &seen);
                         compare(&out[h * D..][..D], &expected, &format!("{what}: layer {layer}, head {h}, token {p}"));
@@ -354,10 +365,10 @@ fn check(options: &PolicyOptions, naive: &mut dyn Naive, prompt: usize, total: u
     let counters = real.policy.counters();
     let steps = (total - prompt) as u64;
     assert_eq!((counters.steps, counters.attended), (steps, attended), "{what}");
-    assert_eq!(counters.selected, attended - steps * (LAYERS * KV_HEADS) as u64, "{what}");
-    let held: usize = (prompt..total).map(|p| (p + 1) * LAYERS * KV_HEADS).sum();
-    assert_eq!(counters.held, held as u64, "{what}");
-    assert_eq!(counters.candidates, counters.held - steps * (LAYERS * KV_HEADS) as u64, "{what}");
+    assert_eq!(counters.selected, selected, "{what}");
+    let past: usize = (prompt..total).map(|p| p * KV_HEADS).sum();
+    assert_eq!(counters.held, (past * LAYERS) as u64 + steps * (LAYERS * KV_HEADS) as u64, "{what}");
+    assert_eq!(counters.candidates, (past * (LAYERS - first)) as u64, "{what}");
 }
 
 const BUDGETS: [Budget; 6] = [
@@ -372,9 +383,11 @@ const BUDGETS: [Budget; 6] = [
 #[test]
 fn window_attends_sinks_and_recent_tokens() {
     for (seed, budget) in BUDGETS.into_iter().enumerate() {
-        for (sinks, prompt) in [(4, 0), (4, 90), (0, 70), (3, 2), (40, 90)] {
-            let options = PolicyOptions { kind: PolicyKind::Window, budget, sinks, ..PolicyOptions::default() };
-            check(&options, &mut NaiveWindow { budget, sinks }, prompt, 150, seed as u64);
+        for (sinks, prompt, resident_layers) in [(4, 0, 1), (4, 90, 0), (0, 70, 1), (3, 2, 5), (40, 90, 0), (4, 90, 1)]
+        {
+            let kind = PolicyKind::Window;
+            let options = PolicyOptions { kind, budget, sinks, resident_layers, ..PolicyOptions::default() };
+            check(&options, &mut NaiveWindow { budget, sinks, resident_layers }, prompt, 150, seed as u64);
         }
     }
 }

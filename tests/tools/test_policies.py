@@ -52,6 +52,7 @@ class FlagTest(PolicyTest):
             (("--budget", "0.1"), "--budget needs --policy window or h2o"),
             (("--policy", "infinigen", "--budget", "0.1"), "--budget needs --policy window or h2o (infinigen has --select"),
             (("--sinks", "4"), "--sinks needs --policy window or infinigen"),
+            (("--policy", "h2o", "--resident-layers", "1"), "--resident-layers needs --policy window or infinigen"),
             (("--select", "0.1"), "--select needs --policy infinigen"),
             (("--policy", "h2o", "--alpha", "4"), "--alpha needs --policy infinigen"),
             (("--no-attend-cache",), "--no-attend-cache needs --policy infinigen"),

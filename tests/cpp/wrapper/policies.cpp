@@ -22,7 +22,7 @@ kva::SessionOptions with(kva::Policy policy) {
 TEST(defaults_are_the_librarys) {
   const kva::SessionOptions options;
   CHECK(options.policy == kva::Policy::full && options.kv_tier == kva::KvTier::device);
-  CHECK(options.budget.share > 0 && options.budget.tokens == 0 && options.sinks == 4);
+  CHECK(options.budget.share > 0 && options.budget.tokens == 0 && options.sinks == 4 && options.resident_layers == 2);
   const kva::InfinigenOptions standard;
   CHECK(standard.rule == kva::Rule::probability && standard.basis == kva::IndexBasis::balanced && standard.attend_cache && standard.tail &&
         standard.correct == 0);
@@ -60,6 +60,7 @@ TEST(every_field_arrives) {
   options.sinks = 3;
   options.eviction = kva::Eviction::lru;
   options.pool_tokens = 200;
+  options.resident_layers = 7;
   options.trace_path = "/tmp/trace";
   options.infinigen = kva::InfinigenOptions(kva::InfinigenMode::paper);
   options.infinigen.basis = kva::IndexBasis::plain;
@@ -78,7 +79,7 @@ TEST(every_field_arrives) {
   CHECK(c.policy == KVA_POLICY_INFINIGEN && c.kv_tier == KVA_KV_TIER_FILE && c.kv_payload == KVA_KV_PAYLOAD_INT8);
   CHECK(std::string(c.kv_file_path) == "/tmp/kv" && c.kv_file_limit_bytes == 5);
   CHECK(c.kv_file_flags == (KVA_KV_FILE_KEEP | KVA_KV_FILE_CHECKSUM));
-  CHECK(c.budget_tokens == 77 && c.sinks == 3 && c.eviction == KVA_EVICTION_LRU && c.pool_tokens == 200);
+  CHECK(c.budget_tokens == 77 && c.sinks == 3 && c.eviction == KVA_EVICTION_LRU && c.pool_tokens == 200 && c.resident_layers == 7);
   CHECK(std::string(c.trace_path) == "/tmp/trace" && c.infinigen == &infinigen);
   CHECK(infinigen.mode == KVA_INFINIGEN_PAPER && infinigen.basis == KVA_INDEX_PLAIN && infinigen.index_bits == 8);
   CHECK(infinigen.predictor == KVA_PREDICTOR_RENORMALISED && infinigen.rule == KVA_RULE_PROBABILITY);

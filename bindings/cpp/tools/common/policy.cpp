@@ -208,7 +208,7 @@ void Flags::check() const {
       needs_infinigen("--index-bits", index_bits.has_value()),
       needs_infinigen("--predictor", predictor.has_value()),
       needs_infinigen("--window", window.has_value()),
-      needs_infinigen("--resident-layers", resident_layers.has_value()),
+      {"--resident-layers", resident_layers.has_value(), policy == kva::Policy::window || speculates, "--policy window or infinigen"},
       needs_infinigen("--cache", cache.has_value()),
       needs_infinigen("--no-attend-cache", no_attend_cache),
       needs_infinigen("--no-tail", no_tail),
@@ -242,6 +242,7 @@ kva::SessionOptions Flags::session(std::uint64_t capacity) const {
   if (file_checksum) options.kv_file_flags = options.kv_file_flags | kva::KvFile::checksum;
   if (budget) options.budget = *budget;
   if (sinks) options.sinks = *sinks;
+  if (resident_layers) options.resident_layers = *resident_layers;
   options.eviction = eviction;
   options.pool_tokens = pool_tokens;
   options.infinigen = infinigen(*this);
@@ -265,7 +266,7 @@ nlohmann::json Flags::json() const {
   }
   if (!trace.empty()) result["trace"] = trace;
   if (policy == kva::Policy::window || policy == kva::Policy::h2o) result["budget"] = policy::json(options.budget);
-  if (policy == kva::Policy::window) result["sinks"] = options.sinks;
+  if (policy == kva::Policy::window) result.update({{"sinks", options.sinks}, {"resident_layers", options.resident_layers}});
   if (policy != kva::Policy::infinigen) return result;
 
   const kva::InfinigenOptions& infinigen = options.infinigen;
