@@ -29,7 +29,7 @@ pub use payload::{Landing, Payload, Slot, StoredRuns, StoredRunsMut};
 pub use replay::Replay;
 pub use runs::{KvGeometry, KvRuns, KvRunsMut, Move};
 pub use scratch::{Product, Scratch, Work};
-pub use slots::{Admission, Blend, Correction, Guard, Header, Prefetch, SlotGeometry, Slots, SlotsMut};
+pub use slots::{Admission, Blend, Correction, Guard, Header, Lists, Prefetch, SlotGeometry, Slots, SlotsMut};
 use std::ops::Range;
 pub use timing::{Timed, Timing};
 pub use weights::{Activation, HeadMaps, Linear, Norm, NormKind, Rotation, Vector};

@@ -71,6 +71,21 @@ pub enum Header {
     AllCorrected = 12,
 }
 
+/// Where a layer's lists lie, as words of the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lists {
+    /// Most rows of a KV head.
+    pub room: usize,
+    /// Counts of rows, one a KV head.
+    pub counts: usize,
+    /// The rows, `room` words a KV head.
+    pub rows: usize,
+    /// Counts of moves, one a KV head.
+    pub move_counts: usize,
+    /// The moves, `2 · room` words a KV head.
+    pub moves: usize,
+}
+
 impl SlotGeometry {
     /// Words of what attention reads, a table.
     pub const COUNT: usize = 4;
@@ -182,6 +197,26 @@ impl SlotGeometry {
     /// Where those moves begin: `2 · corrected` words a KV head.
     pub const fn correction_moves_at(&self, layer: usize) -> usize {
         self.correction_counts_at(0) + self.kv_heads * (self.lists + 2 * (layer % self.lists) * self.corrected)
+    }
+
+    /// Where a layer's lists lie: those of what it selected, or of what a correction added.
+    pub const fn lists_of(&self, layer: usize, corrects: bool) -> Lists {
+        if corrects {
+            return Lists {
+                room: self.corrected,
+                counts: self.corrected_counts_at(layer),
+                rows: self.corrected_rows_at(layer),
+                move_counts: self.correction_counts_at(layer),
+                moves: self.correction_moves_at(layer),
+            };
+        }
+        Lists {
+            room: self.selected,
+            counts: self.selected_counts_at(layer),
+            rows: self.selected_rows_at(layer),
+            move_counts: self.move_counts_at(layer),
+            moves: self.moves_at(layer),
+        }
     }
 
     /// Where the lists of all layers end.

@@ -1,6 +1,6 @@
 //! What a step has selected on a device, for those who want to read it afterwards.
 
-use crate::backend::SlotGeometry;
+use crate::backend::{Lists, SlotGeometry};
 
 /// The lists of a [`super::DeviceCache`] that keeps those of every layer.
 pub struct DeviceLists {
@@ -16,32 +16,33 @@ impl DeviceLists {
 
     /// Rows that a KV head of a layer selected, ascending.
     pub fn selected(&self, layer: usize, head: usize) -> &[u32] {
-        let g = &self.geometry;
-        let count = self.at(g.selected_counts_at(layer) + head)[0] as usize;
-        &self.at(g.selected_rows_at(layer) + head * g.selected)[..count.min(g.selected)]
+        self.rows(self.geometry.lists_of(layer, false), head)
     }
 
     /// Those of them that were not in the cache, ascending.
     pub fn missed(&self, layer: usize, head: usize) -> impl Iterator<Item = u32> + '_ {
-        let g = &self.geometry;
-        let count = self.at(g.move_counts_at(layer) + head)[0] as usize;
-        let moves = self.at(g.moves_at(layer) + 2 * head * g.selected);
-        moves[..2 * count.min(g.selected)].iter().step_by(2).copied()
+        self.moved(self.geometry.lists_of(layer, false), head)
     }
 
     /// Rows that a correction added, ascending.
     pub fn corrected(&self, layer: usize, head: usize) -> &[u32] {
-        let g = &self.geometry;
-        let count = self.at(g.corrected_counts_at(layer) + head)[0] as usize;
-        &self.at(g.corrected_rows_at(layer) + head * g.corrected)[..count.min(g.corrected)]
+        self.rows(self.geometry.lists_of(layer, true), head)
     }
 
     /// Those of them that were not in the cache, ascending.
     pub fn corrected_missed(&self, layer: usize, head: usize) -> impl Iterator<Item = u32> + '_ {
-        let g = &self.geometry;
-        let count = self.at(g.correction_counts_at(layer) + head)[0] as usize;
-        let moves = self.at(g.correction_moves_at(layer) + 2 * head * g.corrected);
-        moves[..2 * count.min(g.corrected)].iter().step_by(2).copied()
+        self.moved(self.geometry.lists_of(layer, true), head)
+    }
+
+    fn rows(&self, lists: Lists, head: usize) -> &[u32] {
+        let count = self.at(lists.counts + head)[0] as usize;
+        &self.at(lists.rows + head * lists.room)[..count.min(lists.room)]
+    }
+
+    fn moved(&self, lists: Lists, head: usize) -> impl Iterator<Item = u32> + '_ {
+        let count = self.at(lists.move_counts + head)[0] as usize;
+        let moves = self.at(lists.moves + 2 * head * lists.room);
+        moves[..2 * count.min(lists.room)].iter().step_by(2).copied()
     }
 
     /// What lies from a word of the tables on.

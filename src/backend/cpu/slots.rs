@@ -2,7 +2,7 @@
 //! Simple rather than fast, and the oracle of every other backend. (`kv::HotCache` is what sessions on the CPU use.)
 
 use super::evict;
-use crate::backend::{Buffer, Guard, Header, Move, SlotGeometry, Slots, SlotsMut};
+use crate::backend::{Buffer, Guard, Header, Lists, Move, SlotGeometry, Slots, SlotsMut};
 
 /// One table.
 struct Table<'a> {
@@ -87,21 +87,7 @@ impl<'a> Table<'a> {
     fn list(&mut self, selected: &[u32], moves: &[Move], corrects: bool) {
         let g = self.geometry;
         let (layer, head) = (self.at / g.kv_heads, self.at % g.kv_heads);
-        let (room, [counts, rows, move_counts, moves_at]) = match corrects {
-            false => (
-                g.selected,
-                [g.selected_counts_at(layer), g.selected_rows_at(layer), g.move_counts_at(layer), g.moves_at(layer)],
-            ),
-            true => (
-                g.corrected,
-                [
-                    g.corrected_counts_at(layer),
-                    g.corrected_rows_at(layer),
-                    g.correction_counts_at(layer),
-                    g.correction_moves_at(layer),
-                ],
-            ),
-        };
+        let Lists { room, counts, rows, move_counts, moves: moves_at } = g.lists_of(layer, corrects);
         assert!(selected.len() <= room, "more rows selected than the tables have room for");
         self.words[counts + head] = selected.len() as u32;
         self.words[rows + head * room..][..selected.len()].copy_from_slice(selected);

@@ -92,8 +92,9 @@ unsafe fn scales<S: Simd>(s: S, tile: *const u8, to: &mut MaybeUninit<[f32; 8]>)
 #[inline(always)]
 fn all<V: Copy, const N: usize>(rows: [[V; 2]; Blocks::ROWS]) -> [[V; 2]; N] {
     let mut out = [rows[0]; N];
+    #[allow(clippy::manual_memcpy, reason = "a copy of all at once goes through memory")]
     for r in 1..N {
-        out[r] = rows[r]; // one by one: a copy of all would go through memory
+        out[r] = rows[r];
     }
     out
 }

@@ -153,35 +153,21 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize, corrects: bool) -> Tables {
     let SlotsMut { geometry: g, layer, limit, guard, step, by_list, .. } = *slots;
     let first = layer * g.kv_heads;
     let at = |word: usize| address(slots.tables.address()) + 4 * word as u64;
-    let (most, [selected_counts, selected, move_counts, moves]) = match corrects {
-        false => (
-            g.selected,
-            [g.selected_counts_at(layer), g.selected_rows_at(layer), g.move_counts_at(layer), g.moves_at(layer)],
-        ),
-        true => (
-            g.corrected,
-            [
-                g.corrected_counts_at(layer),
-                g.corrected_rows_at(layer),
-                g.correction_counts_at(layer),
-                g.correction_moves_at(layer),
-            ],
-        ),
-    };
+    let lists = g.lists_of(layer, corrects);
     Tables {
         counts: at(SlotGeometry::COUNT * first),
         headers: at(g.header_at(first)),
         used: at(g.used_at(first)),
-        selected_counts: at(selected_counts),
-        selected: at(selected),
-        move_counts: at(move_counts),
-        moves: at(moves),
+        selected_counts: at(lists.counts),
+        selected: at(lists.rows),
+        move_counts: at(lists.move_counts),
+        moves: at(lists.moves),
         attended_lists: if by_list { at(g.attended_lists_at()) } else { 0 },
         attended: at(g.attended_at()),
         stride: g.table_words() as u64,
         slots: g.slots as u32,
         rows: g.rows as u32,
-        most: most as u32,
+        most: lists.room as u32,
         limit: limit as u32,
         below: guard.below,
         from: guard.from,

@@ -84,10 +84,10 @@ impl Simd for Scalar {
     unsafe fn dequantize<const FIRST: i32>(self, words: *const u32, shift: u32, scale: f32, min: f32) -> [V; 2] {
         let mut out = [[0.0; LANES]; 2];
         for (half, out) in out.iter_mut().enumerate() {
-            // SAFETY: the caller's promise: 16 readable words.
             let q: V = lanes!(i => {
-                let bits = unsafe { words.add(i).read_unaligned() } >> (16 * half as u32 + shift) & 15;
-                (bits as i32 + FIRST) as f32
+                // SAFETY: the caller's promise: 16 readable words.
+                let word = unsafe { words.add(i).read_unaligned() };
+                ((word >> (16 * half as u32 + shift) & 15) as i32 + FIRST) as f32
             });
             *out = self.round_bf16(self.fma(q, [scale; LANES], [min; LANES]));
         }
