@@ -107,6 +107,7 @@ class BenchTest(CommonTests, ToolTest):
                 self.assertAlmostEqual(row["selected_per_step_and_head"], 0.05 * context, delta=1)
                 self.assertIsNone(row["link_busy"])  # the processor does not measure it
                 self.assertRegex(out, r"a step takes [\d.]+ ms; KV: .* device \(index .*, cache .*\)")
+                self.assertRegex(out, r"it reads [\d.]+ \w+ of memory \(weights .*, entries .*, index .*\)")
 
     def test_what_cannot_be_done_is_said(self):
         self.wrong(says="no model")

@@ -23,15 +23,42 @@ nlohmann::json to_json(const Spread& spread) {
 /// KV heads of all layers that speculate (or select otherwise).
 std::uint64_t selecting_heads(const kva::Model& model, const policy::Flags& flags) {
   const kva::ModelInfo info = model.info().value();
-  std::uint32_t resident = 0;
-  if (flags.policy == kva::Policy::infinigen) resident = std::min(info.layers, flags.session(0).infinigen.resident_layers);
-  return std::uint64_t{info.layers - resident} * info.kv_heads;
+  const kva::SessionOptions options = flags.session(0);
+  std::uint64_t resident = 0;
+  if (flags.policy == kva::Policy::infinigen) resident = options.infinigen.resident_layers;
+  if (flags.policy == kva::Policy::window) resident = options.resident_layers;
+  return (info.layers - std::min<std::uint64_t>(info.layers, resident)) * info.kv_heads;
 }
 
 /// Bytes fetched, or another count, for one step of the whole batch.
 double each_step(std::uint64_t count, const Row& row, const Options& options) {
   return static_cast<double>(count) / static_cast<double>(options.steps * row.decode.samples.size());
 }
+
+/// Bytes that one decode step of the whole batch reads, wherever it computes: every weight, the entries that are attended,
+/// and the index. (Not the weights that queries are predicted with, nor activations.)
+struct Reads {
+  double weights = 0, entries = 0, index = 0;
+
+  Reads(const kva::Model& model, const Row& row, const Options& options) {
+    const kva::ModelInfo info = model.info().value();
+    const kva::DType chosen = row.policy->flags.kv_dtype;
+    const kva::DType dtype = chosen == kva::DType::automatic ? info.dtype : chosen;
+    const double entry = 2.0 * info.head_dim * (dtype == kva::DType::f32 ? 4 : 2);
+    weights = static_cast<double>(info.weight_bytes);
+    entries = each_step(row.statistics.kv_attended, row, options) * entry;
+    index = static_cast<double>(row.statistics.kv_index_bytes);
+  }
+
+  [[nodiscard]] std::string text() const {
+    const auto bytes = [](double count) { return program::bytes(static_cast<std::uint64_t>(count)); };
+    std::string parts = "weights " + bytes(weights) + ", entries " + bytes(entries);
+    if (index > 0) parts += ", index " + bytes(index);
+    return "it reads " + bytes(weights + entries + index) + " of memory (" + parts + ")";
+  }
+
+  [[nodiscard]] nlohmann::json json() const { return {{"weights", weights}, {"entries", entries}, {"index", index}}; }
+};
 
 double steps_per_second(const Row& row) { return row.decode.median() / static_cast<double>(row.batch); }
 
@@ -52,6 +79,7 @@ nlohmann::json to_json(const kva::Model& model, const Row& row, const Options& o
                            {"host_bytes_per_second", each_step(s.kv_host_fetched_bytes, row, options) * steps_per_second(row)},
                            {"peak_memory_bytes", row.peak_memory_bytes},
                            {"selected_per_step_and_head", selected ? nlohmann::json(*selected) : nlohmann::json()},
+                           {"bytes_read_per_step", Reads(model, row, options).json()},
                            {"bytes_fetched_per_step",
                             {{"host", each_step(s.kv_host_fetched_bytes, row, options)},
                              {"file", each_step(s.kv_file_fetched_bytes, row, options)},
@@ -95,8 +123,9 @@ void print(const kva::Model& model, const Row& row, const Options& options) {
               text(row.prefill).c_str(), text(row.decode).c_str());
   if (options.policies.size() > 1) std::printf("%6.2f  ", row.ratio.median());
   std::printf("%10s  %11s\n", program::bytes(row.kv_bytes()).c_str(), program::bytes(row.peak_memory_bytes).c_str());
+  std::string line = program::format("a step takes %.2f ms; ", 1e3 / steps_per_second(row));
   if (row.policy->flags.policy != kva::Policy::full || row.policy->flags.tier != kva::KvTier::device) {
-    std::string line = program::format("a step takes %.2f ms; KV: ", 1e3 / steps_per_second(row)) + traffic::where(s);
+    line += "KV: " + traffic::where(s);
     if (const auto selected = traffic::selected_per_head(s, selecting_heads(model, row.policy->flags))) {
       line += program::format("; a step selects %.1f tokens a head", *selected);
     }
@@ -108,8 +137,9 @@ void print(const kva::Model& model, const Row& row, const Options& options) {
                             program::bytes(static_cast<std::uint64_t>(each_step(s.kv_file_read_bytes, row, options))).c_str());
     if (row.link_busy) line += ", link busy " + traffic::percent(row.link_busy) + " of the time";
     if (const auto hidden = traffic::hidden(s)) line += ", " + traffic::percent(hidden) + " of read time hidden";
-    std::printf("%17s%s\n", "", line.c_str());
+    line += "; ";
   }
+  std::printf("%17s%s%s\n", "", line.c_str(), Reads(model, row, options).text().c_str());
   std::fflush(stdout);
 }
 
