@@ -109,6 +109,11 @@ class BenchTest(CommonTests, ToolTest):
                 self.assertRegex(out, r"a step takes [\d.]+ ms; KV: .* device \(index .*, cache .*\)")
                 self.assertRegex(out, r"it reads [\d.]+ \w+ of memory \(weights .*, entries .*, index .*\)")
 
+    def test_what_was_dropped_is_made_anew_between_repetitions(self):
+        for policy in ("window", "h2o"):
+            _, result = self.bench("--context", 400, "--gen", 4, "--repeat", 3, "--no-prefill-repeat", "--policy", policy, "--budget", 20)
+            self.assertEqual(len(result["rows"][0]["decode_tokens_per_second"]["samples"]), 3)
+
     def test_what_cannot_be_done_is_said(self):
         self.wrong(says="no model")
         self.wrong("--model", MODEL, "--shape", "llama-2-7b", says="exclude each other")

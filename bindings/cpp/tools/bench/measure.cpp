@@ -56,8 +56,15 @@ class Contestant {
     return time;
   }
 
-  void cut_back() {
-    for (kva::Session& session : sessions_) session.truncate(context_).value();
+  /// Back to the context. A policy that has dropped for good what it would attend there begins anew.
+  void cut_back(const Show& show) {
+    for (kva::Session& session : sessions_) {
+      const auto done = session.truncate(context_);
+      if (done) continue;
+      if (done.error().code() != kva::ErrorCode::unsupported) done.value();
+      prefill(show);
+      return;
+    }
   }
 
   /// Returns the seconds of all steps.
@@ -67,9 +74,9 @@ class Contestant {
   /// nothing can be.
   std::optional<double> link_busy(const Show& show) {
     if (!model_->set_timing(kva::Timing::fetches)) return {};
-    cut_back();
+    cut_back(show);
     decode_some(1, show);  // what is measured is captured anew
-    cut_back();
+    cut_back(show);
     decode_some(options_->steps, show);
     const kva::Statistics s = sessions_.front().statistics().value();
     model_->set_timing(kva::Timing::off).value();
@@ -80,7 +87,7 @@ class Contestant {
   /// Writes the timeline of a step that has been replayed, where --gen lets that be.
   void timeline(const Show& show) {
     model_->set_timing(kva::Timing::operations).value();
-    cut_back();
+    cut_back(show);
     decode_some(std::min<std::uint64_t>(options_->steps, 4), show);
     model_->write_timeline(options_->timeline).value();
     model_->set_timing(kva::Timing::off).value();
@@ -174,7 +181,7 @@ std::vector<Row> measure(const kva::Model& model, const Options& options, std::u
         const double time = contestants[i].prefill(show);
         if (context != 0 && !options.fill) rows[i].prefill.samples.push_back(static_cast<double>(context * batch) / time);
       } else {
-        contestants[i].cut_back();
+        contestants[i].cut_back(show);
       }
       const double time = contestants[i].decode(show);
       rows[i].decode.samples.push_back(static_cast<double>(options.steps * batch) / time);
