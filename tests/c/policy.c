@@ -126,6 +126,8 @@ static void counts(void) {
   REFUSED(KVA_POLICY_WINDOW, options.budget_tokens, 4, "budget is 4 tokens");
   ACCEPTED(KVA_POLICY_WINDOW, options.budget_tokens, 5);
   ACCEPTED(KVA_POLICY_WINDOW, options.budget_tokens, UINT64_MAX);
+  ACCEPTED(KVA_POLICY_WINDOW, options.resident_layers, 0);
+  ACCEPTED(KVA_POLICY_WINDOW, options.resident_layers, UINT64_MAX);
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.index_bits, 0, "index_bits is 0");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.index_bits, 16, "not 4, 8 or 32");
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.resident_layers, 0, "resident_layers is 0");

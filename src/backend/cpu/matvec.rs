@@ -86,6 +86,7 @@ impl<W: Stored> Product<'_, W> {
     fn rows<S: Simd, const N: usize>(&self, s: S, n: usize, count: usize) {
         let rows = self.x.rows();
         let mut m = 0;
+        // The sums of four rows fill the registers where a vector is one of 32; where it is two of 16, they do not fit.
         while S::WIDE && rows - m >= 4 {
             self.block::<S, 4, N>(s, m, n, count);
             m += 4;

@@ -128,8 +128,8 @@ void print(const kva::Model& model, const Row& row, const Options& options) {
     line += "KV: " + traffic::where(s);
     if (const auto selected = traffic::selected_per_head(s, selecting_heads(model, row.policy->flags))) {
       line += program::format("; a step selects %.1f tokens a head", *selected);
+      if (const auto hits = traffic::hit_rate(s)) line += ", " + traffic::percent(hits) + " of them on the device";
     }
-    if (const auto hits = traffic::hit_rate(s)) line += ", " + traffic::percent(hits) + " of them on the device";
     const double from_host = each_step(s.kv_host_fetched_bytes, row, options);
     line += program::format("; it fetches %s from RAM (%.1f GB/s), %s from file",
                             program::bytes(static_cast<std::uint64_t>(from_host)).c_str(),
