@@ -10,6 +10,7 @@ use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 
 use super::Shared;
 use super::context::check;
+use super::host;
 use crate::backend::{Buffer, Place, cpu};
 use crate::{Error, ErrorCode, Result};
 
@@ -80,6 +81,9 @@ impl Raw {
 
     /// Zeroed host memory, mapped: its address is the same on the device.
     pub(super) fn pinned(bytes: usize, purpose: &str) -> Result<Raw> {
+        if bytes >= LEAST_REGISTERED && host::available().is_some_and(|available| bytes > available) {
+            return Err(refused(bytes, "pinned host", purpose));
+        }
         if bytes >= LEAST_REGISTERED
             && let Some(raw) = Raw::registered(bytes, purpose)
         {
@@ -167,7 +171,8 @@ fn touch(buffer: &mut Buffer) {
 }
 
 fn refused(bytes: usize, kind: &str, purpose: &str) -> Error {
-    let free = result::mem_get_info()
-        .map_or_else(|_| String::new(), |(free, _)| format!("; {free} bytes of the device are free"));
+    let device = result::mem_get_info().map(|(free, _)| format!("; {free} bytes of the device are free"));
+    let host = host::available().map(|free| format!("; {free} bytes of the host are available"));
+    let free = device.unwrap_or_default() + &host.unwrap_or_default();
     Error::new(ErrorCode::OutOfMemory, format!("cannot allocate {bytes} bytes of {kind} memory for {purpose}{free}"))
 }

@@ -13,6 +13,7 @@ mod blas;
 mod block;
 mod context;
 mod evict;
+mod host;
 mod index;
 mod kernels;
 mod mass;
