@@ -33,6 +33,10 @@ const MOST_LAUNCHES: usize = 8192;
 /// Fewer launches than this are sent one by one.
 const LEAST_GRAPH: usize = 24;
 
+/// As many launches go ahead, before the rest of a step is written down: a device that has something to do does not wait
+/// for the host. (A step of a batch is written down in milliseconds.)
+const AHEAD: usize = 64;
+
 /// Graphs that are kept. A decoding session needs a new one when its length passes a power of two.
 const MOST_GRAPHS: usize = 24;
 
@@ -209,8 +213,9 @@ pub(super) struct Queue {
     lane: usize,
     /// CUDA events, for edges between lanes that are launched one by one.
     events: Vec<CUevent>,
-    /// Scripts launched so far.
+    /// Scripts launched so far, and whether any was since somebody has waited.
     scripts: u64,
+    ahead: bool,
     /// Events that `point` has recorded.
     marked: u64,
     script: Script,
@@ -257,6 +262,7 @@ impl Queue {
             lane: 0,
             events: Vec::new(),
             scripts: 0,
+            ahead: false,
             marked: 0,
             script: Script::default(),
             block: Block::new(),
@@ -341,8 +347,8 @@ impl Queue {
         if grid.contains(&0) {
             return Ok(());
         }
-        if self.script.launches.len() >= MOST_LAUNCHES {
-            self.launch(false)?;
+        if self.script.launches.len() >= if self.ahead { MOST_LAUNCHES } else { AHEAD } {
+            self.launch(true)?;
         }
         let limit = [i32::MAX as usize, 65535, 65535];
         if grid.iter().zip(limit).any(|(&n, limit)| n > limit) {
@@ -436,6 +442,7 @@ impl Queue {
         }
         self.script.clear();
         self.scripts += 1;
+        self.ahead = true;
         result
     }
 
@@ -612,6 +619,7 @@ impl Queue {
         // SAFETY: the stream is alive.
         let waited = check("finish its work", unsafe { result::stream::synchronize(self.lanes[0].stream) });
         self.block.reset();
+        self.ahead = false;
         launched.and(waited).and_then(|()| self.timer.read())
     }
 
