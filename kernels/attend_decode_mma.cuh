@@ -114,7 +114,7 @@ template <class T, u32 D> __device__ __forceinline__ void decode(const Decode &p
     typedef Tiles<T, D> L;
     // Exponent of the largest query and of the largest weight.
     constexpr u32 QUERY_EXPONENT = 14, WEIGHT_EXPONENT = WIDE<T> ? 0 : 15;
-    extern __shared__ __align__(16) uint4 shared[];
+    extern __shared__ __align__(128) uint4 shared[];  // whole sectors, whatever lies before
     __shared__ float2 sums[WARPS][HEADS];  // m and l of each warp
     uint4 *room = shared, *queries = room + L::DEPTH * L::ROOM * WARPS;
     float *merged = reinterpret_cast<float *>(room);  // in the end, values: WARPS × heads × d

@@ -75,7 +75,7 @@ __device__ __forceinline__ u32 use_selected(
         const u32 row = first + tid < count ? selected[first + tid] : 0, token = held.token(row);
         const bool stays = first + tid < count && token >= below && token < from;
         u32 total;
-        const u32 at = kept + scan(stays, scratch, total);  // everyone has read
+        const u32 at = kept + scan<WARPS>(stays, scratch, total);  // everyone has read
         if (stays) selected[at] = row;
         kept += total;
     }

@@ -1,25 +1,33 @@
-// A rehearsal of attention on the speculation index, and the rows that it selects: three launches.
+// A rehearsal of attention on the speculation index, and the rows that it selects: four launches.
 //
 // 1. rehearse_score: logits of every row for every query head, from whole numbers, and of each chunk of rows the largest
 //    logit m and the sum of exp(logit − m). Each row of the index is read once for up to eight query heads.
 // 2. rehearse_rank: what normalises each head, from all its chunks; each row's rank, the largest log-probability of a
-//    head of the group, as a number whose order is that of the ranks; a histogram of these numbers' first digits.
-// 3. rehearse_select: a block a KV head finds the number of the k-th best row digit by digit, and writes the rows above
-//    it, and of those that equal it the first ones, in ascending order.
+//    head of the group, as a number whose order is that of the ranks; how many rows are how far from the best one. Where the
+//    tail is wanted (tail.cu), of each chunk and head also the probability of what is attended anyhow.
+// 3. rehearse_mark: from these counts it is known which rows are among the k best, but for a few that are as far from the best
+//    one as the k-th is: a bit a row says so, and another one that a row is one of the few.
+// 4. rehearse_select: a block a KV head takes the best of the few, of equals the first ones, and writes rows in ascending order.
 //
-// grids: chunks × (KV heads × passes, or KV heads) × sequences. Everything that changes from step to step is in the table
-// of sequences; a block past its sequence's end leaves at once. A sequence's results depend on nothing but its own data.
+// grids: spans × (KV heads × passes, or KV heads) × sequences; of the last, KV heads × sequences. A block takes a span of a
+// sequence's chunks, one after the other: no more blocks than multiprocessors, and no larger than beside one of a product, for
+// the device has a step to compute meanwhile, whose small kernels would wait for many blocks that all end together. Everything that
+// changes from step to step is in the table of sequences. A sequence's results depend on nothing but its own data.
 #include <math_constants.h>
 
-#include "common.cuh"
+#include "order.cuh"
+#include "tail.cuh"
 
 struct Sequence {
     const u64 *extents;
     float *scores;     // query heads × stride
     u32 *keys;         // KV heads × stride: ranks as numbers
+    u32 *better;       // KV heads × (stride / 32): a bit a row that is surely among the best
+    u32 *level;        // as many: of rows that may be
+    u32 *histograms;   // KV heads × BINS: rows by distance from the best, the farthest first
+    struct State *states;  // KV heads
     float2 *stats;     // query heads × (stride / CHUNK): m and the sum
-    u32 *histograms;   // KV heads × BINS
-    u32 *counted;      // KV heads: rows that the rule's limit lets pass
+    float *attended_sums;  // as many: the probability of rows that are attended
     u32 *out_rows;     // KV heads × capacity
     u32 *out_counts;   // KV heads
     const struct Replay *replay;  // of rule REPLAY
@@ -37,6 +45,15 @@ struct Sequence {
     u32 seed;          // of rule RANDOM
     u32 step;
     u32 period;
+    Attended attended;  // slots null: the tail is not wanted
+};
+
+// What is known of a KV head, from launch to launch.
+struct State {
+    u32 counted;  // rows that the rule's limit lets pass, of all query heads of the group where it is PAPER
+    u32 count;    // rows that are selected
+    u32 better;   // those among them that are nearer to the best row than the last one is
+    float top;    // the best rank
 };
 
 enum Rule : u32 { COUNT = 0, PROBABILITY = 1, PAPER = 2, RANDOM = 3, REPLAY = 4 };
@@ -70,7 +87,19 @@ struct Rehearse {
 constexpr u32 THREADS = 256, ROWS = 4, CHUNK = THREADS * ROWS, WARPS = THREADS / WARP;
 constexpr u32 TILE = 32;  // tokens whose rows lie unit by unit: index.cu says how
 constexpr float TINY = 1e-30f;
-constexpr u32 DIGIT = 11, BINS = 1 << DIGIT;
+constexpr u32 BINS = 2048;
+constexpr u32 TOGETHER = 4;  // query heads whose logits are on their way together
+
+// The chunks of a block, of those that have any of the rows from..to.
+struct Span {
+    u32 begin, end;
+
+    __device__ __forceinline__ Span(u32 from, u32 to) {
+        const u32 first = from / CHUNK, chunks = to > from ? (to + CHUNK - 1) / CHUNK - first : 0;
+        begin = first + u64(chunks) * blockIdx.x / gridDim.x;
+        end = first + u64(chunks) * (blockIdx.x + 1) / gridDim.x;
+    }
+};
 
 // Query words that belong to a word of a row.
 template <int BITS> constexpr int PER_WORD = BITS == 4 ? 2 : 1;
@@ -144,37 +173,40 @@ template <int BITS, int U, int G> __device__ void score(const Rehearse &p) {
     extern __shared__ __align__(16) u32 queries[];  // G × query words
     __shared__ float factors[G];
     __shared__ int offsets[G];
-    __shared__ float2 parts[WARPS][G];
+    __shared__ float2 parts[2][WARPS][G];  // of chunks in turn
     typedef typename Sum<BITS>::type S;
     const Sequence s = p.sequences[blockIdx.z];
     const u32 kv_head = blockIdx.y / p.passes, pass = blockIdx.y % p.passes;
     if (blockIdx.x == 0 && pass == 0) {
         // For the launches behind this one.
         for (u32 i = threadIdx.x; i < BINS; i += THREADS) s.histograms[kv_head * BINS + i] = 0;
-        if (threadIdx.x == 0) s.counted[kv_head] = 0;
+        if (threadIdx.x == 0) s.states[kv_head].counted = 0;
     }
-    const u32 begin = blockIdx.x * CHUNK;
-    if (begin >= s.rows) return;
+    const Span span(0, s.rows);
+    if (span.begin >= span.end) return;
     const u32 heads = min(u32(G), p.group - pass * G), head0 = kv_head * p.group + pass * G;
     const u32 query_words = p.words * PER_WORD<BITS>, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    // Of each row its tile, and its place there; past the end, the last row is read again.
+    // Of each row of a chunk its tile, and its place there; past the end, the last row is read again.
     const u32 *rows[ROWS];
     float scales[ROWS];
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const u32 row = min(begin + i * THREADS + threadIdx.x, s.rows - 1);
-        const u32 token = row % p.extent_tokens;
-        const u64 run = s.extents[row / p.extent_tokens] + p.layer_offset + kv_head * p.run_bytes;
-        const u32 *start = reinterpret_cast<const u32 *>(run);
-        rows[i] = start + u64(token / TILE) * TILE * p.words + token % TILE * U;
-        scales[i] = BITS == 32 ? 1.0f : __uint_as_float(start[u64(p.extent_tokens) * p.words + token]);
-    }
     u32 words[ROWS][U];
     auto load_rows = [&](u32 unit) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) load_words<U>(rows[i] + unit * TILE * U, words[i]);
     };
-    load_rows(0);  // on their way while the queries are prepared
+    auto begin_chunk = [&](u32 chunk) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const u32 row = min(chunk * CHUNK + i * THREADS + threadIdx.x, s.rows - 1);
+            const u32 token = row % p.extent_tokens;
+            const u64 run = s.extents[row / p.extent_tokens] + p.layer_offset + kv_head * p.run_bytes;
+            const u32 *start = reinterpret_cast<const u32 *>(run);
+            rows[i] = start + u64(token / TILE) * TILE * p.words + token % TILE * U;
+            scales[i] = BITS == 32 ? 1.0f : __uint_as_float(start[u64(p.extent_tokens) * p.words + token]);
+        }
+        load_rows(0);
+    };
+    begin_chunk(span.begin);  // on their way while the queries are prepared
 
     for (u32 g = warp; g < G; g += WARPS) {
         // Past the group's end, the last head is computed again and not stored.
@@ -189,58 +221,67 @@ template <int BITS, int U, int G> __device__ void score(const Rehearse &p) {
     }
     __syncthreads();
 
-    S sums[ROWS][G];
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) sums[i][g] = S(-offsets[g]);
-    }
-    for (u32 unit = 0; unit < p.words / U; unit++) {
-        if (unit > 0) load_rows(unit);
+#pragma unroll 1
+    for (u32 chunk = span.begin; chunk < span.end; chunk++) {
+        S sums[ROWS][G];
 #pragma unroll
         for (int g = 0; g < G; g++) {
-            u32 query[U * PER_WORD<BITS>];
-            load_words<U * PER_WORD<BITS>>(queries + g * query_words + unit * U * PER_WORD<BITS>, query);
 #pragma unroll
-            for (int w = 0; w < U; w++) {
+            for (int i = 0; i < ROWS; i++) sums[i][g] = S(-offsets[g]);
+        }
+#pragma unroll 1
+        for (u32 unit = 0; unit < p.words / U; unit++) {
+            if (unit > 0) load_rows(unit);
 #pragma unroll
-                for (int j = 0; j < PER_WORD<BITS>; j++) {
-                    const u32 q = query[w * PER_WORD<BITS> + j];
+            for (int g = 0; g < G; g++) {
+                u32 query[U * PER_WORD<BITS>];
+                load_words<U * PER_WORD<BITS>>(queries + g * query_words + unit * U * PER_WORD<BITS>, query);
 #pragma unroll
-                    for (int i = 0; i < ROWS; i++) sums[i][g] = add_products<BITS>(words[i][w], j, q, sums[i][g]);
+                for (int w = 0; w < U; w++) {
+#pragma unroll
+                    for (int j = 0; j < PER_WORD<BITS>; j++) {
+                        const u32 q = query[w * PER_WORD<BITS> + j];
+#pragma unroll
+                        for (int i = 0; i < ROWS; i++) sums[i][g] = add_products<BITS>(words[i][w], j, q, sums[i][g]);
+                    }
                 }
             }
         }
-    }
+        float own_scales[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) own_scales[i] = scales[i];
+        if (chunk + 1 < span.end) begin_chunk(chunk + 1);
 
+        float2(&of_warps)[WARPS][G] = parts[chunk % 2];
 #pragma unroll
-    for (int g = 0; g < G; g++) {
-        float scores[ROWS], m = -CUDART_INF_F, l = 0;
+        for (int g = 0; g < G; g++) {
+            float scores[ROWS], m = -CUDART_INF_F, l = 0;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const u32 row = begin + i * THREADS + threadIdx.x;
-            // NaN becomes −∞: it ranks below all others.
-            const float logit = __fmul_rn(__fmul_rn(float(sums[i][g]), scales[i]), factors[g]);
-            scores[i] = row < s.rows ? fmaxf(logit, -CUDART_INF_F) : -CUDART_INF_F;
-            m = fmaxf(m, scores[i]);
-            if (row < s.rows && g < heads) s.scores[u64(head0 + g) * s.stride + row] = scores[i];
-        }
-        m = warp_max(m);
-        if (m > -CUDART_INF_F) {
+            for (int i = 0; i < ROWS; i++) {
+                const u32 row = chunk * CHUNK + i * THREADS + threadIdx.x;
+                // NaN becomes −∞: it ranks below all others.
+                const float logit = __fmul_rn(__fmul_rn(float(sums[i][g]), own_scales[i]), factors[g]);
+                scores[i] = row < s.rows ? fmaxf(logit, -CUDART_INF_F) : -CUDART_INF_F;
+                m = fmaxf(m, scores[i]);
+                if (row < s.rows && g < heads) s.scores[u64(head0 + g) * s.stride + row] = scores[i];
+            }
+            m = warp_max(m);
+            if (m > -CUDART_INF_F) {
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) l += __expf(scores[i] - m);
+                for (int i = 0; i < ROWS; i++) l += __expf(scores[i] - m);
+            }
+            l = warp_sum(l);
+            if (lane == 0) of_warps[warp][g] = make_float2(m, l);
         }
-        l = warp_sum(l);
-        if (lane == 0) parts[warp][g] = make_float2(m, l);
-    }
-    __syncthreads();
-    if (threadIdx.x < heads) {
-        float m = -CUDART_INF_F, l = 0;
-        for (u32 w = 0; w < WARPS; w++) m = fmaxf(m, parts[w][threadIdx.x].x);
-        for (u32 w = 0; w < WARPS && m > -CUDART_INF_F; w++) {
-            l += parts[w][threadIdx.x].y * expf(parts[w][threadIdx.x].x - m);
+        __syncthreads();
+        if (threadIdx.x < heads) {
+            float m = -CUDART_INF_F, l = 0;
+            for (u32 w = 0; w < WARPS; w++) m = fmaxf(m, of_warps[w][threadIdx.x].x);
+            for (u32 w = 0; w < WARPS && m > -CUDART_INF_F; w++) {
+                l += of_warps[w][threadIdx.x].y * expf(of_warps[w][threadIdx.x].x - m);
+            }
+            s.stats[u64(head0 + threadIdx.x) * (s.stride / CHUNK) + chunk] = make_float2(m, l);
         }
-        s.stats[u64(head0 + threadIdx.x) * (s.stride / CHUNK) + blockIdx.x] = make_float2(m, l);
     }
 }
 
@@ -263,91 +304,225 @@ __device__ __forceinline__ u32 ordered(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// And back.
+__device__ __forceinline__ float rank_of(u32 key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// The bin of a row by its distance from the best one, the nearest last. What is farther apart lies in wider bins, a sixty-fourth
+// as wide as it is far: so few rows share one, however the ranks are spread. A larger rank never has a lower bin.
+__device__ __forceinline__ u32 bin_of(float top, float rank) {
+    constexpr u32 STEPS = 64, FIRST = 127 - 16;  // of a doubling; the exponent of 2^-16
+    static_assert(BINS == 32 * STEPS, "up to 2^16");
+    const float distance = top - rank;
+    if (distance < 1.0f / 65536) return BINS - 1;
+    const u32 at = __float_as_uint(distance) / (0x800000u / STEPS) - FIRST * STEPS;  // infinity, NaN: beyond
+    return BINS - 1 - min(at, BINS - 1);
+}
+
+// The rows that word `i` of a trace's table stands for, as far as they may be selected.
+__device__ __forceinline__ void stretch(const Sequence &s, const Replay &replay, u32 i, u32 end, u32 &low, u32 &high) {
+    low = high = s.from;
+    if (i >= end) return;
+    const u32 row = replay.table[i], k = row - replay.first;
+    if (row < replay.first) return;
+    const bool old = k < replay.narrow;
+    low = old ? replay.first + u32(u64(k) * replay.wide / replay.narrow) : row + replay.shift;
+    high = old ? replay.first + u32(u64(k + 1) * replay.wide / replay.narrow) : low + 1;
+    low = max(low, s.from);
+    high = max(low, min(high, s.to));
+}
+
+// Where a KV head's words of the table begin and end.
+__device__ __forceinline__ uint2 replayed(const Rehearse &p, const Replay &replay, u32 kv_head) {
+    const u32 *ends = replay.lists + 2 * (kv_head * replay.heads / p.kv_heads);
+    return make_uint2(ends[0], ends[1]);
+}
+
 extern "C" __global__ void __launch_bounds__(256) rehearse_rank(Rehearse p) {
-    extern __shared__ __align__(16) float shifts[];  // of the group: what is subtracted from a head's logits
+    // Of the group: what is subtracted from a head's logits, and its best rank; then, of each warp, what is attended of chunks in
+    // turn.
+    extern __shared__ __align__(16) float shared[];
     __shared__ u32 histogram[BINS];
-    const Sequence s = p.sequences[blockIdx.z];
-    const u32 begin = blockIdx.x * CHUNK, kv_head = blockIdx.y;
-    if (begin >= s.to || begin + CHUNK <= s.from) return;
+    const Sequence &s = p.sequences[blockIdx.z];
+    const u32 kv_head = blockIdx.y, from = s.from, to = s.to, rows = s.rows, rule = s.rule, stride = s.stride;
+    const bool weighs = s.attended.slots;
+    const Span span = weighs ? Span(0, rows) : Span(from, to);
+    if (span.begin >= span.end) return;
+    float *shifts = shared, *tops = shifts + p.group, *sums = tops + p.group;
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const u32 row0 = begin + ROWS * threadIdx.x;
-    const float *scores = s.scores + u64(kv_head * p.group) * s.stride + row0;
-    float next[ROWS];  // on its way while the chunks are merged
-    load_floats<ROWS>(scores, next);
-    const u32 chunks = (s.rows + CHUNK - 1) / CHUNK;
+    const u32 chunks = (rows + CHUNK - 1) / CHUNK;
     for (u32 g = warp; g < p.group; g += WARPS) {
-        const float2 *stats = s.stats + u64(kv_head * p.group + g) * (s.stride / CHUNK);
+        const float2 *stats = s.stats + u64(kv_head * p.group + g) * (stride / CHUNK);
         float m = -CUDART_INF_F, l = 0;
         for (u32 c = lane; c < chunks; c += WARP) m = fmaxf(m, stats[c].x);
         m = warp_max(m);
         for (u32 c = lane; c < chunks && m > -CUDART_INF_F; c += WARP) l += stats[c].y * expf(stats[c].x - m);
         l = warp_sum(l);
-        if (lane == 0) shifts[g] = m == -CUDART_INF_F ? 0.0f : s.rule == PAPER ? m : m + logf(l);
+        const float shift = m == -CUDART_INF_F ? 0.0f : rule == PAPER ? m : m + logf(l);
+        if (lane == 0) {
+            shifts[g] = shift;
+            tops[g] = m - shift;
+        }
     }
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;
     __syncthreads();
+    float top = -CUDART_INF_F;
+    for (u32 g = 0; g < p.group; g++) top = fmaxf(top, tops[g]);
 
-    float ranks[ROWS];
     u32 counted = 0;
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) ranks[i] = -CUDART_INF_F;
-    for (u32 g = 0; g < p.group; g++) {
-        float logits[ROWS];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) logits[i] = next[i];
-        if (g + 1 < p.group) load_floats<ROWS>(scores + u64(g + 1) * s.stride, next);
-        const float limit = shifts[g] - s.limit;
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            ranks[i] = fmaxf(ranks[i], logits[i] - shifts[g]);
-            if (s.rule == PAPER && row0 + i >= s.from && row0 + i < s.to) counted += logits[i] > limit;
+    if (span.begin <= from / CHUNK && from / CHUNK < span.end && from < to) {  // one block does
+        if (threadIdx.x == 0) s.states[kv_head].top = top;
+        if (rule == REPLAY) {
+            const Replay replay = *s.replay;
+            const uint2 list = replayed(p, replay, kv_head);
+            for (u32 i = list.x + threadIdx.x; i < list.y; i += THREADS) {
+                u32 low, high;
+                stretch(s, replay, i, list.y, low, high);
+                counted += high - low;
+            }
         }
     }
-    u32 keys[ROWS];
+#pragma unroll 1
+    for (u32 chunk = span.begin; chunk < span.end; chunk++) {
+        const u32 row0 = chunk * CHUNK + ROWS * threadIdx.x;
+        const float *scores = s.scores + u64(kv_head * p.group) * stride + row0;
+        float *of_warps = sums + chunk % 2 * WARPS * p.group;
+        bool attended[ROWS] = {};
+        if (weighs) {
+            const AttendedRows attends(s.attended, kv_head);
 #pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        const bool selectable = row0 + i >= s.from && row0 + i < s.to;
-        keys[i] = selectable ? ordered(ranks[i]) : 0;
-        if (selectable) atomicAdd(&histogram[keys[i] >> (32 - DIGIT)], 1);
-        if (s.rule == PROBABILITY) counted += selectable && ranks[i] > -s.limit;
+            for (int i = 0; i < ROWS; i++) attended[i] = row0 + i < rows && attends.has(row0 + i);
+        }
+        float ranks[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) ranks[i] = -CUDART_INF_F;
+#pragma unroll 1
+        for (u32 g0 = 0; g0 < p.group; g0 += TOGETHER) {
+            float logits[TOGETHER][ROWS];
+#pragma unroll
+            for (u32 k = 0; k < TOGETHER; k++) {
+                load_floats<ROWS>(scores + u64(min(g0 + k, p.group - 1)) * stride, logits[k]);
+            }
+#pragma unroll
+            for (u32 k = 0; k < TOGETHER; k++) {
+                const u32 g = g0 + k;
+                if (g >= p.group) break;
+                const float shift = shifts[g], limit = shift - s.limit;
+                float here = 0;
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    ranks[i] = fmaxf(ranks[i], logits[k][i] - shift);
+                    if (rule == PAPER && row0 + i >= from && row0 + i < to) counted += logits[k][i] > limit;
+                    if (attended[i]) here += expf(logits[k][i] - shift);
+                }
+                if (weighs) {
+                    here = warp_sum(here);
+                    if (lane == 0) of_warps[warp * p.group + g] = here;
+                }
+            }
+        }
+        u32 keys[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const bool selectable = row0 + i >= from && row0 + i < to;
+            keys[i] = ordered(ranks[i]);
+            if (selectable) atomicAdd(&histogram[bin_of(top, rank_of(keys[i]))], 1);
+            if (rule == PROBABILITY) counted += selectable && ranks[i] > -s.limit;
+        }
+        *reinterpret_cast<uint4 *>(s.keys + u64(kv_head) * stride + row0) =
+            make_uint4(keys[0], keys[1], keys[2], keys[3]);
+        if (!weighs) continue;
+        __syncthreads();
+        for (u32 g = threadIdx.x; g < p.group; g += THREADS) {
+            float all = 0;
+            for (u32 w = 0; w < WARPS; w++) all += of_warps[w * p.group + g];
+            s.attended_sums[u64(kv_head * p.group + g) * (stride / CHUNK) + chunk] = all;
+        }
     }
-    *reinterpret_cast<uint4 *>(s.keys + u64(kv_head) * s.stride + row0) = make_uint4(keys[0], keys[1], keys[2], keys[3]);
     counted = warp_sum(counted);
-    if (lane == 0 && counted) atomicAdd(s.counted + kv_head, counted);
+    if (lane == 0 && counted) atomicAdd(&s.states[kv_head].counted, counted);
     __syncthreads();
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) {
         if (histogram[i]) atomicAdd(s.histograms + kv_head * BINS + i, histogram[i]);
     }
 }
 
-constexpr u32 SELECT = 1024;  // threads
-
-// Sum of what the threads before this one have, and of what all have. Calls alternate between two `totals` of WARP words.
-__device__ __forceinline__ u32 scan(u32 x, u32 *totals, u32 &total) {
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 sum = x;
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u32 before = __shfl_up_sync(FULL, sum, step);
-        if (lane >= step) sum += before;
+// How many rows of a KV head are selected.
+__device__ __forceinline__ u32 wanted(const Rehearse &p, const Sequence &s, u32 kv_head) {
+    u32 count = s.rule == PROBABILITY || s.rule == REPLAY ? s.states[kv_head].counted : 0;
+    if (s.rule == PAPER) {
+        // The mean of all query heads, rounded.
+        const u64 heads = p.kv_heads * p.group;
+        u64 sum = 0;
+        for (u32 head = 0; head < p.kv_heads; head++) sum += s.states[head].counted;
+        count = u32((2 * sum + heads) / (2 * heads));
     }
-    if (lane == WARP - 1) totals[warp] = sum;
+    return min(min(max(count, s.least), s.most), min(s.to - s.from, s.capacity));
+}
+
+extern "C" __global__ void __launch_bounds__(256) rehearse_mark(Rehearse p) {
+    __shared__ u32 totals[WARPS], found[2];
+    const Sequence &s = p.sequences[blockIdx.z];
+    const u32 kv_head = blockIdx.y, from = s.from, to = s.to;
+    const Span span(from, to);
+    if (span.begin >= span.end) return;
+    const u32 *keys = s.keys + u64(kv_head) * s.stride + threadIdx.x;
+    u32 own[ROWS];
+    auto load_chunk = [&](u32 chunk) {
+#pragma unroll
+        for (u32 i = 0; i < ROWS; i++) own[i] = keys[chunk * CHUNK + i * THREADS];
+    };
+    load_chunk(span.begin);  // on their way
+    const u32 count = wanted(p, s, kv_head);
+    const float top = s.states[kv_head].top;
+
+    // The bin of the count-th best row. Each thread has a few bins, the first thread the best.
+    constexpr u32 OWN = BINS / THREADS;
+    const u32 high = BINS - OWN * threadIdx.x;
+    u32 bins[OWN], sum = 0, total;
+    load_words<OWN>(s.histograms + kv_head * BINS + high - OWN, bins);
+#pragma unroll
+    for (u32 i = 0; i < OWN; i++) sum += bins[i];
+    u32 before = scan<WARPS>(sum, totals, total);
+    if (before < count && before + sum >= count) {
+#pragma unroll
+        for (u32 i = OWN; i-- > 0;) {
+            if (before < count && before + bins[i] >= count) {
+                found[0] = high - OWN + i;
+                found[1] = before;
+            }
+            before += bins[i];
+        }
+    }
+    if (threadIdx.x == 0 && count == 0) found[0] = BINS;
     __syncthreads();
-    u32 warps = totals[lane];
-#pragma unroll
-    for (u32 step = 1; step < WARP; step *= 2) {
-        const u32 before = __shfl_up_sync(FULL, warps, step);
-        if (lane >= step) warps += before;
+    if (threadIdx.x == 0 && span.begin == from / CHUNK) {
+        s.states[kv_head].count = count;
+        s.states[kv_head].better = found[1];
     }
-    total = __shfl_sync(FULL, warps, WARP - 1);
-    const u32 before = __shfl_sync(FULL, warps, (warp + WARP - 1) % WARP);
-    return (warp ? before : 0) + sum - x;
+    const u32 bin_of_last = found[0];
+    u32 *better = s.better + (u64(kv_head) * s.stride + threadIdx.x) / WARP;
+    u32 *level = s.level + (u64(kv_head) * s.stride + threadIdx.x) / WARP;
+#pragma unroll 1
+    for (u32 chunk = span.begin; chunk < span.end; chunk++) {
+        u32 bin[ROWS];
+#pragma unroll
+        for (u32 i = 0; i < ROWS; i++) bin[i] = bin_of(top, rank_of(own[i]));
+        if (chunk + 1 < span.end) load_chunk(chunk + 1);
+#pragma unroll
+        for (u32 i = 0; i < ROWS; i++) {
+            const u32 row = chunk * CHUNK + i * THREADS + threadIdx.x;
+            const bool selectable = row >= from && row < to;
+            const u32 are_better = __ballot_sync(FULL, selectable && bin[i] > bin_of_last);
+            const u32 are_level = __ballot_sync(FULL, selectable && bin[i] == bin_of_last);
+            if (threadIdx.x % WARP == 0) {
+                better[(chunk * CHUNK + i * THREADS) / WARP] = are_better;
+                level[(chunk * CHUNK + i * THREADS) / WARP] = are_level;
+            }
+        }
+    }
 }
 
-// The four keys from row `row` on; zeros past the last row that may be selected.
-__device__ __forceinline__ uint4 keys_at(const u32 *keys, u32 row, u32 to) {
-    return row < to ? *reinterpret_cast<const uint4 *>(keys + row) : make_uint4(0, 0, 0, 0);
-}
+constexpr u32 SELECT = 512, SELECT_WARPS = SELECT / WARP;  // threads
 
 __device__ __forceinline__ u32 scramble(u32 x) {
     x = (x ^ x >> 16) * 0x7feb352du;
@@ -365,126 +540,68 @@ __device__ __forceinline__ u32 random_row(const Sequence &s, u32 head, u32 j, u3
     return s.from + begin + scramble(part ^ scramble(turn)) % (end - begin);
 }
 
-// The rows that word `i` of a trace's table stands for, as far as they may be selected.
-__device__ __forceinline__ void stretch(const Sequence &s, const Replay &replay, u32 i, u32 end, u32 &low, u32 &high) {
-    low = high = s.from;
-    if (i >= end) return;
-    const u32 row = replay.table[i], k = row - replay.first;
-    if (row < replay.first) return;
-    const bool old = k < replay.narrow;
-    low = old ? replay.first + u32(u64(k) * replay.wide / replay.narrow) : row + replay.shift;
-    high = old ? replay.first + u32(u64(k + 1) * replay.wide / replay.narrow) : low + 1;
-    low = max(low, s.from);
-    high = max(low, min(high, s.to));
-}
+constexpr u32 WORDS = 4;  // of 32 rows each, that a thread has at a time
 
-extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
-    __shared__ u32 histogram[BINS], totals[2][WARP], found[2];
+extern "C" __global__ void __launch_bounds__(512, 3) rehearse_select(Rehearse p) {
+    __shared__ u32 histogram[256], scratch[SELECT_WARPS + 2];
     const Sequence s = p.sequences[blockIdx.z];
     const u32 kv_head = blockIdx.x, tid = threadIdx.x;
     u32 *out = s.out_rows + u64(kv_head) * s.capacity;
     const u32 *keys = s.keys + u64(kv_head) * s.stride;
-    u32 count = s.rule == PROBABILITY ? s.counted[kv_head] : 0, turn = 0;
-    Replay replay = {};
-    u32 list_begin = 0, list_end = 0;
-    if (s.rule == REPLAY) {
-        replay = *s.replay;
-        const u32 *ends = replay.lists + 2 * (kv_head * replay.heads / p.kv_heads);
-        list_begin = ends[0];
-        list_end = ends[1];
-        for (u32 i = list_begin; i < list_end; i += SELECT) {
-            u32 low, high, total;
-            stretch(s, replay, i + tid, list_end, low, high);
-            scan(high - low, totals[turn++ % 2], total);
-            count += total;
-        }
-    }
-    if (s.rule == PAPER) {
-        // The mean of all query heads, rounded.
-        const u64 heads = p.kv_heads * p.group;
-        u64 sum = 0;
-        for (u32 head = 0; head < p.kv_heads; head++) sum += s.counted[head];
-        count = u32((2 * sum + heads) / (2 * heads));
-    }
-    count = min(min(max(count, s.least), s.most), min(s.to - s.from, s.capacity));
+    const State state = s.states[kv_head];
+    const u32 count = s.from < s.to ? state.count : 0;  // else nobody has counted
     if (tid == 0) s.out_counts[kv_head] = count;
     if (count == 0) return;
+    const u32 *better = s.better + u64(kv_head) * s.stride / WARP, *level = s.level + u64(kv_head) * s.stride / WARP;
+    const u32 first = s.from / CHUNK * (CHUNK / WARP), end = (s.to + CHUNK - 1) / CHUNK * (CHUNK / WARP);
 
-    // The key of the count-th best row, digit by digit. `above` rows have larger keys than those that begin with `prefix`.
-    u32 prefix = 0, above = 0;
-    const u32 begin = s.from / ROWS * ROWS;
-#pragma unroll 1
-    for (int shift = 32 - int(DIGIT);; shift -= DIGIT) {
-        const u32 digit = shift < 0 ? DIGIT + shift : DIGIT, low = max(shift, 0);
-        if (shift == 32 - int(DIGIT)) {
-            for (u32 i = tid; i < BINS; i += SELECT) histogram[i] = s.histograms[kv_head * BINS + i];
-        } else {
-            for (u32 i = tid; i < BINS; i += SELECT) histogram[i] = 0;
-            __syncthreads();
-            constexpr u32 AHEAD = 4;  // loads in flight
-            for (u32 row0 = begin + ROWS * tid; row0 < s.to; row0 += AHEAD * ROWS * SELECT) {
-                uint4 fours[AHEAD];
+    const Kth kth = kth_largest<SELECT_WARPS>(count, state.better, 24, false, histogram, scratch, [&](auto visit) {
+        for (u32 w = first + WORDS * tid; w < end; w += WORDS * SELECT) {
+            u32 words[WORDS];
+            load_words<WORDS>(level + w, words);
 #pragma unroll
-                for (u32 u = 0; u < AHEAD; u++) fours[u] = keys_at(keys, row0 + u * ROWS * SELECT, s.to);
-#pragma unroll
-                for (u32 u = 0; u < AHEAD; u++) {
-                    const u32 row = row0 + u * ROWS * SELECT;
-                    const u32 all[ROWS] = {fours[u].x, fours[u].y, fours[u].z, fours[u].w};
-#pragma unroll
-                    for (u32 i = 0; i < ROWS; i++) {
-                        const bool selectable = row + i >= s.from && row + i < s.to;
-                        if (selectable && all[i] >> (low + digit) == prefix) {
-                            atomicAdd(&histogram[all[i] >> low & ((1u << digit) - 1)], 1);
-                        }
-                    }
-                }
+            for (u32 i = 0; i < WORDS; i++) {
+                for (u32 bits = words[i]; bits; bits &= bits - 1) visit(keys[(w + i) * WARP + __ffs(bits) - 1]);
             }
         }
-        __syncthreads();
-        // Each thread has two bins, the first thread the highest.
-        const u32 high = BINS - 1 - 2 * tid, first = histogram[high], second = histogram[high - 1];
-        u32 total;
-        const u32 before = above + scan(first + second, totals[turn++ % 2], total);
-        if (before < count && before + first + second >= count) {
-            const bool in_first = before + first >= count;
-            found[0] = in_first ? high : high - 1;
-            found[1] = in_first ? before : before + first;
-        }
-        __syncthreads();
-        prefix = prefix << digit | found[0];
-        above = found[1];
-        if (shift <= 0) break;
-    }
+    });
 
-    const u32 equal = count - above;  // rows of the threshold's key that are taken
-    u32 larger_before = 0, equal_before = 0;
-    uint4 next = keys_at(keys, begin + ROWS * tid, s.to);
+    u32 written = 0, equal_before = 0;
 #pragma unroll 1
-    for (u32 tile = begin; tile < s.to; tile += ROWS * SELECT) {
-        const u32 row = tile + ROWS * tid;
-        const u32 all[ROWS] = {next.x, next.y, next.z, next.w};
-        next = keys_at(keys, row + ROWS * SELECT, s.to);
-        // Two counts in one word: at most 4096 each.
-        u32 here = 0;
-        bool selectable[ROWS];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            selectable[i] = row + i >= s.from && row + i < s.to;
-            if (selectable[i]) here += u32(all[i] > prefix) + (u32(all[i] == prefix) << 16);
+    for (u32 tile = first; tile < end; tile += WORDS * SELECT) {
+        const u32 w = tile + WORDS * tid;
+        u32 taken[WORDS] = {}, same[WORDS] = {}, equals = 0, here = 0, total;
+        if (w < end) {
+            load_words<WORDS>(better + w, taken);
+            load_words<WORDS>(level + w, same);
         }
-        u32 total;
-        const u32 before = scan(here, totals[turn++ % 2], total);
-        u32 larger = larger_before + (before & 0xffff), equals = equal_before + (before >> 16);
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const bool is_larger = selectable[i] && all[i] > prefix, is_equal = selectable[i] && all[i] == prefix;
-            if (is_larger || (is_equal && equals < equal)) out[larger + min(equals, equal)] = row + i;
-            larger += is_larger;
-            equals += is_equal;
+        for (u32 i = 0; i < WORDS; i++) {
+            for (u32 bits = same[i]; bits; bits &= bits - 1) {
+                const u32 bit = bits & -bits, key = keys[(w + i) * WARP + __ffs(bits) - 1];
+                if (!kth.is_equal(key)) same[i] ^= bit;
+                if (kth.is_larger(key)) taken[i] |= bit;
+            }
+            equals += __popc(same[i]);
         }
-        larger_before += total & 0xffff;
-        equal_before += total >> 16;
-        if (larger_before + min(equal_before, equal) >= count) break;
+        // Of equals the first ones.
+        const u32 before = equal_before + scan<SELECT_WARPS>(equals, scratch, total);
+        u32 left = kth.equal > before ? kth.equal - before : 0;
+        equal_before += total;
+#pragma unroll
+        for (u32 i = 0; i < WORDS; i++) {
+            for (; same[i] && left > 0; left--) {
+                taken[i] |= same[i] & -same[i];
+                same[i] &= same[i] - 1;
+            }
+            here += __popc(taken[i]);
+        }
+        u32 at = written + scan<SELECT_WARPS>(here, scratch, total);
+        written += total;
+#pragma unroll
+        for (u32 i = 0; i < WORDS; i++) {
+            for (u32 bits = taken[i]; bits; bits &= bits - 1) out[at++] = (w + i) * WARP + __ffs(bits) - 1;
+        }
     }
     if (s.rule == RANDOM) {
         __syncthreads();  // what was selected has been written
@@ -492,11 +609,13 @@ extern "C" __global__ void __launch_bounds__(1024) rehearse_select(Rehearse p) {
     }
     if (s.rule == REPLAY) {
         __syncthreads();
+        const Replay replay = *s.replay;
+        const uint2 list = replayed(p, replay, kv_head);
         u32 before = 0;
-        for (u32 i = list_begin; i < list_end && before < count; i += SELECT) {
+        for (u32 i = list.x; i < list.y && before < count; i += SELECT) {
             u32 low, high, total;
-            stretch(s, replay, i + tid, list_end, low, high);
-            u32 at = before + scan(high - low, totals[turn++ % 2], total);
+            stretch(s, replay, i + tid, list.y, low, high);
+            u32 at = before + scan<SELECT_WARPS>(high - low, scratch, total);
             for (u32 row = low; row < high && at < count; row++) out[at++] = row;
             before += total;
         }

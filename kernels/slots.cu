@@ -8,7 +8,7 @@
 constexpr u32 NONE = 0xffffffffu;
 
 enum Header : u32 { STEP = 0, CHANGES = 1, SELECTED = 2, MISSED = 3, ALL_SELECTED = 4, ALL_MISSED = 6, ALL_ATTENDED = 8,
-                    ATTENDED = 10, CORRECTED = 11, ALL_CORRECTED = 12, HEADER = 14 };
+                    ATTENDED = 10, CORRECTED = 11, ALL_CORRECTED = 12, NEXT = 14, HEADER = 15 };
 constexpr u32 COUNT = 4, CHANGE = 3;
 
 // One sequence's tables of a layer. Addresses are those of the first KV head; strides are words from head to head.
@@ -64,6 +64,7 @@ struct Table {
         if (header[STEP] == step) return;
         header[STEP] = step;
         header[CHANGES] = header[SELECTED] = header[MISSED] = header[ATTENDED] = header[CORRECTED] = 0;
+        header[NEXT] = NONE;
     }
 };
 
@@ -71,6 +72,25 @@ struct Table {
 __device__ __forceinline__ bool gives_way(const Tables &t, const Held &held, u32 used, u32 row) {
     const u32 token = held.token(row);
     return used < t.step && token >= t.below && token < t.from;
+}
+
+constexpr u32 MANY = 4;  // items of a thread whose data are on their way together
+
+// For how many steps each of this thread's slots from `first` on has not been used; 0 where it does not give way.
+__device__ __forceinline__ void
+ages(const Tables &t, const Table &table, const Held &pool, u32 first, u32 held, u32 (&age)[MANY]) {
+    u32 used[MANY], rows[MANY];
+#pragma unroll
+    for (u32 i = 0; i < MANY; i++) {
+        const u32 slot = min(first + item<MANY>(i), held - 1);
+        used[i] = table.used[slot];
+        rows[i] = table.rows[slot];
+    }
+#pragma unroll
+    for (u32 i = 0; i < MANY; i++) {
+        const bool may = first + item<MANY>(i) < held && gives_way(t, pool, used[i], rows[i]);
+        age[i] = may ? t.step - used[i] : 0;
+    }
 }
 
 // What a rehearsal by a layer's own queries has found for one sequence (rehearse.cu).
@@ -92,7 +112,7 @@ struct Corrects {
 // grid: KV heads × sequences. Of the rows that were picked, leaves out those that the step attends already; the best of the
 // others become what is selected, ascending.
 extern "C" __global__ void __launch_bounds__(512) slots_correct(Corrects p) {
-    __shared__ u32 totals[WARPS], histogram[256], found[2];
+    __shared__ u32 scratch[WARPS + 2], histogram[256];
     const Correct &c = p.sequences[blockIdx.y];
     const Tables t = c.tables;
     const u32 head = blockIdx.x, tid = threadIdx.x;
@@ -113,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_correct(Corrects p) {
         }
         const bool stays = first + tid < picked && !present;
         u32 total;
-        const u32 at = absent + scan(stays, totals, total);  // everyone has read
+        const u32 at = absent + scan<WARPS>(stays, scratch, total);  // everyone has read
         if (stays) rows[at] = row;
         absent += total;
     }
@@ -122,38 +142,21 @@ extern "C" __global__ void __launch_bounds__(512) slots_correct(Corrects p) {
     if (tid == 0) t.selected_counts[head] = count;
     if (count == 0) return;
 
-    // The key of the count-th best of them, digit by digit. `above` rows have larger keys than those that begin with `prefix`.
-    u32 prefix = 0, above = 0;
-    for (int shift = 24; shift >= 0 && count < absent; shift -= 8) {
-        if (tid < 256) histogram[tid] = 0;
-        __syncthreads();
-        for (u32 i = tid; i < absent; i += THREADS) {
-            const u32 key = keys[rows[i]];
-            if (shift == 24 || key >> (shift + 8) == prefix) atomicAdd(&histogram[key >> shift & 255], 1);
-        }
-        __syncthreads();
-        u32 total;
-        const u32 digit = 255 - tid, here = tid < 256 ? histogram[digit] : 0;
-        const u32 larger = above + scan(here, totals, total);
-        if (here && larger < count && larger + here >= count) {
-            found[0] = digit;
-            found[1] = larger;
-        }
-        __syncthreads();
-        prefix = prefix << 8 | found[0];
-        above = found[1];
-    }
-    // Rows with larger keys, and of those with this one the first ones.
-    const u32 equal = count - above;
+    const Kth kth = kth_largest<WARPS>(count, 0, 24, false, histogram, scratch, [&](auto visit) {
+        for (u32 i = tid; i < absent; i += THREADS) visit(keys[rows[i]]);
+    });
+    // Rows with larger keys, and of those that equal the last one the first ones.
     u32 larger_before = 0, equal_before = 0;
     for (u32 first = 0; first < absent; first += THREADS) {
         const u32 row = first + tid < absent ? rows[first + tid] : 0, key = keys[row];
-        const bool there = first + tid < absent, larger = there && (count == absent || key > prefix);
-        const bool same = there && !larger && key == prefix;
+        const bool there = first + tid < absent, larger = there && kth.is_larger(key);
+        const bool same = there && kth.is_equal(key);
         u32 both;
-        const u32 earlier = scan(u32(larger) | u32(same) << 16, totals, both);
+        const u32 earlier = scan<WARPS>(u32(larger) | u32(same) << 16, scratch, both);
         const u32 equals = equal_before + (earlier >> 16);
-        if (larger || (same && equals < equal)) out[larger_before + (earlier & 0xffff) + min(equals, equal)] = row;
+        if (larger || (same && equals < kth.equal)) {
+            out[larger_before + (earlier & 0xffff) + min(equals, kth.equal)] = row;
+        }
         larger_before += both & 0xffff;
         equal_before += both >> 16;
     }
@@ -163,15 +166,17 @@ struct Request {
     const Tables *sequences;
 };
 
-// grid: KV heads × sequences.
-extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
-    __shared__ u32 totals[WARPS + 1], histogram[256], found[2], changes;
+// grid: KV heads × sequences. Also finds the slot that a new token will take, for there is more time here. (Registers are few
+// enough for a block beside one of a product.)
+extern "C" __global__ void __launch_bounds__(512, 3) slots_request(Request p) {
+    __shared__ u32 scratch[WARPS + 2], histogram[256], changes;
     const Tables t = p.sequences[blockIdx.y];
     const u32 head = blockIdx.x, tid = threadIdx.x;
     Table table(t, head);
     const Held pool(t.pool, head);
     if (tid == 0) {
         table.begin(t.step);
+        table.header[NEXT] = NONE;
         changes = t.corrects ? table.header[CHANGES] : 0;
     }
     __syncthreads();
@@ -179,26 +184,36 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
     u32 count = min(t.selected_counts[head], t.most);
     u32 *selected = t.selected + head * t.most;
     if (t.pool.tables) {
-        count = use_selected(t.pool, pool, t.below, t.from, selected, count, t.corrects, totals);
+        count = use_selected(t.pool, pool, t.below, t.from, selected, count, t.corrects, scratch);
         if (tid == 0) t.selected_counts[head] = count;
     }
     u32 *moves = t.moves + 2 * head * t.most;
 
     // Hits are marked; misses move up: their row, and for now their place among the selected.
     u32 missed = 0;
-    for (u32 first = 0; first < count; first += THREADS) {
-        const u32 i = first + tid;
-        const u32 row = i < count ? selected[i] : NONE, slot = i < count ? table.slots[row] : NONE;
-        const bool miss = i < count && slot == NONE;
-        if (i < count && !miss) {
-            table.change(changed + i, slot, row, table.used[slot]);
-            table.used[slot] = t.step;
+    for (u32 first = 0; first < count; first += THREADS * MANY) {
+        u32 rows[MANY], slots[MANY], used[MANY], at[MANY];
+        bool miss[MANY];
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) rows[i] = selected[min(first + item<MANY>(i), count - 1)];
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) slots[i] = table.slots[rows[i]];
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            miss[i] = first + item<MANY>(i) < count && slots[i] == NONE;
+            used[i] = slots[i] == NONE ? 0 : table.used[slots[i]];
         }
-        u32 total;
-        const u32 at = missed + scan(miss, totals, total);
-        if (miss) {
-            moves[2 * at] = row;
-            moves[2 * at + 1] = i;
+        const u32 total = places<WARPS>(miss, scratch, at);  // everyone has read
+#pragma unroll
+        for (u32 i = 0; i < MANY; i++) {
+            const u32 which = first + item<MANY>(i);
+            if (miss[i]) {
+                moves[2 * (missed + at[i])] = rows[i];
+                moves[2 * (missed + at[i]) + 1] = which;
+            } else if (which < count) {
+                table.change(changed + which, slots[i], rows[i], used[i]);
+                table.used[slots[i]] = t.step;
+            }
         }
         missed += total;
     }
@@ -206,57 +221,52 @@ extern "C" __global__ void __launch_bounds__(512) slots_request(Request p) {
 
     const u32 held = table.count, room = t.limit > held ? t.limit - held : 0;
     const u32 pushed = min(missed, room), wanted = missed - pushed;
-    if (wanted > 0) {
-        // The last use of the wanted-th oldest slot that may give way, digit by digit.
-        u32 prefix = 0, older = 0;
-        for (int shift = 24; shift >= 0; shift -= 8) {
-            if (tid < 256) histogram[tid] = 0;
-            __syncthreads();
-            for (u32 slot = tid; slot < held; slot += THREADS) {
-                const u32 used = table.used[slot];
-                if (gives_way(t, pool, used, table.rows[slot]) && (shift == 24 || used >> (shift + 8) == prefix)) {
-                    atomicAdd(&histogram[used >> shift & 255], 1);
+    const bool full = held + pushed >= t.limit;
+    if (full && held > 0) {
+        // The age of the oldest slots that may give way, and of one more.
+        const int digits = max(0, (31 - __clz(t.step)) / 8 * 8);
+        const Kth kth = kth_largest<WARPS>(wanted + 1, 0, digits, true, histogram, scratch, [&](auto visit) {
+            for (u32 first = 0; first < held; first += THREADS * MANY) {
+                u32 age[MANY];
+                ages(t, table, pool, first, held, age);
+#pragma unroll
+                for (u32 i = 0; i < MANY; i++) {
+                    if (age[i]) visit(age[i]);
                 }
             }
-            __syncthreads();
-            u32 total;
-            const u32 here = tid < 256 ? histogram[tid] : 0, before = older + scan(here, totals, total);
-            if (tid == 0) found[0] = found[1] = NONE;
-            __syncthreads();
-            if (here && before < wanted && before + here >= wanted) {
-                found[0] = tid;
-                found[1] = before;
+        });
+        // The older ones, and of those of that age the first ones, in their order. (Where no slot gives way there is no such age.)
+        const bool spare = kth.above + kth.equal == wanted + 1;
+        const u32 last = kth.equal - spare;
+        u32 olds = 0, equals = 0;
+        for (u32 first = 0; first < held && kth.equal > 0; first += THREADS * MANY) {
+            u32 age[MANY], old_before[MANY], equal_before[MANY];
+            bool old[MANY], same[MANY];
+            ages(t, table, pool, first, held, age);
+#pragma unroll
+            for (u32 i = 0; i < MANY; i++) {
+                old[i] = age[i] && kth.is_larger(age[i]);
+                same[i] = age[i] && kth.is_equal(age[i]);
             }
-            __syncthreads();
-            if (found[0] == NONE) break;  // fewer slots than promised: as many as there are
-            prefix = prefix << 8 | found[0];
-            older = found[1];
-        }
-        // Slots used before that, and of those used then the first ones, in their order.
-        const u32 equal = wanted - older;
-        u32 victims = 0, equals = 0;
-        for (u32 first = 0; first < held; first += THREADS) {
-            const u32 slot = first + tid;
-            const u32 used = slot < held ? table.used[slot] : NONE;
-            const bool may = slot < held && gives_way(t, pool, used, table.rows[slot]);
-            const bool old = may && used < prefix, same = may && used == prefix;
-            u32 both;
-            const u32 before = scan(u32(old) | u32(same) << 16, totals, both);
-            const u32 equal_before = equals + (before >> 16);
-            const u32 at = victims + (before & 0xffff) + min(equal_before, equal) ;
-            if (old || (same && equal_before < equal)) {
-                u32 *move = moves + 2 * (pushed + at);
-                const u32 i = move[1], row = move[0], gone = table.rows[slot];
-                table.change(changed + i, slot, gone, used);
+            const u32 all_old = places<WARPS>(old, scratch, old_before);
+            const u32 all_same = places<WARPS>(same, scratch, equal_before);
+#pragma unroll
+            for (u32 i = 0; i < MANY; i++) {
+                const u32 slot = first + item<MANY>(i), equal = equals + equal_before[i];
+                if (same[i] && spare && equal == last) table.header[NEXT] = slot;
+                if (!old[i] && !(same[i] && equal < last)) continue;
+                u32 *move = moves + 2 * (pushed + olds + old_before[i] + min(equal, last));
+                const u32 which = move[1], row = move[0], gone = table.rows[slot];
+                table.change(changed + which, slot, gone, t.step - age[i]);
                 table.slots[gone] = NONE;
                 table.rows[slot] = row;
                 table.used[slot] = t.step;
                 table.slots[row] = slot;
                 move[1] = slot;
             }
-            victims += both & 0xffff;
-            equals += both >> 16;
-            if (victims + min(equals, equal) >= wanted) break;
+            olds += all_old;
+            equals += all_same;
+            if (olds == kth.above && equals >= kth.equal) break;
         }
     }
     for (u32 m = tid; m < pushed; m += THREADS) {
@@ -310,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(512) slots_load(Load p) {
         const u32 row = first + tid < p.ranked_count ? ranked[first + tid] : NONE;
         const bool wanted = row >= below && row < from;
         u32 total;
-        const u32 slot = at + scan(wanted, totals, total);
+        const u32 slot = at + scan<WARPS>(wanted, totals, total);
         if (wanted && slot < t.limit) put(slot, row);
         at += total;
     }
@@ -413,8 +423,8 @@ __device__ void keep(const Admit &p, const Token &token, const Held &held, u32 h
     }
 }
 
-// grid: sequences × KV heads. A slot for the new token, its entry into slot and store, its partial key into the index.
-// P is how entries are stored.
+// grid: sequences × KV heads × 2. A block gives the new token a slot and puts its entry there; another one puts entry and
+// partial key into store and index, unless it takes a victim's row, which the first one has to find. P is how entries are stored.
 template <class P, class T> __device__ void admit(const Admit &p) {
     extern __shared__ __align__(16) float partial[];  // columns; behind them, aligned to 16, a stored row
     __shared__ u64 best[WARPS];
@@ -425,8 +435,51 @@ template <class P, class T> __device__ void admit(const Admit &p) {
     const float *key = token.keys + head * p.head_dim, *value = token.values + head * p.head_dim;
     Table table(t, head);
     const Held pool(t.pool, head);
-    const u32 held = table.count;
     const Runs stored = {token.store, p.store_offset, p.store_run_bytes, p.extent_tokens};
+    constexpr bool exact = is_exact<P>;
+    auto project = [&] {
+        // Columns whose maps are on their way together.
+        for (u32 c0 = warp; c0 < p.index.columns; c0 += MANY * WARPS) {
+            float sums[MANY] = {};
+#pragma unroll 4
+            for (u32 i = lane; i < p.head_dim; i += WARP) {
+#pragma unroll
+                for (u32 k = 0; k < MANY; k++) {
+                    const u32 c = min(c0 + k * WARPS, p.index.columns - 1);
+                    sums[k] = fmaf(p.maps[(u64(head) * p.index.columns + c) * p.head_dim + i], key[i], sums[k]);
+                }
+            }
+#pragma unroll
+            for (u32 k = 0; k < MANY; k++) {
+                sums[k] = warp_sum(sums[k]);
+                if (lane == 0 && c0 + k * WARPS < p.index.columns) partial[c0 + k * WARPS] = sums[k];
+            }
+        }
+    };
+    // Behind a barrier behind `project`.
+    auto record = [&](u32 row) {
+        u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, row, p.stored_bytes));
+        for (u32 c = tid; exact && c < p.head_dim; c += THREADS) {
+            reinterpret_cast<T *>(store)[c] = narrow<T>(key[c]);
+            reinterpret_cast<T *>(store)[p.head_dim + c] = narrow<T>(value[c]);
+        }
+        if (!exact && warp == 1) {
+            u8 *encoded = reinterpret_cast<u8 *>(partial + (p.index.columns + 3) / 4 * 4);
+            P::encode(key, value, p.head_dim, lane, encoded);
+            __syncwarp();
+            copy_bytes(encoded, store, p.stored_bytes, lane, WARP);
+        }
+        if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, row), row % p.index.extent_tokens, partial);
+    };
+    if (blockIdx.z == 1) {
+        if (t.pool.full) return;
+        project();
+        __syncthreads();
+        record(t.row);
+        return;
+    }
+
+    const u32 held = table.count;
     u32 row = t.row, own = NONE;
     if (t.pool.full) {
         row = find_victim(t.pool, pool, t.below, t.from, table.used, table.slots, t.step);
@@ -434,12 +487,17 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         keep(p, token, pool, head, row, reinterpret_cast<const u8 *>(row_of(stored, head, row, p.stored_bytes)));
     }
     // What one thread will need is on its way while the others search.
-    u32 header[HEADER];
+    u32 header[HEADER], next_row = 0, next_used = 0;
+    const u32 next = table.header[STEP] == t.step ? table.header[NEXT] : NONE;  // if this step was rehearsed
     if (tid == 0) {
 #pragma unroll
         for (u32 i = 0; i < HEADER; i++) header[i] = table.header[i];
+        if (next != NONE) {
+            next_row = table.rows[next];
+            next_used = table.used[next];
+        }
     }
-    if (held >= t.limit && own == NONE) {
+    if (held >= t.limit && own == NONE && next == NONE) {
         u64 oldest = ~0ull;
 #pragma unroll 4
         for (u32 slot = tid; slot < held; slot += THREADS) {
@@ -450,18 +508,13 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         for (int step = 16; step > 0; step /= 2) oldest = min(oldest, __shfl_xor_sync(FULL, oldest, step));
         if (lane == 0) best[warp] = oldest;
     }
-    for (u32 c = warp; c < p.index.columns; c += WARPS) {
-        const float *map = p.maps + (u64(head) * p.index.columns + c) * p.head_dim;
-        float sum = 0;
-        for (u32 i = lane; i < p.head_dim; i += WARP) sum = fmaf(map[i], key[i], sum);
-        sum = warp_sum(sum);
-        if (lane == 0) partial[c] = sum;
-    }
+    if (t.pool.full) project();
     __syncthreads();
     if (tid == 0) {
         if (header[STEP] != t.step) {
             header[STEP] = t.step;
             header[CHANGES] = header[SELECTED] = header[MISSED] = header[CORRECTED] = 0;
+            header[NEXT] = NONE;
         }
         const u32 change = header[CHANGES]++;
         u32 slot = held, now = held + 1;
@@ -473,13 +526,17 @@ template <class P, class T> __device__ void admit(const Admit &p) {
             table.change(change, slot, NONE, 0);
             table.count = now;
         } else {
-            u64 oldest = best[0];
-            for (u32 w = 1; w < WARPS; w++) oldest = min(oldest, best[w]);
-            slot = min(u32(oldest), held - 1);  // there is one, as promised
+            slot = next;
+            if (next == NONE) {
+                u64 oldest = best[0];
+                for (u32 w = 1; w < WARPS; w++) oldest = min(oldest, best[w]);
+                slot = min(u32(oldest), held - 1);  // there is one, as promised
+                next_row = table.rows[slot];
+                next_used = u32(oldest >> 32);
+            }
             now = held;
-            const u32 gone = table.rows[slot];
-            table.change(change, slot, gone, u32(oldest >> 32));
-            table.slots[gone] = NONE;
+            table.change(change, slot, next_row, next_used);
+            table.slots[next_row] = NONE;
         }
         table.rows[slot] = row;
         table.used[slot] = t.step;
@@ -507,8 +564,6 @@ template <class P, class T> __device__ void admit(const Admit &p) {
     }
     const Runs cached = {token.cache, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
     T *cache = reinterpret_cast<T *>(row_of(cached, head, taken, p.row_bytes));
-    u8 *store = reinterpret_cast<u8 *>(row_of(stored, head, row, p.stored_bytes));
-    constexpr bool exact = is_exact<P>;
     if (!exact && token.saved) {
         const Runs saves = {token.saved, p.cache_offset, p.cache_run_bytes, p.extent_tokens};
         T *saved = reinterpret_cast<T *>(row_of(saves, head, t.most, p.row_bytes));
@@ -518,13 +573,8 @@ template <class P, class T> __device__ void admit(const Admit &p) {
         }
     }
     for (u32 c = tid; c < p.head_dim; c += THREADS) {
-        const T k = narrow<T>(key[c]), v = narrow<T>(value[c]);
-        cache[c] = k;
-        cache[p.head_dim + c] = v;
-        if (exact) {
-            reinterpret_cast<T *>(store)[c] = k;
-            reinterpret_cast<T *>(store)[p.head_dim + c] = v;
-        }
+        cache[c] = narrow<T>(key[c]);
+        cache[p.head_dim + c] = narrow<T>(value[c]);
         if (token.mean) {
             // Rounded one by one, as by tail_blend.
             const u32 at = head * p.head_dim + c;
@@ -532,18 +582,12 @@ template <class P, class T> __device__ void admit(const Admit &p) {
             token.mean[at] = __fadd_rn(before, __fmul_rn(token.mean_factor, __fsub_rn(value[c], before)));
         }
     }
-    if (!exact && warp == 1) {
-        u8 *encoded = reinterpret_cast<u8 *>(partial + (p.index.columns + 3) / 4 * 4);
-        P::encode(key, value, p.head_dim, lane, encoded);
-        __syncwarp();
-        copy_bytes(encoded, store, p.stored_bytes, lane, WARP);
-    }
-    if (warp == 0) store_row(p.index, run_of(p.index, token.index, head, row), row % p.index.extent_tokens, partial);
+    if (t.pool.full) record(row);
 }
 
 // slots_admit_STORED_TYPE.
 #define ADMIT(NAME, P, T) \
-    extern "C" __global__ void __launch_bounds__(512) slots_admit_##NAME(Admit p) { admit<P, T>(p); }
+    extern "C" __global__ void __launch_bounds__(512, 2) slots_admit_##NAME(Admit p) { admit<P, T>(p); }
 #define ADMITS(NAME, T) ADMIT(exact_##NAME, Exact<T>, T) ADMIT(int8_##NAME, Int8, T) ADMIT(int4_##NAME, Int4, T)
 
 ADMITS(f32, float)

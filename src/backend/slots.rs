@@ -69,6 +69,8 @@ pub enum Header {
     Corrected = 11,
     /// See above.
     AllCorrected = 12,
+    /// Where a device notes, as it looks for victims, which slot a new token of this step will take; it is its own affair.
+    Next = 14,
 }
 
 /// Where a layer's lists lie, as words of the tables.
@@ -90,7 +92,7 @@ impl SlotGeometry {
     /// Words of what attention reads, a table.
     pub const COUNT: usize = 4;
     /// Words of a header.
-    pub const HEADER: usize = 14;
+    pub const HEADER: usize = 15;
     /// Words of a change: the slot, the row before (`NONE` where the slot was empty), its last use before.
     pub const CHANGE: usize = 3;
     /// No row, no slot.

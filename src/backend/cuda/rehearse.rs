@@ -1,4 +1,4 @@
-//! Rehearsals of attention on an index, and the rows that they select: three launches for all sequences of a call, and one
+//! Rehearsals of attention on an index, and the rows that they select: four launches for all sequences of a call, and one
 //! more each for those that are corrected and those that want the tail.
 //!
 //! [`rehearse_into`] leaves the lists in device memory and waits for nothing, so that it may be part of a step that is
@@ -19,9 +19,12 @@ plain! {
         extents: u64,
         scores: u64,
         keys: u64,
-        stats: u64,
+        better: u64,
+        level: u64,
         histograms: u64,
-        counted: u64,
+        states: u64,
+        stats: u64,
+        attended_sums: u64,
         out_rows: u64,
         out_counts: u64,
         replay: u64,
@@ -39,6 +42,7 @@ plain! {
         seed: u32,
         step: u32,
         period: u32,
+        attended: tail::Attended,
     }
 
     struct Replayed {
@@ -67,10 +71,13 @@ plain! {
     }
 }
 
-/// Rows of a chunk, bins of a histogram, threads of a block that selects (`rehearse.cu`).
+/// Rows of a chunk, bins of a histogram, bytes of a KV head's state, warps of a block that ranks, threads of one that selects
+/// (`rehearse.cu`).
 const CHUNK: usize = 1024;
 const BINS: usize = 2048;
-const SELECT: usize = 1024;
+const STATE: usize = 16;
+const WARPS: usize = 8;
+const SELECT: usize = 512;
 
 /// Scratch memory that the sequences of one launch share; a longer call takes several.
 const MOST_SCRATCH: usize = 256 << 20;
@@ -91,17 +98,20 @@ pub(super) struct Lists {
     /// Given, where the lists are only what a correction is made of, in memory that it may write.
     pub(super) correction: Option<Joining>,
     /// Given, where the tail is wanted: behind the correction, if there is one.
-    pub(super) tail: Option<tail::Tables>,
+    pub(super) tail: Option<tail::Wanted>,
 }
 
-/// What a rehearsal takes of scratch memory, in bytes from its start.
+/// What a rehearsal takes of scratch memory, in bytes from its start, where scores lie.
 struct Layout {
     /// Floats of a query head's scores: a power of two of chunks, so that memory and launches change rarely.
     stride: usize,
     keys: usize,
-    stats: usize,
+    better: usize,
+    level: usize,
     histograms: usize,
-    counted: usize,
+    states: usize,
+    stats: usize,
+    attended_sums: usize,
     bytes: usize,
 }
 
@@ -112,12 +122,16 @@ impl Layout {
 
     fn of(rows: usize, heads: usize, kv_heads: usize) -> Layout {
         let chunks = rows.div_ceil(CHUNK).next_power_of_two();
+        // What is read 16 bytes at a time comes first.
         let keys = 4 * heads * chunks * CHUNK;
-        let stats = keys + 4 * kv_heads * chunks * CHUNK;
-        let histograms = stats + 8 * heads * chunks;
-        let counted = histograms + 4 * kv_heads * BINS;
-        let bytes = (counted + 4 * kv_heads).next_multiple_of(256);
-        Layout { stride: chunks * CHUNK, keys, stats, histograms, counted, bytes }
+        let better = keys + 4 * kv_heads * chunks * CHUNK;
+        let level = better + kv_heads * chunks * CHUNK / 8;
+        let histograms = level + kv_heads * chunks * CHUNK / 8;
+        let states = histograms + 4 * kv_heads * BINS;
+        let stats = states + STATE * kv_heads;
+        let attended_sums = stats + 8 * heads * chunks;
+        let bytes = (attended_sums + 4 * heads * chunks).next_multiple_of(256);
+        Layout { stride: chunks * CHUNK, keys, better, level, histograms, states, stats, attended_sums, bytes }
     }
 
     fn chunks(&self) -> usize {
@@ -223,9 +237,15 @@ fn launch(
     // A word of four-bit columns meets two words of a query.
     let query_bytes = tile * words * if bits == 4 { 8 } else { 4 };
     let score = Kernel::new(Module::Rehearse, score_kernel(bits, words, tile)).with_shared(query_bytes);
-    queue.push(shared, score, [chunks, kv_heads * passes, count], CHUNK / 4, &params)?;
-    let rank = Kernel::new(Module::Rehearse, "rehearse_rank").with_shared((4 * group).next_multiple_of(16));
-    queue.push(shared, rank, [chunks, kv_heads, count], CHUNK / 4, &params)?;
+    // As many blocks as multiprocessors: see the kernels.
+    let spans = |heads: usize| (shared.context.multiprocessors / (heads * count)).clamp(1, chunks);
+    queue.push(shared, score, [spans(kv_heads * passes), kv_heads * passes, count], CHUNK / 4, &params)?;
+    // What is subtracted from each head and its best rank, and of each warp what is attended of two chunks.
+    let shared_bytes = (4 * group * (2 + 2 * WARPS)).next_multiple_of(16);
+    let rank = Kernel::new(Module::Rehearse, "rehearse_rank").with_shared(shared_bytes);
+    let grid = [spans(kv_heads), kv_heads, count];
+    queue.push(shared, rank, grid, CHUNK / 4, &params)?;
+    queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_mark"), grid, CHUNK / 4, &params)?;
     queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_select"), [kv_heads, 1, count], SELECT, &params)?;
 
     let corrections: Vec<slots::Correct> = sequences
@@ -244,7 +264,7 @@ fn launch(
         .filter_map(|(sequence, out)| {
             let picked = (sequence.out_rows, sequence.out_counts, sequence.capacity);
             let selected = out.correction.map_or(picked, |joining| joining.lists());
-            out.tail.map(|tables| sequence.with_tail(tables, selected))
+            out.tail.map(|tail| sequence.with_tail(tail.weights, selected))
         })
         .collect();
     if tails.is_empty() { Ok(()) } else { tail::weigh(shared, queue, &tails, heads, group) }
@@ -252,23 +272,19 @@ fn launch(
 
 impl Sequence {
     /// What a tail is found from, once rows have been selected: lists, counts, and their capacity.
-    fn with_tail(
-        &self,
-        tables: tail::Tables,
-        (selected, selected_counts, capacity): (u64, u64, u32),
-    ) -> tail::Sequence {
+    fn with_tail(&self, weights: u64, (selected, selected_counts, capacity): (u64, u64, u32)) -> tail::Sequence {
         tail::Sequence {
             scores: self.scores,
             stats: self.stats,
+            attended_sums: self.attended_sums,
             selected,
             selected_counts,
-            tables,
+            weights,
             stride: self.stride,
             stats_stride: self.stride / CHUNK as u32,
             chunks: self.rows.div_ceil(CHUNK as u32),
             capacity,
-            index_rows: self.rows,
-            unused: 0,
+            attended: self.attended,
         }
     }
 }
@@ -291,9 +307,12 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         extents,
         scores: scratch,
         keys: scratch + layout.keys as u64,
-        stats: scratch + layout.stats as u64,
+        better: scratch + layout.better as u64,
+        level: scratch + layout.level as u64,
         histograms: scratch + layout.histograms as u64,
-        counted: scratch + layout.counted as u64,
+        states: scratch + layout.states as u64,
+        stats: scratch + layout.stats as u64,
+        attended_sums: scratch + layout.attended_sums as u64,
         out_rows: out.rows,
         out_counts: out.counts,
         replay: 0,
@@ -311,6 +330,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         seed,
         step,
         period,
+        attended: out.tail.map_or(tail::Attended::default(), |tail| tail.attended),
     }
 }
 

@@ -128,6 +128,9 @@ plain! {
 const THREADS: usize = 512;
 const GATHER_THREADS: usize = 1024;
 
+/// Blocks that share the work of admitting a token of a KV head: its slot, and its row.
+const ADMIT_PARTS: usize = 2;
+
 /// Blocks of a gather: the link needs no more. Each has a multiprocessor to itself, which products leave free for it. And
 /// blocks where what is copied is on the device, and nothing runs beside.
 pub(super) const GATHER_BLOCKS: usize = 4;
@@ -179,17 +182,12 @@ fn tables_of(slots: &SlotsMut<'_>, row: usize, corrects: bool) -> Tables {
     }
 }
 
-/// Where a rehearsal finds what is in slots, and puts the weights.
-fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
-    let rows = tables.used + 4 * u64::from(tables.slots);
-    let slots = rows + 4 * u64::from(tables.slots);
+/// Where a rehearsal finds what is attended, and puts the weights.
+fn tail_of(tables: &Tables, weights: u64) -> tail::Wanted {
     let pool = &tables.pool;
-    tail::Tables {
-        counts: tables.counts,
-        rows,
-        slots,
+    let attended = tail::Attended {
+        slots: tables.used + 8 * u64::from(tables.slots),
         used: tables.used,
-        weights,
         tokens: if pool.tables == 0 { 0 } else { pool.tables + 4 * PoolGeometry::HEADER as u64 },
         stride: tables.stride,
         tokens_stride: PoolGeometry::HEADER as u64 + 2 * u64::from(pool.room),
@@ -197,7 +195,8 @@ fn tail_of(tables: &Tables, weights: u64) -> tail::Tables {
         from: tables.from,
         by_list: (tables.attended_lists != 0).into(),
         step: if tables.corrects == 0 { 0 } else { tables.step },
-    }
+    };
+    tail::Wanted { attended, weights }
 }
 
 /// What the kernels know of runs, but for the address of their extents' table.
@@ -480,7 +479,7 @@ pub(super) fn admit(
         // Partial keys, and a stored row.
         let bytes = (4 * of_index.columns).next_multiple_of(16) + store.row_bytes().next_multiple_of(16);
         let kernel = Kernel::new(Module::Slots, name).with_shared(bytes);
-        queue.push(shared, kernel, [1, slots.geometry.kv_heads, 1], THREADS, &params)?;
+        queue.push(shared, kernel, [1, slots.geometry.kv_heads, ADMIT_PARTS], THREADS, &params)?;
     }
     queue.last_admit = Some(LastAdmit { params, kernel: name, end: queue.block.used() });
     Ok(())

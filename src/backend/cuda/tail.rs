@@ -12,24 +12,22 @@ plain! {
     pub(super) struct Sequence {
         pub(super) scores: u64,
         pub(super) stats: u64,
+        pub(super) attended_sums: u64,
         pub(super) selected: u64,
         pub(super) selected_counts: u64,
-        pub(super) tables: Tables,
+        pub(super) weights: u64,
         pub(super) stride: u32,
         pub(super) stats_stride: u32,
         pub(super) chunks: u32,
         pub(super) capacity: u32,
-        pub(super) index_rows: u32,
-        pub(super) unused: u32,
+        pub(super) attended: Attended,
     }
 
-    /// Where a layer's rows lie, addresses of the first KV head's, and where the weights go.
-    pub(super) struct Tables {
-        pub(super) counts: u64,
-        pub(super) rows: u64,
+    /// Which rows of a layer are attended whatever is selected (`kernels/tail.cuh`); addresses are those of the first KV head.
+    #[derive(Default)]
+    pub(super) struct Attended {
         pub(super) slots: u64,
         pub(super) used: u64,
-        pub(super) weights: u64,
         pub(super) tokens: u64,
         pub(super) stride: u64,
         pub(super) tokens_stride: u64,
@@ -71,8 +69,15 @@ plain! {
     }
 }
 
+/// A tail of which a rehearsal is to find the weights: what is attended anyhow, and where the weights go.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub(super) attended: Attended,
+    pub(super) weights: u64,
+}
+
 /// Threads of a block that sums (`tail.cu`), adds, blends.
-const SUM: usize = 512;
+const SUM: usize = 256;
 const ADD: usize = 128;
 const BLEND: usize = 256;
 
