@@ -7,7 +7,8 @@
 #
 # Parts: operations (each against the CPU backend), golden (logits of every architecture), policies (against each other and
 # against naive ones), real (the real model, where .cache holds it), bench (speed; never asserted), and only when asked for
-# offload (speed with KV in host memory; wants 140 GB on the device). Logs go to $OUT, or a temporary folder.
+# offload (speed with KV in host memory; wants 140 GB on the device, 110 on the host) and sanitize (the operations under
+# compute-sanitizer; a quarter of an hour). Logs go to $OUT, or a temporary folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -122,13 +123,25 @@ for part in "${parts[@]}"; do
             offload opt-13b 1920 20 32 "$near" "$ours;random=400;cache=480" "$ours;random=73;cache=480"
             offload opt-13b 1920 20 8 "$near" "$far"
             offload llama-3-8b 32000 1 32 "$near" "$far" "$usual" "${replayed[@]}"
+            offload llama-3-8b 32000 4 16 "$near" "$far" "$usual"
             offload llama-3-8b 131000 1 16 "$near" "$far" "$usual" "${replayed[@]}"
             offload llama-2-7b 32000 1 16 "$near" "$far" "$usual" "${replayed[@]}"
-            offload llama-2-7b 131000 1 16 "$near" "$usual" "${replayed[@]}"
+            # A session of this takes 60 GiB of host memory.
+            offload llama-2-7b 131000 1 16 "$near" "${replayed[0]:-$usual}"
             # When each operation of a step begins and ends: tools/timeline.py draws it.
             run timeline "$here/kva-bench" --device cuda --shape llama-3-8b --random-weights 1 --dtype bf16 --fill \
                 --no-prefill-repeat --context 32000 --gen 8 --repeat 1 --policy infinigen --kv-tier ram --random 0.02 \
                 --renew 0.05 --timeline "$out/step.json"
+            ;;
+        sanitize)
+            # (What a test is refused on purpose is no report: API errors are left out.)
+            sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+            for tool in memcheck racecheck; do
+                for tests in index tail slots rank payload rowwise mass attention matrix streams; do
+                    run "$tool-$tests" env KVAHEAD_TEST_BRIEF=1 "$sanitizer" --tool $tool --report-api-errors no \
+                        --error-exitcode 9 "$here/cuda" "$tests::"
+                done
+            done
             ;;
         *) echo "unknown part $part" >&2 && exit 2 ;;
     esac
