@@ -17,9 +17,9 @@ INK, FAINT = "#222", "#ddd"
 # What an operation is for, by the beginning of its kernel's name; the first that fits.
 KINDS = [
     ("fetch", "#d1495b", "fetch over the link", ()),
-    ("select", "#edae49", "speculate, select, look up", ("rehearse_", "slots_request", "project_heads")),
+    ("select", "#edae49", "speculate, select, look up", ("rehearse_", "slots_request", "slots_correct", "project_heads", "tail_weights")),
     ("store", "#66a182", "store K and V", ("store_kv", "slots_admit", "encode_", "index_", "copy_")),
-    ("attention", "#30638e", "attention", ("attend_",)),
+    ("attention", "#30638e", "attention", ("attend_", "tail_add")),
     ("products", "#8fb8de", "matrix products", ("matvec", "gemm")),
     ("other", "#b8b8b8", "the rest", ("",)),
 ]
@@ -61,7 +61,7 @@ def ticks(begin, end):
 def draw(device, names, operations, begin, end, title):
     shown = [e for e in operations if e["ts"] < end and e["ts"] + e["dur"] > begin]
     x = lambda at: LEFT + (min(max(at, begin), end) - begin) / (end - begin) * (WIDTH - LEFT - RIGHT)
-    label = {0: "compute", 1: "fetch stream"}
+    label = {0: "compute", 1: "fetch stream", 2: "ahead stream"}
     lanes = [(label.get(tid, names.get(tid, str(tid))), lambda e, tid=tid: e["tid"] == tid) for tid in sorted(names)]
     lanes.append(("link", lambda e: e.get("cat") == "fetch"))
     lanes.append(("store", lambda e: kind(e)[0] == "store"))
