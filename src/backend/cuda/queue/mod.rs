@@ -8,24 +8,27 @@
 //! the same graph. An event of one lane that another waits for is an edge of the graph; launched one by one, each lane
 //! has a CUDA stream of its own, and the edge is a CUDA event.
 
+mod graph;
+mod script;
+mod transfer;
+
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use cudarc::driver::result;
-use cudarc::driver::sys::{
-    self, CUDA_KERNEL_NODE_PARAMS, CUevent, CUevent_flags, CUevent_wait_flags, CUfunction, CUgraphExec,
-    CUgraphInstantiate_flags, CUgraphNode, CUmemorytype, CUstream,
-};
+use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUevent_wait_flags, CUstream};
 
 use super::Shared;
-use super::block::{Block, Plain, bytes_of};
+use super::block::{Block, Plain};
 use super::context::check;
-use super::kernels::{Kernel, Module};
+use super::kernels::Kernel;
 use super::memory::Raw;
-use super::timer::{self, Label, Pair, Timer};
-use crate::backend::{Rows, Timed, Timing};
+use super::timer::{Label, Timer};
+use crate::backend::{Timed, Timing};
 use crate::{Error, ErrorCode, Result};
+use graph::Graph;
+use script::{Launch, Script};
 
 /// Launches that wait at most.
 const MOST_LAUNCHES: usize = 8192;
@@ -36,9 +39,6 @@ const LEAST_GRAPH: usize = 24;
 /// As many launches go ahead, before the rest of a step is written down: a device that has something to do does not wait
 /// for the host. (A step of a batch is written down in milliseconds.)
 const AHEAD: usize = 64;
-
-/// Graphs that are kept. A decoding session needs a new one when its length passes a power of two.
-const MOST_GRAPHS: usize = 24;
 
 /// The main lane, and those that run beside it.
 pub(super) const LANES: usize = 3;
@@ -52,93 +52,6 @@ const MARKS: usize = 256;
 
 /// Bytes through which small results travel.
 const STAGING: usize = 4 << 20;
-
-/// Uploads up to this size travel in the block.
-const SMALL_UPLOAD: usize = 16 << 10;
-
-/// A kernel's launch as it waits.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Launch {
-    function: CUfunction,
-    grid: [u32; 3],
-    threads: u32,
-    shared: u32,
-    /// Where its parameters lie in `words`, in words of 8 bytes.
-    params: usize,
-    lane: usize,
-    /// Where its edges end in `edges`; they begin where those of the launch before end.
-    edges: usize,
-}
-
-/// What a sequence of launches is, without the data in the block.
-#[derive(Default)]
-struct Script {
-    launches: Vec<Launch>,
-    words: Vec<u64>,
-    /// Launches of other lanes that come before a launch.
-    edges: Vec<usize>,
-    /// What each launch is called, which the launch itself decides.
-    labels: Vec<Label>,
-    /// The last launch of each lane.
-    last: [Option<usize>; LANES],
-    hash: u64,
-}
-
-impl Script {
-    fn clear(&mut self) {
-        self.launches.clear();
-        self.words.clear();
-        self.edges.clear();
-        self.labels.clear();
-        self.last = [None; LANES];
-        self.hash = 0;
-    }
-
-    /// Adds a launch of `lane` that comes after the launches `after` of other lanes.
-    #[allow(clippy::too_many_arguments, reason = "each is one thing")]
-    fn push<P: Plain>(
-        &mut self,
-        lane: usize,
-        after: &[usize],
-        function: CUfunction,
-        grid: [u32; 3],
-        threads: u32,
-        shared: u32,
-        params: &P,
-    ) {
-        let from = self.words.len();
-        self.edges.extend(after);
-        self.last[lane] = Some(self.launches.len());
-        self.launches.push(Launch { function, grid, threads, shared, params: from, lane, edges: self.edges.len() });
-        self.words.extend(
-            bytes_of(std::slice::from_ref(params))
-                .chunks_exact(8)
-                .map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of eight"))),
-        );
-        let shape = [
-            function as usize as u64,
-            u64::from(grid[0]) << 32 | u64::from(grid[1]),
-            u64::from(grid[2]) << 32 | lane as u64,
-        ];
-        let after = after.iter().map(|&launch| launch as u64);
-        for word in shape.into_iter().chain(after).chain(self.words[from..].iter().copied()) {
-            self.hash = (self.hash.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        }
-    }
-
-    fn equals(&self, other: &Script) -> bool {
-        self.hash == other.hash
-            && self.launches == other.launches
-            && self.words == other.words
-            && self.edges == other.edges
-    }
-
-    /// The launches of other lanes that come before launch `i`.
-    fn edges_of(&self, i: usize) -> &[usize] {
-        let from = i.checked_sub(1).map_or(0, |before| self.launches[before].edges);
-        &self.edges[from..self.launches[i].edges]
-    }
-}
 
 /// What a lane is besides its launches.
 struct Lane {
@@ -170,23 +83,6 @@ impl Lane {
                 scratch("selected rows"),
             ],
         })
-    }
-}
-
-struct Graph {
-    script: Script,
-    exec: CUgraphExec,
-    /// Those of its launches that are measured.
-    pairs: Vec<Pair>,
-    used: u64,
-}
-
-impl Graph {
-    /// Gives it back. The context is current.
-    fn destroy(&self) {
-        // SAFETY: made by `instantiate`, destroyed once; a running launch of it keeps what it needs.
-        let _ = unsafe { result::graph::exec_destroy(self.exec) };
-        self.pairs.iter().for_each(Pair::destroy);
     }
 }
 
@@ -518,101 +414,6 @@ impl Queue {
         self.catch_up(0)
     }
 
-    /// Launches the waiting script as a graph, if it was seen before. Returns whether it did.
-    fn graph(&mut self) -> Result<bool> {
-        self.clock += 1;
-        let hash = self.script.hash;
-        let known = self.graphs.iter().position(|graph| graph.script.equals(&self.script));
-        let at = match known {
-            Some(at) => at,
-            None if self.seen.contains(&hash) => {
-                if self.graphs.len() >= MOST_GRAPHS {
-                    let (oldest, _) =
-                        self.graphs.iter().enumerate().min_by_key(|(_, g)| g.used).expect("there are some");
-                    self.graphs.swap_remove(oldest).destroy();
-                }
-                let (exec, pairs) = self.instantiate()?;
-                self.graphs.push(Graph { script: std::mem::take(&mut self.script), exec, pairs, used: 0 });
-                self.graphs.len() - 1
-            }
-            None => {
-                if self.seen.len() >= 2 * MOST_GRAPHS {
-                    self.seen.pop_front();
-                }
-                self.seen.push_back(hash);
-                return Ok(false);
-            }
-        };
-        self.graphs[at].used = self.clock;
-        self.join()?;
-        // SAFETY: the graph names memory that is alive: its parameters equal those of operations enqueued just now.
-        check("launch a graph", unsafe { result::graph::launch(self.graphs[at].exec, self.lanes[0].stream) })?;
-        self.lanes[1..].iter_mut().for_each(|lane| lane.behind[0] = true);
-        self.timer.launched(&self.graphs[at].pairs);
-        self.replays += 1;
-        Ok(true)
-    }
-
-    /// The waiting script as a graph: a chain for each lane, and edges between them. With what is measured of it.
-    fn instantiate(&mut self) -> Result<(CUgraphExec, Vec<Pair>)> {
-        let mut graph = std::ptr::null_mut();
-        // SAFETY: writes a new graph to a local; destroyed below.
-        check("make a graph", unsafe { sys::cuGraphCreate(&mut graph, 0) }.result())?;
-        let mut nodes: Vec<CUgraphNode> = Vec::with_capacity(self.script.launches.len());
-        let mut last: [Option<CUgraphNode>; LANES] = [None; LANES];
-        let mut pairs = Vec::new();
-        let added = (0..self.script.launches.len()).try_for_each(|i| {
-            let launch = self.script.launches[i];
-            let edges = self.script.edges_of(i).iter().map(|&before| nodes[before]);
-            let mut before: Vec<_> = last[launch.lane].into_iter().chain(edges).collect();
-            let pair = self.timer.pair(self.script.labels[i])?;
-            if let Some(pair) = pair {
-                pairs.push(pair);
-                before = vec![timer::add_node(graph, &pair, false, &before)?];
-            }
-            let mut params = [self.script.words[launch.params..].as_mut_ptr().cast::<c_void>()];
-            let [x, y, z] = launch.grid;
-            let node_params = CUDA_KERNEL_NODE_PARAMS {
-                func: launch.function,
-                gridDimX: x,
-                gridDimY: y,
-                gridDimZ: z,
-                blockDimX: launch.threads,
-                blockDimY: 1,
-                blockDimZ: 1,
-                sharedMemBytes: launch.shared,
-                kernelParams: params.as_mut_ptr(),
-                extra: std::ptr::null_mut(),
-            };
-            let mut node = std::ptr::null_mut();
-            // SAFETY: the driver copies the parameters during the call; the dependencies are nodes of this graph, no two
-            // the same: one of the own lane, others of other lanes.
-            let added =
-                unsafe { sys::cuGraphAddKernelNode(&mut node, graph, before.as_ptr(), before.len(), &node_params) };
-            check("build a graph", added.result())?;
-            nodes.push(node);
-            // Other lanes do not wait for what is measured.
-            last[launch.lane] = Some(match pair {
-                Some(pair) => timer::add_node(graph, &pair, true, &[node])?,
-                None => node,
-            });
-            Ok(())
-        });
-        let exec = added.and_then(|()| {
-            // SAFETY: `graph` is complete.
-            check("instantiate a graph", unsafe { result::graph::instantiate(graph, CUgraphInstantiate_flags(0)) })
-        });
-        // SAFETY: made above, destroyed once.
-        let _ = unsafe { result::graph::destroy(graph) };
-        match exec {
-            Ok(exec) => Ok((exec, pairs)),
-            Err(error) => {
-                pairs.iter().for_each(Pair::destroy);
-                Err(error)
-            }
-        }
-    }
-
     /// Launches everything and waits for it.
     pub(super) fn finish(&mut self) -> Result<()> {
         let launched = self.launch(true).and_then(|()| self.join());
@@ -690,91 +491,6 @@ impl Queue {
         wait_for(self.lanes[self.lane].stream, event)
     }
 
-    /// See `Backend::upload`: small ones travel with the next launch, large ones at once.
-    pub(super) fn upload(&mut self, shared: &Shared, source: &[u8], target: u64) -> Result<()> {
-        if source.is_empty() {
-            return Ok(());
-        }
-        if source.len() <= SMALL_UPLOAD && source.len().is_multiple_of(4) && target.is_multiple_of(4) {
-            self.reserve(source.len(), 1)?;
-            let params = Upload { from: self.block.push(source), to: target, words: source.len() as u64 / 4 };
-            let threads = (source.len() / 4).next_multiple_of(32).min(1024);
-            return self.push(shared, Kernel::new(Module::Upload, "upload"), [1, 1, 1], threads, &params);
-        }
-        let stream = self.stream()?;
-        // SAFETY: the caller checked the target's range. From pageable memory the driver has copied the source on return.
-        check("upload", unsafe { result::memcpy_htod_async(target, source, stream) })
-    }
-
-    /// Copies `count` pieces of `bytes` bytes, `pitch` apart at both ends, by the device's copy engines, at once.
-    pub(super) fn copy_pieces(&mut self, from: u64, to: u64, pitch: usize, bytes: usize, count: usize) -> Result<()> {
-        let stream = self.stream()?;
-        let copy = sys::CUDA_MEMCPY2D {
-            srcXInBytes: 0,
-            srcY: 0,
-            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
-            srcHost: std::ptr::null(),
-            srcDevice: from,
-            srcArray: std::ptr::null_mut(),
-            srcPitch: pitch,
-            dstXInBytes: 0,
-            dstY: 0,
-            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
-            dstHost: std::ptr::null_mut(),
-            dstDevice: to,
-            dstArray: std::ptr::null_mut(),
-            dstPitch: pitch,
-            WidthInBytes: bytes,
-            Height: count,
-        };
-        // SAFETY: the caller's pieces lie inside live runs of device or pinned memory, which stay until the stream has
-        // passed: whoever gives them back synchronises first.
-        check("copy entries", unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream) }.result())
-    }
-
-    /// See `Backend::download`.
-    pub(super) fn download(&mut self, source: Rows<'_>, target: &mut [u8]) -> Result<()> {
-        self.launch(true)?;
-        self.join()?;
-        let width = source.cols() * source.dtype().bytes();
-        if !target.is_empty() {
-            let staged = target.len() <= STAGING;
-            if staged && self.staging.bytes == 0 {
-                self.staging = Raw::pinned(STAGING, "results")?;
-            }
-            let to = if staged { self.staging.host() } else { target.as_mut_ptr() };
-            let copy = sys::CUDA_MEMCPY2D {
-                srcXInBytes: 0,
-                srcY: 0,
-                srcMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
-                srcHost: std::ptr::null(),
-                srcDevice: source.base().expose_provenance() as u64,
-                srcArray: std::ptr::null_mut(),
-                srcPitch: source.stride() * source.dtype().bytes(),
-                dstXInBytes: 0,
-                dstY: 0,
-                dstMemoryType: CUmemorytype::CU_MEMORYTYPE_HOST,
-                dstHost: to.cast(),
-                dstDevice: 0,
-                dstArray: std::ptr::null_mut(),
-                dstPitch: width,
-                WidthInBytes: width,
-                Height: source.rows(),
-            };
-            // SAFETY: the window lies inside its buffer, and `to` has room for all rows, packed. The copy ends before
-            // `finish` below returns, while `target` is borrowed.
-            let copied = check("download", unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.lanes[0].stream) }.result());
-            let finished = self.finish();
-            copied.and(finished)?;
-            if staged {
-                // SAFETY: the staging memory holds at least as many bytes, which the copy has written.
-                target.copy_from_slice(unsafe { std::slice::from_raw_parts(self.staging.host(), target.len()) });
-            }
-            return Ok(());
-        }
-        self.finish()
-    }
-
     /// Gives everything back. The context is current.
     pub(super) fn free(&mut self) {
         self.script.clear();
@@ -806,14 +522,6 @@ fn wait_for(stream: CUstream, event: CUevent) -> Result<()> {
     let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
     // SAFETY: event and stream are alive and of one context.
     check("wait for an event", unsafe { result::stream::wait_event(stream, event, flags) })
-}
-
-super::block::plain! {
-    struct Upload {
-        from: u64,
-        to: u64,
-        words: u64,
-    }
 }
 
 /// A queue that all who enqueue share.
