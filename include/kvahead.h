@@ -343,6 +343,11 @@
 #define KVA_INDEX_PLAIN 2
 
 /**
+ * The paper's skew by the prompt's own queries in place of a calibration text's; columns chosen from the prompt.
+ */
+#define KVA_INDEX_PROMPT 3
+
+/**
  * The layer's query weight, corrected by ridge regression on the calibration text.
  */
 #define KVA_PREDICTOR_FITTED 0

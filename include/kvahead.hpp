@@ -289,6 +289,7 @@ enum class IndexBasis : std::int32_t {
   balanced = KVA_INDEX_BALANCED,  ///< balanced over queries and keys, rotated to random positions
   skewed = KVA_INDEX_SKEWED,      ///< the paper's skew
   plain = KVA_INDEX_PLAIN,        ///< the head's own columns
+  prompt = KVA_INDEX_PROMPT,      ///< the paper's skew, by the prompt's own queries
 };
 
 /// What predicts a layer's queries from the layer before.

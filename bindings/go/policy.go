@@ -73,6 +73,7 @@ const (
 	BalancedIndex IndexBasis = C.KVA_INDEX_BALANCED // balanced over queries and keys, rotated to random positions
 	SkewedIndex   IndexBasis = C.KVA_INDEX_SKEWED   // the paper's skew
 	PlainIndex    IndexBasis = C.KVA_INDEX_PLAIN    // the head's own columns
+	PromptIndex   IndexBasis = C.KVA_INDEX_PROMPT   // the paper's skew, by the prompt's own queries
 )
 
 // Predictor is what predicts a layer's queries from the layer before.

@@ -64,6 +64,8 @@ pub const KVA_INDEX_BALANCED: i32 = 0;
 pub const KVA_INDEX_SKEWED: i32 = 1;
 /// The head's own columns, chosen from the prompt; all of them at a ratio of 1.
 pub const KVA_INDEX_PLAIN: i32 = 2;
+/// The paper's skew by the prompt's own queries in place of a calibration text's; columns chosen from the prompt.
+pub const KVA_INDEX_PROMPT: i32 = 3;
 
 /// The layer's query weight, corrected by ridge regression on the calibration text.
 pub const KVA_PREDICTOR_FITTED: i32 = 0;
@@ -213,6 +215,7 @@ impl From<InfinigenOptions> for kva_infinigen_options {
                 IndexBasis::Balanced => KVA_INDEX_BALANCED,
                 IndexBasis::Skewed => KVA_INDEX_SKEWED,
                 IndexBasis::Plain => KVA_INDEX_PLAIN,
+                IndexBasis::Prompt => KVA_INDEX_PROMPT,
             },
             index_bits: options.index_bits,
             ratio: options.ratio,
@@ -275,6 +278,7 @@ impl TryFrom<kva_infinigen_options> for InfinigenOptions {
                 KVA_INDEX_BALANCED => IndexBasis::Balanced,
                 KVA_INDEX_SKEWED => IndexBasis::Skewed,
                 KVA_INDEX_PLAIN => IndexBasis::Plain,
+                KVA_INDEX_PROMPT => IndexBasis::Prompt,
                 basis => return Err(unknown("options.infinigen.basis", basis, "KVA_INDEX")),
             },
             ratio: options.ratio,

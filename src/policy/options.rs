@@ -43,6 +43,8 @@ pub enum IndexBasis {
     Skewed,
     /// The head's own columns, chosen from the prompt; all of them at a ratio of 1.
     Plain,
+    /// The paper's skew by the prompt's own queries in place of a calibration text's; columns chosen from the prompt.
+    Prompt,
 }
 
 /// What predicts a layer's queries from the layer before.

@@ -1,4 +1,5 @@
-//! The offline products of speculation: what is learnt about a model once, on one short text, and used ever after.
+//! The offline products of speculation: what is learnt about a model once, on one short text, and used ever after. (And the
+//! skew that a prompt gives, which is learnt anew by every session that asks for it: [`PromptBasis`].)
 //!
 //! | product | what it is | source |
 //! |---|---|---|
@@ -18,6 +19,7 @@ pub mod cache;
 mod fit;
 mod fold;
 pub(crate) mod moments;
+mod prompt;
 mod ridge;
 mod speculation;
 
@@ -26,6 +28,7 @@ mod tests;
 
 pub use fit::{Captured, Fitter, Layout};
 pub use fold::fold;
+pub(crate) use prompt::PromptBasis;
 pub use speculation::{IndexMaps, LayerSpeculation, Speculation};
 
 /// The text that models are calibrated on unless the caller gives one: the beginning of Jane Austen's *Mansfield Park*

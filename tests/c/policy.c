@@ -74,7 +74,7 @@ static void names(void) {
   TEST_ENUM(KVA_POLICY_FULL, options.kv_payload, KVA_KV_PAYLOAD_INT4, "KVA_KV_PAYLOAD");
   TEST_ENUM(KVA_POLICY_INFINIGEN, options.eviction, KVA_EVICTION_COUNTER, "KVA_EVICTION");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.mode, KVA_INFINIGEN_PAPER, "infinigen.mode");
-  TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.basis, KVA_INDEX_PLAIN, "infinigen.basis");
+  TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.basis, KVA_INDEX_PROMPT, "infinigen.basis");
   TEST_ENUM(KVA_POLICY_INFINIGEN, infinigen.predictor, KVA_PREDICTOR_EXACT, "infinigen.predictor");
   for (int32_t rule = 0; rule <= KVA_RULE_RANDOM; rule++) ACCEPTED(KVA_POLICY_INFINIGEN, infinigen.rule, rule);
   REFUSED(KVA_POLICY_INFINIGEN, infinigen.rule, KVA_RULE_REPLAY, "replay names none");

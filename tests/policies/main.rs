@@ -1,6 +1,7 @@
 //! Policies: against each other through the engine, against naive ones layer by layer, and one that is not the library's.
 
 mod around;
+mod basis;
 #[path = "../common/mod.rs"]
 mod common;
 mod correct;

@@ -260,7 +260,7 @@ impl Policy for OnDevice {
         self.held.extend(layer, step.rows);
         self.prompt.append(step, layer, keys, values, &mut self.store)?;
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.add(step, keys)?;
+            columns.add_keys(step, keys)?;
         }
         self.prompt.index(step, keys, self.plan.key_maps(step.layer), &mut self.index.layer_mut(layer))
     }
@@ -302,7 +302,7 @@ impl Policy for OnDevice {
             return Ok(());
         };
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.add(step, queries)?;
+            columns.add_queries(step, queries)?;
         }
         if last {
             let length = step.position + step.rows;

@@ -232,7 +232,7 @@ impl Policy for Infinigen {
                 self.held.extend(layer, step.rows);
                 self.prompt.append(step, layer, keys, values, &mut *self.store)?;
                 if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-                    columns.add(step, keys)?;
+                    columns.add_keys(step, keys)?;
                 }
                 let maps = self.plan.key_maps(step.layer);
                 self.prompt.index(step, keys, maps, &mut self.index.layer_mut(layer))
@@ -288,7 +288,7 @@ impl Policy for Infinigen {
             return Ok(());
         };
         if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.add(step, queries)?;
+            columns.add_queries(step, queries)?;
         }
         if last {
             let length = step.position + step.rows;

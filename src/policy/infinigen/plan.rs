@@ -34,7 +34,7 @@ pub(super) struct Plan {
 enum Basis {
     /// The leading rows of the balanced maps, by layer of the model.
     Balanced(Arc<Vec<Option<IndexMaps>>>),
-    /// All columns of an orthogonal basis in the index, of which queries use those that the prompt has chosen.
+    /// All columns of an orthogonal basis in the index, of which queries use those, or combinations, that the prompt has chosen.
     Chosen(Columns),
 }
 
@@ -53,10 +53,7 @@ impl Plan {
         let chosen = chosen_columns(&own, d);
         let basis = match own.basis {
             IndexBasis::Balanced => Basis::Balanced(speculation.balanced(chosen)?),
-            basis => {
-                let skewed = basis == IndexBasis::Skewed;
-                Basis::Chosen(Columns::new(setting, &speculation, resident_layers, skewed, chosen)?)
-            }
+            basis => Basis::Chosen(Columns::new(setting, &speculation, resident_layers, basis, chosen)?),
         };
         let trace = match (&own.rule, &own.replay) {
             (Rule::Replay { .. }, Some(path)) => {

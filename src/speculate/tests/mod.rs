@@ -2,6 +2,7 @@
 
 mod basis;
 mod moments;
+mod prompt;
 mod ridge;
 
 /// Normal-like values from a fixed seed: sums of uniform ones.

@@ -33,7 +33,7 @@ Words<kva::InfinigenMode> modes() {
   return {{"default", kva::InfinigenMode::standard}, {"paper", kva::InfinigenMode::paper}};
 }
 Words<kva::IndexBasis> bases() {
-  return {{"balanced", kva::IndexBasis::balanced}, {"skewed", kva::IndexBasis::skewed}, {"plain", kva::IndexBasis::plain}};
+  return {{"balanced", kva::IndexBasis::balanced}, {"skewed", kva::IndexBasis::skewed}, {"plain", kva::IndexBasis::plain}, {"prompt", kva::IndexBasis::prompt}};
 }
 Words<kva::Predictor> predictors() {
   return {{"fitted", kva::Predictor::fitted},
