@@ -8,7 +8,7 @@
 //! hardware prefetchers do not recognise; without this a thread reads at a third of the memory's speed.
 
 use super::CpuBackend;
-use super::simd::{Kernel, LANES, Simd};
+use super::simd::{Kernel, LANES, Level, Simd};
 use super::stored::{Stored, for_stored};
 use super::view::row;
 use crate::backend::{Blocks, Linear, Rows, RowsMut};
@@ -34,10 +34,18 @@ pub(super) fn matmul(cpu: &CpuBackend, x: Rows<'_>, weight: &Linear, accumulate:
     assert!(weight.bytes() <= weight.data.bytes(), "a weight past its buffer's end");
     for_stored!(weight, W => {
         let piece = if W::TILED { PIECE / 4 } else { PIECE };
-        let grain = (piece / row_bytes::<W>(weight.inputs)).max(1).next_multiple_of(OUTPUTS);
-        cpu.pool.split(weight.outputs, grain, &|outputs| {
-            cpu.level.run(Product::<W> { x, weight, accumulate, out: &out, outputs, format: PhantomData });
-        });
+        let rows = piece / row_bytes::<W>(weight.inputs);
+        let product = |outputs, apart| {
+            cpu.level.run(Product::<W> { x, weight, accumulate, out: &out, outputs, apart, format: PhantomData });
+        };
+        let apart = if W::TILED || cpu.level.level() < Level::Amx { 1 } else { (weight.outputs / OUTPUTS).max(1) };
+        if apart == 1 {
+            let grain = rows.max(1).next_multiple_of(OUTPUTS);
+            cpu.pool.split(weight.outputs, grain, &|outputs| product(outputs, 1));
+        } else {
+            cpu.pool.split(apart, (rows / OUTPUTS).max(1), &|outputs| product(outputs, apart));
+            product(OUTPUTS * apart..weight.outputs, 1);
+        }
     });
 }
 
@@ -53,7 +61,9 @@ struct Product<'a, W> {
     weight: &'a Linear,
     accumulate: bool,
     out: &'a RowsMut<'a>,
+    /// These, or with `apart` > 1 the first ones of blocks whose outputs are so far apart.
     outputs: Range<usize>,
+    apart: usize,
     format: PhantomData<W>,
 }
 
@@ -64,6 +74,10 @@ impl<W: Stored> Kernel for Product<'_, W> {
     fn run<S: Simd>(self, s: S) {
         let end = self.outputs.end;
         let mut n = self.outputs.start;
+        while self.apart > 1 && n < end {
+            self.rows::<S, OUTPUTS>(s, n, OUTPUTS);
+            n += 1;
+        }
         while end - n >= OUTPUTS {
             self.rows::<S, OUTPUTS>(s, n, OUTPUTS);
             n += OUTPUTS;
@@ -106,7 +120,7 @@ impl<W: Stored> Product<'_, W> {
     #[inline(always)]
     fn block<S: Simd, const M: usize, const N: usize>(&self, s: S, m: usize, n: usize, count: usize) {
         let k = self.weight.inputs;
-        debug_assert!(m + M <= self.x.rows() && count <= N && n + count <= self.weight.outputs);
+        debug_assert!(m + M <= self.x.rows() && count <= N && n + (count - 1) * self.apart < self.weight.outputs);
         let mut sums = [[s.zero(); N]; M];
         let width = W::VECTORS * LANES;
         let w = self.weight.data.address().wrapping_add(n * row_bytes::<W>(k));
@@ -119,23 +133,21 @@ impl<W: Stored> Product<'_, W> {
             self.step::<S, M, N>(s, w, x, m == 0, k / width, k % width, &mut sums);
         }
         for i in 0..M {
-            // SAFETY: columns n..n + count of row m + i of `out`: each output belongs to one thread.
-            let out = unsafe {
-                let at = self.out.base().cast::<f32>().add((m + i) * self.out.stride() + n);
-                std::slice::from_raw_parts_mut(at, count)
-            };
             for j in 0..N {
                 let mut y = s.sum(sums[i][j]);
                 if j >= count {
                     break;
                 }
+                let output = n + j * self.apart;
+                // SAFETY: `output` is a column of row m + i of `out`, and each one belongs to one thread.
+                let out = unsafe { &mut *self.out.base().cast::<f32>().add((m + i) * self.out.stride() + output) };
                 if self.accumulate {
-                    y += out[j];
+                    y += *out;
                 }
                 if let Some(bias) = &self.weight.bias {
-                    y += row(&bias.row(), 0)[n + j];
+                    y += row(&bias.row(), 0)[output];
                 }
-                out[j] = y;
+                *out = y;
             }
         }
     }
@@ -154,7 +166,12 @@ impl<W: Stored> Product<'_, W> {
         here: usize,
         sums: &mut [[S::V; N]; M],
     ) {
-        if first {
+        let stride = self.apart * row_bytes::<W>(self.weight.inputs);
+        if first && self.apart > 1 {
+            for j in 0..N {
+                s.prefetch(w.wrapping_add(j * stride + step * W::BYTES + AHEAD / OUTPUTS));
+            }
+        } else if first {
             // The block's rows are one stretch, of which each step asks for as much as it reads. What lies past the
             // weight's end is asked for in vain.
             let ahead = w.wrapping_add(N * step * W::BYTES + AHEAD);
@@ -164,7 +181,7 @@ impl<W: Stored> Product<'_, W> {
         }
         // SAFETY: at `w` N rows of the weight begin (or fill up its last tile), which its buffer was seen to hold; the step
         // lies in them, and only an untiled format has one of fewer than `LANES` columns.
-        let weights = unsafe { W::load::<S, N>(s, w, self.weight.inputs, step, here) };
+        let weights = unsafe { W::load::<S, N>(s, w, stride, step, here) };
         for v in 0..W::VECTORS {
             for i in 0..M {
                 // SAFETY: the block's row i has as many elements as a weight's, of which `here` from the vector's first on are

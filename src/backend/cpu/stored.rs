@@ -25,12 +25,13 @@ pub(super) trait Stored: Copy + Send + Sync + 'static {
     /// The first [`Stored::VECTORS`] vectors of `N` rows at step `step`; with `n` < 16 the last step, of as many columns.
     ///
     /// # Safety
-    /// `rows` is where `N` rows of `columns` elements begin, readable to their end, and a step of `n` columns lies in them.
-    /// `N` is [`Blocks::ROWS`] where the format is tiled, and `n` is [`LANES`].
+    /// At `rows` the first of `N` rows begins, and the others `stride` bytes after each other; they are readable to their
+    /// end, and a step of `n` columns lies in them. Where the format is tiled, they are a group of tiles: `N` is
+    /// [`Blocks::ROWS`], `n` is [`LANES`], and there is no stride.
     unsafe fn load<S: Simd, const N: usize>(
         s: S,
         rows: *const u8,
-        columns: usize,
+        stride: usize,
         step: usize,
         n: usize,
     ) -> [[S::V; 2]; N];
@@ -45,15 +46,15 @@ impl<E: Element> Stored for E {
     unsafe fn load<S: Simd, const N: usize>(
         s: S,
         rows: *const u8,
-        columns: usize,
+        stride: usize,
         step: usize,
         n: usize,
     ) -> [[S::V; 2]; N] {
         let mut out = [[s.zero(); 2]; N];
         for j in 0..N {
-            // SAFETY: row j has `columns` elements, of which `n` from the step on are read, by the caller's promise.
+            // SAFETY: `n` elements of row j from the step on are there, by the caller's promise.
             out[j][0] = unsafe {
-                let at = rows.cast::<E>().add(j * columns + step * LANES);
+                let at = rows.add(j * stride).cast::<E>().add(step * LANES);
                 if n == LANES { E::load(s, at) } else { E::load_first(s, at, n) }
             };
         }
@@ -110,7 +111,7 @@ macro_rules! tiled {
             unsafe fn load<S: Simd, const N: usize>(
                 $s: S,
                 rows: *const u8,
-                _columns: usize,
+                _stride: usize,
                 step: usize,
                 _n: usize,
             ) -> [[S::V; 2]; N] {
@@ -254,7 +255,7 @@ impl<T: Widened> Widen<'_, T> {
                 // columns.
                 let rows = unsafe {
                     let at = self.weight.data.address().add(first * row_bytes);
-                    W::load::<S, { Blocks::ROWS }>(s, at, inputs, tile, LANES)
+                    W::load::<S, { Blocks::ROWS }>(s, at, 0, tile, LANES)
                 };
                 for r in 0..Blocks::ROWS {
                     if self.rows.contains(&(first + r)) {
