@@ -1,9 +1,10 @@
 //! Attention of one new token a sequence, at the speed of reading its KV.
 //!
 //! A piece of work is one chunk of [`CHUNK`] positions of one KV head of one segment. It goes through the chunk in blocks
-//! of sixteen tokens: scores of all query heads of the group (one vector a head), their weights, then the values, while
-//! later rows are being prefetched; K and V of a token lie side by side, so memory sees one forward stream. The pieces'
-//! partial results are then merged per query in the order of positions, so bits do not depend on who computed what.
+//! of sixteen tokens, of a whole chunk four from each quarter: scores of all query heads of the group (one vector a
+//! head), their weights, then the values, while later rows are being prefetched; K and V of a token lie side by side, so
+//! memory sees a few forward streams. The pieces' partial results are then merged per query in the order of positions, so
+//! bits do not depend on who computed what.
 
 use super::super::CpuBackend;
 use super::super::simd::{Element, Kernel, LANES, Simd, exp};
@@ -16,6 +17,13 @@ use std::ops::Range;
 
 /// Positions of a piece of work; pieces begin at multiples of it.
 const CHUNK: usize = 256;
+
+/// Places of a whole piece that are read in turn. A cache fetches ahead page by page, and a block of one place would be a
+/// page; where four are read at once, memory gives a third more (Sapphire Rapids).
+const PLACES: usize = 4;
+
+/// Positions of each place.
+const PART: usize = CHUNK / PLACES;
 
 /// How far ahead of the current row prefetches run.
 const AHEAD: usize = 8 << 10;
@@ -185,23 +193,25 @@ trait Place<E>: Copy {
     fn ahead(self, t: usize) -> *const u8;
 }
 
-/// Rows one behind the other.
+/// Rows of runs, four at a time from each of four places: one behind the other, or each place a stream of its own.
 #[derive(Clone, Copy)]
 struct Run<E> {
-    first: *const E,
+    places: [*const E; PLACES],
     /// Elements from one row to the next.
     stride: usize,
+    /// Bytes from a row to what is asked for with it.
+    ahead: usize,
 }
 
 impl<E: Element> Place<E> for Run<E> {
     #[inline(always)]
     fn key(self, t: usize) -> *const E {
-        self.first.wrapping_add(t * self.stride)
+        self.places[t / (LANES / PLACES)].wrapping_add(t % (LANES / PLACES) * self.stride)
     }
 
     #[inline(always)]
     fn ahead(self, t: usize) -> *const u8 {
-        self.key(t).cast::<u8>().wrapping_add(AHEAD)
+        self.key(t).cast::<u8>().wrapping_add(self.ahead)
     }
 }
 
@@ -231,6 +241,13 @@ fn prefetch_row<S: Simd>(s: S, row: *const u8, bytes: usize) {
     for line in (0..bytes).step_by(LINE) {
         s.prefetch(row.wrapping_add(line));
     }
+}
+
+/// The `i`-th token of a whole piece that is read in parts.
+#[inline(always)]
+fn in_turn(i: usize) -> usize {
+    const EACH: usize = LANES / PLACES;
+    i % LANES / EACH * PART + i / LANES * EACH + i % EACH
 }
 
 /// One piece of work.
@@ -299,10 +316,13 @@ impl<E: Element> Chunk<'_, E> {
         let mut sums = [s.zero(); H];
         let mut products = [[s.zero(); LANES]; H];
 
+        // Of a whole piece sixteen tokens are four of each part: an order that depends on numbers alone.
+        let whole = self.positions.len() == CHUNK && geometry.extent_tokens.is_multiple_of(PART);
         if let Visible::Listed(lists) = self.segment.visible {
             let list = &lists[self.head][self.positions.clone()];
             let mut keys = [std::ptr::null::<E>(); CHUNK];
-            for (key, &row) in keys.iter_mut().zip(list) {
+            for (i, key) in keys[..list.len()].iter_mut().enumerate() {
+                let row = list[if whole { in_turn(i) } else { i }];
                 let (extent, token) = (row as usize / geometry.extent_tokens, row as usize % geometry.extent_tokens);
                 // SAFETY: `token` < `extent_tokens` rows of K and V in the run.
                 *key = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
@@ -318,18 +338,43 @@ impl<E: Element> Chunk<'_, E> {
                     self.block::<S, D, H, _>(s, rows, count, queries, values, &mut products, &mut most, &mut sums);
                 }
             }
+        } else if whole {
+            let stride = 2 * head_dim;
+            let mut places = [std::ptr::null::<E>(); PLACES];
+            for part in 0..PLACES {
+                let position = self.positions.start + part * PART;
+                let (extent, token) = (position / geometry.extent_tokens, position % geometry.extent_tokens);
+                // SAFETY: `token` < `extent_tokens` rows of K and V in the run, in which the whole part lies.
+                places[part] = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * stride) };
+            }
+            for at in (0..PART).step_by(LANES / PLACES) {
+                // Behind the last rows comes the same part of the next piece, mostly: another head's run.
+                let beyond = if at * PLACES + CHUNK / 8 < CHUNK { 0 } else { (CHUNK - PART) * stride * size_of::<E>() };
+                let mut rows = Run { places, stride, ahead: AHEAD / PLACES + beyond };
+                for part in 0..PLACES {
+                    rows.places[part] = places[part].wrapping_add(at * stride);
+                }
+                // SAFETY: four rows of each part, from row `at` < `PART` on.
+                unsafe {
+                    self.block::<S, D, H, _>(s, rows, LANES, queries, values, &mut products, &mut most, &mut sums);
+                }
+            }
         } else {
+            let stride = 2 * head_dim;
             let mut position = self.positions.start;
             while position < self.positions.end {
                 let (extent, token) = (position / geometry.extent_tokens, position % geometry.extent_tokens);
                 let here = (self.positions.end - position).min(geometry.extent_tokens - token);
                 // SAFETY: `token` < `extent_tokens` rows of K and V in the run.
-                let run = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
+                let run = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * stride) };
                 for t in (0..here).step_by(LANES) {
                     let count = (here - t).min(LANES);
+                    let mut rows = Run { places: [run; PLACES], stride, ahead: AHEAD };
+                    for part in 0..PLACES {
+                        rows.places[part] = run.wrapping_add((t + part * (LANES / PLACES)) * stride);
+                    }
                     // SAFETY: rows t.. of `here` in the run, at most sixteen.
                     unsafe {
-                        let rows = Run { first: run.add(t * 2 * head_dim), stride: 2 * head_dim };
                         self.block::<S, D, H, _>(s, rows, count, queries, values, &mut products, &mut most, &mut sums);
                     }
                 }
