@@ -31,9 +31,18 @@ trait Integers: Copy {
     unsafe fn store(self, to: *mut f32, x: Self::I);
 }
 
-/// Dot products of `heads` queries with `blocks` blocks.
+/// Blocks that lie one behind the other.
 #[derive(Clone, Copy)]
-pub(super) struct Dots {
+pub(super) struct Stretch {
+    pub blocks: *const u8,
+    pub count: usize,
+}
+
+/// Dot products of `heads` queries with the blocks of some stretches.
+///
+/// One block of each stretch in turn: each is a stream that memory reads ahead in, and several together it reads faster.
+#[derive(Clone, Copy)]
+pub(super) struct Dots<'a> {
     /// Whether a word holds eight columns of four bits, or four of eight.
     pub four: bool,
     pub heads: usize,
@@ -41,20 +50,18 @@ pub(super) struct Dots {
     pub queries: *const i32,
     /// Words of a query.
     pub query_words: usize,
-    /// First block.
-    pub blocks: *const u8,
-    pub count: usize,
+    pub stretches: &'a [Stretch],
     pub block_bytes: usize,
-    /// Where the first query's dot products go, sixteen floats a block.
+    /// Where the first query's dot products go, sixteen floats a block, stretch after stretch.
     pub out: *mut f32,
     /// Floats from one query's to the next one's.
     pub out_stride: usize,
 }
 
-impl Dots {
+impl Dots<'_> {
     /// # Safety
-    /// `queries` is readable for `heads` × `query_words` words, `blocks` for `count` blocks of `block_bytes`, whose
-    /// groups hold the columns of a query; `out` is writable for 16 · `count` floats a query.
+    /// `queries` is readable for `heads` × `query_words` words, each stretch for its blocks of `block_bytes`, whose groups hold
+    /// the columns of a query; `out` is writable for sixteen floats a block and query.
     pub(super) unsafe fn run(self, level: Proven) {
         #[cfg(target_arch = "x86_64")]
         match level.level() {
@@ -115,35 +122,61 @@ impl Dots {
             }
             starts[h] = n.splat(-offset * sum);
         }
-        for i in 0..self.count {
-            let mut sums = starts;
-            // SAFETY: block i of `count`; each of its groups meets one word of a query, or two where it holds eight
-            // columns; the results are sixteen floats a block.
-            unsafe {
-                let block = self.blocks.add(i * self.block_bytes);
-                let mut at = 0;
-                while at < self.query_words {
-                    if FOUR {
-                        let pair = n.load(block.add(at / 2 * GROUP_BYTES));
-                        let (low, high) = (n.low(pair), n.high(pair));
-                        for h in 0..H {
-                            let query = queries.add(h * self.query_words + at);
-                            sums[h] = n.dot::<true>(low, n.splat(query.read()), sums[h]);
-                            sums[h] = n.dot::<true>(high, n.splat(query.add(1).read()), sums[h]);
-                        }
-                        at += 2;
-                    } else {
-                        let columns = n.load(block.add(at * GROUP_BYTES));
-                        for h in 0..H {
-                            let query = queries.add(h * self.query_words + at);
-                            sums[h] = n.dot::<false>(columns, n.splat(query.read()), sums[h]);
-                        }
-                        at += 1;
+        let longest = self.stretches.iter().map(|stretch| stretch.count).max().unwrap_or(0);
+        for i in 0..longest {
+            let mut before = 0;
+            for stretch in self.stretches {
+                if i < stretch.count {
+                    // SAFETY: block i of the stretch; its results follow those of the blocks before.
+                    unsafe {
+                        let block = stretch.blocks.add(i * self.block_bytes);
+                        self.block::<N, FOUR, H>(n, queries, block, starts, out.add((before + i) * BLOCK));
                     }
                 }
-                for h in 0..H {
-                    n.store(out.add(h * self.out_stride + i * BLOCK), sums[h]);
+                before += stretch.count;
+            }
+        }
+    }
+
+    /// Of `H` queries with one block.
+    ///
+    /// # Safety
+    /// As [`Dots::run`].
+    #[inline(always)]
+    unsafe fn block<N: Integers, const FOUR: bool, const H: usize>(
+        self,
+        n: N,
+        queries: *const i32,
+        block: *const u8,
+        starts: [N::I; H],
+        out: *mut f32,
+    ) {
+        let mut sums = starts;
+        // SAFETY: each of the block's groups meets one word of a query, or two where it holds eight columns; the results are
+        // sixteen floats a query.
+        unsafe {
+            let mut at = 0;
+            while at < self.query_words {
+                if FOUR {
+                    let pair = n.load(block.add(at / 2 * GROUP_BYTES));
+                    let (low, high) = (n.low(pair), n.high(pair));
+                    for h in 0..H {
+                        let query = queries.add(h * self.query_words + at);
+                        sums[h] = n.dot::<true>(low, n.splat(query.read()), sums[h]);
+                        sums[h] = n.dot::<true>(high, n.splat(query.add(1).read()), sums[h]);
+                    }
+                    at += 2;
+                } else {
+                    let columns = n.load(block.add(at * GROUP_BYTES));
+                    for h in 0..H {
+                        let query = queries.add(h * self.query_words + at);
+                        sums[h] = n.dot::<false>(columns, n.splat(query.read()), sums[h]);
+                    }
+                    at += 1;
                 }
+            }
+            for h in 0..H {
+                n.store(out.add(h * self.out_stride), sums[h]);
             }
         }
     }
@@ -202,7 +235,7 @@ mod x86 {
     /// # Safety
     /// As [`Dots::run`], on a machine with AVX2.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn avx2(dots: Dots) {
+    pub(super) unsafe fn avx2(dots: Dots<'_>) {
         // SAFETY: the caller's promise.
         unsafe { dots.all(Avx2(())) }
     }
@@ -210,7 +243,7 @@ mod x86 {
     /// # Safety
     /// As [`Dots::run`], on a machine with AVX-512 F and BW.
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub(super) unsafe fn avx512(dots: Dots) {
+    pub(super) unsafe fn avx512(dots: Dots<'_>) {
         // SAFETY: the caller's promise.
         unsafe { dots.all(Avx512::<false>(())) }
     }
@@ -218,7 +251,7 @@ mod x86 {
     /// # Safety
     /// As [`Dots::run`], on a machine with AVX-512 F, BW and VNNI.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn vnni(dots: Dots) {
+    pub(super) unsafe fn vnni(dots: Dots<'_>) {
         // SAFETY: the caller's promise.
         unsafe { dots.all(Avx512::<true>(())) }
     }
@@ -375,15 +408,23 @@ mod tests {
                         want.push(sum as f32);
                     }
                 }
-                let run = |door: &dyn Fn(Dots)| {
+                // As one stretch, and as several, not all of one length.
+                let stretches = |lengths: &[usize]| {
+                    let mut before = 0;
+                    let mut stretch = |&count: &usize| {
+                        before += count;
+                        Stretch { blocks: blocks[(before - count) * block_bytes..].as_ptr(), count }
+                    };
+                    lengths.iter().map(&mut stretch).collect::<Vec<_>>()
+                };
+                let run = |door: &dyn Fn(Dots<'_>), stretches: &[Stretch]| {
                     let mut out = vec![f32::NAN; heads * count * BLOCK];
                     door(Dots {
                         four,
                         heads,
                         queries: queries.as_ptr(),
                         query_words,
-                        blocks: blocks.as_ptr(),
-                        count,
+                        stretches,
                         block_bytes,
                         out: out.as_mut_ptr(),
                         out_stride: count * BLOCK,
@@ -391,8 +432,11 @@ mod tests {
                     out
                 };
                 for level in Level::available().filter_map(Proven::new) {
-                    // SAFETY: the sizes are those of the vectors above.
-                    assert_eq!(run(&|d| unsafe { d.run(level) }), want, "{level:?}, four: {four}");
+                    for lengths in [&[count][..], &[count / 2, count - count / 2], &[0, count - 1, 1]] {
+                        // SAFETY: the sizes are those of the vectors above.
+                        let got = run(&|d| unsafe { d.run(level) }, &stretches(lengths));
+                        assert_eq!(got, want, "{level:?}, four: {four}, {lengths:?}");
+                    }
                 }
             }
         }

@@ -20,7 +20,7 @@ use super::view::{Shared, row};
 use crate::Result;
 use crate::backend::index::random_row;
 use crate::backend::{IndexBits, IndexRunsMut, Rehearsal, Replay, Rows, Selected, Selection};
-use dots::Dots;
+use dots::{Dots, Stretch};
 use layout::{BLOCK, GROUP_BYTES};
 use parking_lot::Mutex;
 use score::{CountAbove, FloatDots, Ranks, Scale, SumExp};
@@ -29,6 +29,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Rows of a piece of work; pieces begin at multiples of it.
 const CHUNK: usize = 1024;
+
+/// Rows of an extent, at least: extents are multiples of it (`assert_index`).
+pub(super) const LEAST_EXTENT: usize = 64;
 
 /// Rows (of any KV head) that are scored before another thread has woken.
 const ALONE: usize = 1024;
@@ -436,17 +439,41 @@ unsafe fn score_chunk(
         // SAFETY: two floats a query head.
         unsafe { stats.add(2 * h).write(f32::NEG_INFINITY) };
     }
+    // Extents and chunks hold whole blocks, so every stretch begins with one.
+    let mut stretches = [Stretch { blocks: std::ptr::null(), count: 0 }; CHUNK / LEAST_EXTENT];
+    let mut used = 0;
     let mut at = begin;
     while at < end {
-        // Extents and chunks hold whole blocks, so every part begins with one.
         let (extent, token) = (at / geometry.extent_tokens, at % geometry.extent_tokens);
         let here = (end - at).min(geometry.extent_tokens - token);
-        let count = here.div_ceil(BLOCK);
-        // SAFETY: `count` blocks of the run from `token` on; `scores` takes whole blocks; a query has the columns of a
-        // block, in words; the scales lie behind them.
+        // SAFETY: the block of row `token` of a run.
+        let blocks = unsafe { runs.run(extent, head).add(token / BLOCK * block_bytes) };
+        stretches[used] = Stretch { blocks, count: here.div_ceil(BLOCK) };
+        used += 1;
+        at += here;
+    }
+    let stretches = &stretches[..used];
+    if geometry.bits != IndexBits::Full {
+        let dots = Dots {
+            four: geometry.bits == IndexBits::Four,
+            heads: group,
+            queries: words,
+            query_words,
+            stretches,
+            block_bytes,
+            out: scores,
+            out_stride: plan.stride,
+        };
+        // SAFETY: a query has the columns of a block, in words; `scores` takes whole blocks, of which all stretches but the
+        // last one are made.
+        unsafe { dots.run(cpu.level) };
+    }
+    let mut at = 0;
+    for &Stretch { blocks, count } in stretches {
+        // SAFETY: the `count` blocks of the stretch; `scores` takes whole blocks; a query has the columns of a block, in words;
+        // the scales lie behind them.
         unsafe {
-            let blocks = runs.run(extent, head).add(token / BLOCK * block_bytes);
-            let out = scores.add(at - begin);
+            let out = scores.add(at);
             if geometry.bits == IndexBits::Full {
                 for h in 0..group {
                     cpu.level.run(FloatDots {
@@ -458,28 +485,16 @@ unsafe fn score_chunk(
                         out: out.add(h * plan.stride),
                     });
                 }
-            } else {
-                let dots = Dots {
-                    four: geometry.bits == IndexBits::Four,
-                    heads: group,
-                    queries: words,
-                    query_words,
-                    blocks,
-                    count,
-                    block_bytes,
-                    out,
-                    out_stride: plan.stride,
-                };
-                dots.run(cpu.level);
             }
             let scales = blocks.add(layout::words(geometry) * GROUP_BYTES).cast::<f32>();
+            let here = (end - begin - at).min(count * BLOCK);
             for (h, &factor) in factors.iter().enumerate() {
                 let (scores, largest) = (out.add(h * plan.stride), stats.add(2 * h));
                 let scale = Scale { scores, scales, block_bytes, count: here, factor, largest: largest.read() };
                 largest.write(cpu.level.run(scale));
             }
         }
-        at += here;
+        at += count * BLOCK;
     }
     if matches!(selection, Selection::Paper { .. }) {
         return;
