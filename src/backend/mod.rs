@@ -154,6 +154,23 @@ pub trait Backend: Send + Sync {
         out: RowsMut<'_>,
     ) -> Result<()>;
 
+    /// As [`Backend::matmul`], with `beside` done before it or while it runs, once, by some thread: work of the host that
+    /// neither needs `out` nor touches `x`. A backend that only enqueues what it is told does it first.
+    #[allow(clippy::too_many_arguments, reason = "those of a product, and one")]
+    fn matmul_beside(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        weight: &Linear,
+        accumulate: bool,
+        shape: Shape,
+        out: RowsMut<'_>,
+        beside: &mut (dyn FnMut() + Send),
+    ) -> Result<()> {
+        beside();
+        self.matmul(stream, x, weight, accumulate, shape, out)
+    }
+
     /// `out[:, j] = activation(gate_up[:, j]) * gate_up[:, j + n]` for gated kinds (`out` has n columns, `gate_up` 2n),
     /// `out = activation(x)` for plain ones.
     fn activate(&self, stream: &Stream, x: Rows<'_>, activation: Activation, out: RowsMut<'_>) -> Result<()>;

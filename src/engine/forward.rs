@@ -10,6 +10,7 @@ use crate::model::decoder::{Attention, Block, Decoder, Mlp, NormPlacement, Posit
 use crate::policy::{Phase, Policy, Step};
 
 use super::Control;
+use super::rehearse;
 use super::workspace::{Input, Workspace};
 
 /// The widths that scratch memory is cut to.
@@ -175,14 +176,14 @@ impl Forward<'_> {
         match block.placement {
             NormPlacement::Pre => {
                 self.normalise(rows, &block.attention_norm)?;
-                self.rehearse(layer + 1, Some(Input::Normed), parts)?;
-                self.attention(layer, &block.attention, Input::Normed, rows, parts, shape)?;
+                let rehearsed = self.rehearse(layer + 1, Some(Input::Normed), parts)?;
+                self.attention(layer, &block.attention, Input::Normed, (rows, shape), parts, &rehearsed)?;
                 self.normalise(rows, &block.mlp_norm)?;
                 self.mlp(&block.mlp, Input::Normed, rows, shape)
             }
             NormPlacement::Post => {
-                self.rehearse(layer + 1, Some(Input::Hidden), parts)?;
-                self.attention(layer, &block.attention, Input::Hidden, rows, parts, shape)?;
+                let rehearsed = self.rehearse(layer + 1, Some(Input::Hidden), parts)?;
+                self.attention(layer, &block.attention, Input::Hidden, (rows, shape), parts, &rehearsed)?;
                 self.normalise(rows, &block.attention_norm)?;
                 self.workspace.exchange_hidden_and_normed();
                 self.mlp(&block.mlp, Input::Hidden, rows, shape)?;
@@ -199,26 +200,30 @@ impl Forward<'_> {
         self.backend.norm(&w.stream, w.hidden.get(rows), norm, w.normed.get_mut(rows))
     }
 
-    /// hidden += output(attend(qkv(input))).
+    /// hidden += output(attend(qkv(input))). The policies of the parts that were `rehearsed` for the next layer choose what they
+    /// fetch for it beside the first product.
     fn attention(
         &mut self,
         layer: usize,
         attention: &Attention,
         input: Input,
-        rows: usize,
+        (rows, shape): (usize, Shape),
         parts: &mut [Part<'_>],
-        shape: Shape,
+        rehearsed: &[usize],
     ) -> Result<()> {
         let (backend, d, w) = (self.backend, self.dimensions, &mut *self.workspace);
         let (q_width, kv_width) = (d.heads * d.head_dim, d.kv_heads * d.head_dim);
-        backend.matmul(
+        let mut told = Ok(());
+        backend.matmul_beside(
             &w.stream,
             input.of(&w.hidden, &w.normed).get(rows),
             &attention.qkv,
             false,
             shape,
             w.qkv.get_mut(rows),
+            &mut || told = rehearse::tell(backend, (&w.stream, &w.fetch), layer + 1, rehearsed, parts),
         )?;
+        told?;
         if let Some(probe) = &mut self.probe {
             probe.projected(&w.stream, layer, input.of(&w.hidden, &w.normed).get(rows), w.qkv.get(rows))?;
         }
@@ -236,7 +241,8 @@ impl Forward<'_> {
             let heads = w.qkv.get_mut(rows).col_range(0, q_width + kv_width);
             backend.rotate(&w.stream, &rotary.short, w.rotation.get(rows), d.head_dim, heads)?;
         }
-        self.rehearse(layer, None, parts)?;
+        let late = self.rehearse(layer, None, parts)?;
+        rehearse::tell(backend, self.workspace.streams(), layer, &late, parts)?;
 
         let w = &mut *self.workspace;
         let qkv = w.qkv.get(rows);

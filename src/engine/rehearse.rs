@@ -1,7 +1,7 @@
 //! Speculation in the step loop: the queries that a layer will have, guessed one layer ahead, against its index.
 
 use crate::Result;
-use crate::backend::{HeadMaps, Prefetch, Rehearsal, Selected, Shape};
+use crate::backend::{Backend, HeadMaps, Prefetch, Rehearsal, Selected, Shape, Stream};
 use crate::model::decoder::Positions;
 use crate::policy::{Ahead, QuerySource};
 
@@ -29,12 +29,32 @@ impl Plan<'_> {
     }
 }
 
+/// Tells the policies of the `wanted` parts that `layer` was rehearsed.
+pub(super) fn tell(
+    backend: &dyn Backend,
+    streams: (&Stream, &Stream),
+    layer: usize,
+    wanted: &[usize],
+    parts: &mut [Part<'_>],
+) -> Result<()> {
+    wanted.iter().try_for_each(|&i| {
+        let step = parts[i].step(backend, streams, layer);
+        parts[i].policy.rehearsed(&step)
+    })
+}
+
 impl Forward<'_> {
     /// Rehearses `layer` for every part whose policy wants it: with an `input` (the attention input of the layer
     /// before) those that predict queries, without one those that ask for the layer's own, which are in the workspace.
-    pub(super) fn rehearse(&mut self, layer: usize, input: Option<Input>, parts: &mut [Part<'_>]) -> Result<()> {
+    /// Returns which parts these were; their policies are still to be told ([`tell`]).
+    pub(super) fn rehearse(
+        &mut self,
+        layer: usize,
+        input: Option<Input>,
+        parts: &mut [Part<'_>],
+    ) -> Result<Vec<usize>> {
         if layer >= self.decoder.blocks.len() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut wanted = Vec::new();
         let mut plans = Vec::new();
@@ -50,7 +70,7 @@ impl Forward<'_> {
             row += part.rows;
         }
         if plans.is_empty() {
-            return Ok(());
+            return Ok(wanted);
         }
         // All of it on a side stream, from what the main one has computed so far.
         let input_ready = self.backend.record(&self.workspace.stream)?;
@@ -72,10 +92,7 @@ impl Forward<'_> {
         if late {
             backend.wait(&w.stream, &backend.record(&w.ahead)?)?;
         }
-        wanted.into_iter().try_for_each(|i| {
-            let step = parts[i].step(backend, w.streams(), layer);
-            parts[i].policy.rehearsed(&step)
-        })
+        Ok(wanted)
     }
 
     /// Rehearses the `wanted` parts, whose partial queries are the first rows of the layer's: for the host to go on with,

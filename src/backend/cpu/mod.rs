@@ -135,7 +135,11 @@ fn assert_attention(attention: &AttentionShape, segment: &Segment<'_>, queries: 
 /// Asserts that an index can be laid out: whole blocks of tokens.
 fn assert_index(geometry: &IndexGeometry) {
     assert!(geometry.kv_heads > 0 && geometry.columns > 0 && geometry.extent_tokens > 0);
-    assert!(geometry.extent_tokens.is_multiple_of(64), "{} tokens are not whole blocks", geometry.extent_tokens);
+    assert!(
+        geometry.extent_tokens.is_multiple_of(index::LEAST_EXTENT),
+        "{} tokens are not whole blocks",
+        geometry.extent_tokens
+    );
 }
 
 /// Asserts that rows of `bytes` bytes lie inside their buffers.
@@ -259,12 +263,25 @@ impl Backend for CpuBackend {
 
     fn matmul(
         &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        weight: &Linear,
+        accumulate: bool,
+        shape: Shape,
+        out: RowsMut<'_>,
+    ) -> Result<()> {
+        self.matmul_beside(stream, x, weight, accumulate, shape, out, &mut || {})
+    }
+
+    fn matmul_beside(
+        &self,
         _: &Stream,
         x: Rows<'_>,
         weight: &Linear,
         accumulate: bool,
         shape: Shape,
         out: RowsMut<'_>,
+        beside: &mut (dyn FnMut() + Send),
     ) -> Result<()> {
         assert_activations!(x, out);
         assert_eq!(x.rows(), out.rows());
@@ -272,8 +289,11 @@ impl Backend for CpuBackend {
         assert!(weight.inputs > 0);
         assert!(weight.bias.as_ref().is_none_or(|b| b.len == weight.outputs));
         match shape {
-            Shape::Decode => matvec::matmul(self, x, weight, accumulate, out),
-            Shape::Prefill => gemm::matmul(self, x, weight, accumulate, out)?,
+            Shape::Decode => matvec::matmul(self, x, weight, accumulate, out, beside),
+            Shape::Prefill => {
+                beside();
+                gemm::matmul(self, x, weight, accumulate, out)?;
+            }
         }
         Ok(())
     }
@@ -341,7 +361,7 @@ impl Backend for CpuBackend {
         assert_eq!((a.kv_heads, a.head_dim, a.dtype), (b.kv_heads, b.head_dim, b.dtype));
         let fits = |m: &Move| (m.from as usize) < from.capacity() && (m.to as usize) < to.capacity();
         assert!(moves.iter().all(|m| (m.head as usize) < a.kv_heads && fits(m)), "a row past the extents' end");
-        store_kv::copy_rows(from, to, moves);
+        store_kv::copy_rows(self, from, to, moves);
         Ok(())
     }
 

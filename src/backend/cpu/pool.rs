@@ -113,9 +113,23 @@ impl Pool {
 
     /// As [`Pool::split`]; `body` gets the index of its thread too, for scratch memory of its own.
     pub(super) fn split_indexed(&self, items: usize, grain: usize, body: &(dyn Fn(usize, Range<usize>) + Sync)) {
+        self.split_beside(items, grain, &mut || {}, body);
+    }
+
+    /// As [`Pool::split_indexed`], with `beside` done once: by the last thread, whose items the others begin meanwhile when
+    /// they have done theirs, or before all items by the calling one, where it is alone. What `beside` itself splits runs on
+    /// its thread.
+    pub(super) fn split_beside(
+        &self,
+        items: usize,
+        grain: usize,
+        beside: &mut (dyn FnMut() + Send),
+        body: &(dyn Fn(usize, Range<usize>) + Sync),
+    ) {
         let grain = grain.max(1);
         let threads = self.threads();
         if threads == 1 || items <= grain || INSIDE.get() {
+            beside();
             if items > 0 {
                 body(0, 0..items);
             }
@@ -130,7 +144,11 @@ impl Pool {
         for (thread, cursor) in self.cursors.iter().enumerate() {
             cursor.0.store(share(thread).start, Ordering::Relaxed); // published by the region's start
         }
+        let beside = Mutex::new(beside);
         self.region(&|thread| {
+            if thread == threads - 1 {
+                beside.lock()();
+            }
             for step in 0..threads {
                 let victim = (thread + step) % threads;
                 let end = share(victim).end;
@@ -316,6 +334,27 @@ mod tests {
                 count.fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(count.into_inner(), 10);
+        }
+    }
+
+    #[test]
+    fn what_is_done_beside_is_done_once() {
+        for threads in [1, 2, 3] {
+            let pool = Pool::new(threads).unwrap();
+            for items in [0, 1, 2, 100] {
+                let (mut beside, count) = (0, AtomicUsize::new(0));
+                let inner = AtomicUsize::new(0);
+                let mut work = || {
+                    beside += 1;
+                    pool.split(5, 1, &|range| {
+                        inner.fetch_add(range.len(), Ordering::Relaxed);
+                    });
+                };
+                pool.split_beside(items, 1, &mut work, &|_, range| {
+                    count.fetch_add(range.len(), Ordering::Relaxed);
+                });
+                assert_eq!((beside, count.into_inner(), inner.into_inner()), (1, items, 5), "{threads} threads");
+            }
         }
     }
 

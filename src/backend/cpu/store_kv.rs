@@ -1,7 +1,7 @@
 //! Keys and values of new tokens into their runs.
 
 use super::CpuBackend;
-use super::simd::{Element, for_dtype};
+use super::simd::{Element, Kernel, Simd, for_dtype};
 use super::view::row;
 use crate::backend::{KvRuns, KvRunsMut, Move, Rows};
 
@@ -47,18 +47,49 @@ pub(super) fn store_rows(keys: Rows<'_>, values: Rows<'_>, runs: &mut KvRunsMut<
     });
 }
 
+/// Rows that are asked for before they are copied: they lie anywhere, so nothing but this foresees them.
+const COPY_AHEAD: usize = 8;
+
 /// Copies rows between runs of one shape.
-pub(super) fn copy_rows(from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) {
-    let bytes = from.geometry().row_bytes();
-    let (source, target) = (from.geometry().extent_tokens, to.geometry().extent_tokens);
-    for m in moves {
-        let (head, read, write) = (m.head as usize, m.from as usize, m.to as usize);
-        // SAFETY: both rows lie below their runs' capacity, which the caller asserted; `to` is borrowed mutably, so it is
-        // no memory of `from`.
-        unsafe {
-            let row = from.run(read / source, head).add(read % source * bytes);
-            let place = to.run_mut(write / target, head).add(write % target * bytes);
-            std::ptr::copy_nonoverlapping(row, place, bytes);
+pub(super) fn copy_rows(cpu: &CpuBackend, from: &KvRuns<'_>, to: &mut KvRunsMut<'_>, moves: &[Move]) {
+    cpu.level.run(Copies { from, to, moves });
+}
+
+struct Copies<'a, 'b> {
+    from: &'a KvRuns<'a>,
+    to: &'a mut KvRunsMut<'b>,
+    moves: &'a [Move],
+}
+
+impl Kernel for Copies<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let bytes = self.from.geometry().row_bytes();
+        for (i, m) in self.moves.iter().enumerate() {
+            if let Some(later) = self.moves.get(i + COPY_AHEAD) {
+                let row = source(self.from, later);
+                for at in (0..bytes).step_by(LINE) {
+                    s.prefetch(row.wrapping_add(at));
+                }
+            }
+            let (row, write, extent) = (source(self.from, m), m.to as usize, self.to.geometry().extent_tokens);
+            // SAFETY: both rows lie below their runs' capacity, which the caller asserted; `to` is borrowed mutably, so it is
+            // no memory of `from`.
+            unsafe {
+                let place = self.to.run_mut(write / extent, m.head as usize).add(write % extent * bytes);
+                std::ptr::copy_nonoverlapping(row, place, bytes);
+            }
         }
     }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// The row that is moved, which lies below the runs' capacity.
+fn source(from: &KvRuns<'_>, m: &Move) -> *const u8 {
+    let (read, extent) = (m.from as usize, from.geometry().extent_tokens);
+    from.run(read / extent, m.head as usize).wrapping_add(read % extent * from.geometry().row_bytes())
 }

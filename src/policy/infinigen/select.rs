@@ -115,11 +115,20 @@ impl Infinigen {
         }
     }
 
-    /// Starts to fetch `self.moves`, which are of tokens, into the cache.
+    /// Starts to fetch `self.moves`, which are of tokens, into the cache. What is in memory needs no waiting, and is there at
+    /// once.
     pub(super) fn begin_fetch(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
         self.held.locate(layer, &mut self.moves);
         self.keep_slots(step, layer, None)?;
-        if self.moves.is_empty() { Ok(()) } else { self.store.begin_fetch(layer, &self.moves) }
+        if self.moves.is_empty() {
+            return Ok(());
+        }
+        self.store.begin_fetch(layer, &self.moves)?;
+        if self.store.in_memory() {
+            let runs = &mut self.cache.runs_mut(layer);
+            self.store.finish_fetch(step.backend, step.stream, layer, runs)?;
+        }
+        Ok(())
     }
 
     /// Starts and ends a fetch of `self.moves`.
