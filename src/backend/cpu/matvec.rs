@@ -29,9 +29,9 @@ const AHEAD: usize = 12 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Bytes of weights that one piece of parallel work covers, about 2 µs of reading; of blocks, whose bytes are worth more
-/// arithmetic, half.
-const PIECE: usize = 32 << 10;
+/// Bytes of weights that one piece of parallel work covers, about 4 µs of reading; of blocks, whose bytes are worth more
+/// arithmetic, a quarter.
+const PIECE: usize = 64 << 10;
 
 /// `out = x · weightᵀ (+ out) + bias`, each row by itself; and `beside`, see [`super::pool::Pool::split_beside`].
 pub(super) fn matmul(
@@ -44,7 +44,7 @@ pub(super) fn matmul(
 ) {
     assert!(weight.bytes() <= weight.data.bytes(), "a weight past its buffer's end");
     for_stored!(weight, W => {
-        let piece = if W::TILED { PIECE / 2 } else { PIECE };
+        let piece = if W::TILED { PIECE / 4 } else { PIECE };
         let rows = piece / row_bytes::<W>(weight.inputs);
         let product = |outputs, apart| {
             cpu.level.run(Product::<W> { x, weight, accumulate, out: &out, outputs, apart, format: PhantomData });

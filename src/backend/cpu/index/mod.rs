@@ -3,7 +3,7 @@
 //! - [`layout`]: where a row lies in a run, and its quantization.
 //! - [`dots`]: dot products in whole numbers, on every instruction set the same.
 //! - [`score`]: logits, their normalisation, ranks.
-//! - [`select`]: the best k, exactly.
+//! - [`select`]: the best k, exactly, or those above a limit.
 //!
 //! A rehearsal is two regions of parallel work (three in the paper's mode): pieces of [`CHUNK`] rows of a KV head give
 //! scores and what normalises them, then each KV head ranks its rows and selects. Whoever computes what, sums have one
@@ -293,12 +293,15 @@ pub(super) fn rehearse(
             let largest = &mut blocks[..rows / BLOCK];
             let scores = scores_of(plan, head);
             cpu.level.run(Ranks { scores, stride: plan.stride, shifts, from, to, ranks, largest });
+            let mut above = None;
             let count = match selection {
                 Selection::Count { count } => count,
                 Selection::Probability { below, least, most } => {
                     let limit = -below;
-                    let above = CountAbove { scores: ranks, from: from - first, to: to - first, limit };
-                    cpu.level.run(above).max(least).min(most)
+                    let scores = CountAbove { scores: ranks, from: from - first, to: to - first, limit };
+                    let count = cpu.level.run(scores);
+                    above = Some(limit).filter(|_| (least..=most).contains(&count));
+                    count.max(least).min(most)
                 }
                 Selection::Paper { most, .. } => {
                     let (sum, heads) = (counts[at].load(Ordering::Relaxed), plan.kv_heads * plan.group);
@@ -312,7 +315,10 @@ pub(super) fn rehearse(
                 }
             };
             let work = Workspace { ranks, largest: blocks, values, rows: numbers, first };
-            select::best(cpu.level, work, from, to, count, outcome.rows);
+            match above {
+                Some(limit) => select::above(&work, limit, count, outcome.rows),
+                None => select::best(cpu.level, work, from, to, count, outcome.rows),
+            }
             if let Selection::Random { seed, step, period, .. } = selection {
                 let count = outcome.rows.len() as u32;
                 let row = |j| random_row(seed, head as u32, j, count, step, period, from as u32, to as u32);

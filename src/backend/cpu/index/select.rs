@@ -67,6 +67,25 @@ pub(super) fn best(level: Proven, work: Workspace<'_>, from: usize, to: usize, c
     }
 }
 
+/// The rows above `limit`, ascending, into `out`, where it is known that they are `count`: no search for a bound.
+pub(super) fn above(work: &Workspace<'_>, limit: f32, count: usize, out: &mut Vec<u32>) {
+    out.clear();
+    out.resize(count + 1, 0);
+    let mut found = 0;
+    for (block, ranks) in work.ranks.chunks_exact(LANES).enumerate() {
+        if work.largest[block] <= limit {
+            continue;
+        }
+        for (i, &rank) in ranks.iter().enumerate() {
+            // As in `best`; one more than there are takes what is not good enough behind the last.
+            out[found] = (work.first + block * LANES + i) as u32;
+            found += usize::from(rank > limit);
+        }
+    }
+    assert_eq!(found, count, "rows above a limit");
+    out.truncate(count);
+}
+
 /// The `count`-th largest of `values`, or a number below it with as many values at or above it. Never NaN, whole vectors;
 /// at least `count` of them are at least `least`.
 struct Nth<'a> {
@@ -175,6 +194,12 @@ mod tests {
                     reference(&ranks, from, to, count),
                     "{level:?} {case}: {from}..{to}, {count} of {rows}"
                 );
+                // Those above a limit are the best of their number, and in no other order.
+                let limit = ranks[random.below(rows)];
+                let higher = (from..to).filter(|&row| ranks[row] > limit).count();
+                let work = Workspace { ranks: &own, largest: &largest, values: &mut values, rows: &mut numbers, first };
+                above(&work, limit, higher, &mut got);
+                assert_eq!(got, reference(&ranks, from, to, higher), "{level:?} {case}: above {limit}");
             }
         }
     }
