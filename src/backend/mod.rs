@@ -152,7 +152,9 @@ pub trait Backend: Send + Sync {
         accumulate: bool,
         shape: Shape,
         out: RowsMut<'_>,
-    ) -> Result<()>;
+    ) -> Result<()> {
+        self.matmul_beside(stream, x, weight, accumulate, shape, out, &mut || {})
+    }
 
     /// As [`Backend::matmul`], with `beside` done before it or while it runs, once, by some thread: work of the host that
     /// neither needs `out` nor touches `x`. A backend that only enqueues what it is told does it first.
@@ -166,10 +168,7 @@ pub trait Backend: Send + Sync {
         shape: Shape,
         out: RowsMut<'_>,
         beside: &mut (dyn FnMut() + Send),
-    ) -> Result<()> {
-        beside();
-        self.matmul(stream, x, weight, accumulate, shape, out)
-    }
+    ) -> Result<()>;
 
     /// `out[:, j] = activation(gate_up[:, j]) * gate_up[:, j + n]` for gated kinds (`out` has n columns, `gate_up` 2n),
     /// `out = activation(x)` for plain ones.

@@ -261,18 +261,6 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn matmul(
-        &self,
-        stream: &Stream,
-        x: Rows<'_>,
-        weight: &Linear,
-        accumulate: bool,
-        shape: Shape,
-        out: RowsMut<'_>,
-    ) -> Result<()> {
-        self.matmul_beside(stream, x, weight, accumulate, shape, out, &mut || {})
-    }
-
     fn matmul_beside(
         &self,
         _: &Stream,

@@ -81,13 +81,13 @@ impl Raw {
 
     /// Zeroed host memory, mapped: its address is the same on the device.
     pub(super) fn pinned(bytes: usize, purpose: &str) -> Result<Raw> {
-        if bytes >= LEAST_REGISTERED && host::available().is_some_and(|available| bytes > available) {
-            return Err(refused(bytes, "pinned host", purpose));
-        }
-        if bytes >= LEAST_REGISTERED
-            && let Some(raw) = Raw::registered(bytes, purpose)
-        {
-            return Ok(raw);
+        if bytes >= LEAST_REGISTERED {
+            if host::available().is_some_and(|available| bytes > available) {
+                return Err(refused(bytes, "pinned host", purpose));
+            }
+            if let Some(raw) = Raw::registered(bytes, purpose) {
+                return Ok(raw);
+            }
         }
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: the context is current.

@@ -292,7 +292,7 @@ impl Backend for CudaBackend {
         rowwise::norm_heads(&self.shared, &mut queue, x, norm)
     }
 
-    fn matmul(
+    fn matmul_beside(
         &self,
         stream: &Stream,
         x: Rows<'_>,
@@ -300,7 +300,9 @@ impl Backend for CudaBackend {
         accumulate: bool,
         shape: Shape,
         out: RowsMut<'_>,
+        beside: &mut (dyn FnMut() + Send),
     ) -> Result<()> {
+        beside();
         assert_activations!(x, out);
         assert_eq!(x.rows(), out.rows());
         assert_eq!((x.cols(), out.cols()), (weight.inputs, weight.outputs));
