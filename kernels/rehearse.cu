@@ -28,6 +28,7 @@ struct Sequence {
     struct State *states;  // KV heads
     float2 *stats;     // query heads × (stride / CHUNK): m and the sum
     float *attended_sums;  // as many: the probability of rows that are attended
+    float *shifts;     // query heads, for the tail: what makes a logit a logarithm of a probability
     u32 *out_rows;     // KV heads × capacity
     u32 *out_counts;   // KV heads
     const struct Replay *replay;  // of rule REPLAY
@@ -361,6 +362,8 @@ extern "C" __global__ void __launch_bounds__(256) rehearse_rank(Rehearse p) {
         if (lane == 0) {
             shifts[g] = shift;
             tops[g] = m - shift;
+            // (By one block.)
+            if (weighs && span.begin == 0) s.shifts[kv_head * p.group + g] = m == -CUDART_INF_F ? m : shift;
         }
     }
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) histogram[i] = 0;

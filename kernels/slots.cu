@@ -333,37 +333,24 @@ extern "C" __global__ void __launch_bounds__(512) slots_load(Load p) {
 // Lists the slots that this step has used and those that are guarded, in ascending order; says how many. By a whole block.
 __device__ u32 list_attended(const Tables &t, const Table &table, const Held &pool, u32 head) {
     __shared__ u32 totals[WARPS];
-    constexpr u32 MANY = 4;  // slots of a thread at a time
-    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, held = table.count;
+    const u32 held = table.count;
     u32 *list = t.attended + u64(head) * t.most_attended;
     u32 listed = 0;
     for (u32 first = 0; first < held; first += THREADS * MANY) {
-        u32 wanted[MANY], here = 0;  // of a warp
+        bool attended[MANY];
+        u32 before[MANY];
 #pragma unroll
         for (u32 i = 0; i < MANY; i++) {
-            const u32 slot = first + (warp * MANY + i) * WARP + lane;
-            bool attended = false;
-            if (slot < held) {
-                const u32 token = pool.token(table.rows[slot]);
-                attended = table.used[slot] == t.step || token < t.below || token >= t.from;
-            }
-            wanted[i] = __ballot_sync(FULL, attended);
-            here += __popc(wanted[i]);
+            const u32 slot = first + item<MANY>(i), token = slot < held ? pool.token(table.rows[slot]) : 0;
+            attended[i] = slot < held && (table.used[slot] == t.step || token < t.below || token >= t.from);
         }
-        if (lane == 0) totals[warp] = here;
-        __syncthreads();
-        u32 at = listed;
-        for (u32 w = 0; w < WARPS; w++) {
-            at += w < warp ? totals[w] : 0;
-            listed += totals[w];
-        }
+        const u32 here = places<WARPS>(attended, totals, before);
 #pragma unroll
         for (u32 i = 0; i < MANY; i++) {
-            const u32 to = at + __popc(wanted[i] & ((1u << lane) - 1));
-            if ((wanted[i] >> lane & 1) && to < t.most_attended) list[to] = first + (warp * MANY + i) * WARP + lane;
-            at += __popc(wanted[i]);
+            const u32 at = listed + before[i];
+            if (attended[i] && at < t.most_attended) list[at] = first + item<MANY>(i);
         }
-        __syncthreads();
+        listed += here;
     }
     listed = min(listed, t.most_attended);
     const u64 address = reinterpret_cast<u64>(list);

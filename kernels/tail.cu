@@ -11,16 +11,16 @@
 
 #include "tail.cuh"
 
-// A sequence that has been rehearsed (rehearse.cu says how scores and stats lie).
+// A sequence that has been rehearsed (rehearse.cu says how scores and sums lie).
 struct Sequence {
     const float *scores;         // query heads × stride
-    const float2 *stats;         // query heads × stats_stride: of each chunk the largest score m and the sum of exp(score − m)
-    const float *attended_sums;  // as many: of each chunk the probability of what is attended
+    const float *shifts;         // query heads: what makes a score a logarithm of a probability; not finite where no score is one
+    const float *attended_sums;  // query heads × sums_stride: of each chunk the probability of what is attended
     const u32 *selected;         // KV heads × capacity
     const u32 *selected_counts;  // KV heads
     float *weights;              // query heads
     u32 stride;
-    u32 stats_stride;
+    u32 sums_stride;
     u32 chunks;
     u32 capacity;
     Attended attended;
@@ -38,21 +38,15 @@ extern "C" __global__ void __launch_bounds__(256) tail_weights(Weights p) {
     const u32 head = blockIdx.x, kv_head = head / p.group, lane = threadIdx.x % WARP;
     const u32 *selected = s.selected + u64(kv_head) * s.capacity;
     const u32 count = min(s.selected_counts[kv_head], s.capacity);
-    // The logarithm of the sum of all exponentials, and what is attended, by every warp for itself.
-    const float2 *stats = s.stats + u64(head) * s.stats_stride;
-    const float *sums = s.attended_sums + u64(head) * s.stats_stride;
-    float m = -CUDART_INF_F, l = 0, attended = 0;
-    for (u32 c = lane; c < s.chunks; c += WARP) {
-        m = fmaxf(m, stats[c].x);
-        attended += sums[c];
-    }
-    m = warp_max(m);
-    for (u32 c = lane; c < s.chunks && m > -CUDART_INF_F; c += WARP) l += stats[c].y * expf(stats[c].x - m);
-    const float shift = m + logf(warp_sum(l));
-    if (!(fabsf(shift) < CUDART_INF_F)) {  // no score is one
+    const float shift = s.chunks > 0 ? s.shifts[head] : -CUDART_INF_F;
+    if (!(fabsf(shift) < CUDART_INF_F)) {
         if (threadIdx.x == 0) s.weights[head] = 0;
         return;
     }
+    // What is attended, by every warp for itself.
+    const float *sums = s.attended_sums + u64(head) * s.sums_stride;
+    float attended = 0;
+    for (u32 c = lane; c < s.chunks; c += WARP) attended += sums[c];
     attended = warp_sum(attended);
 
     // Of what is selected, what has not been counted.

@@ -250,7 +250,7 @@ fn rehearsals_select_the_best_rows() {
                 let index = Index::new(cuda, geometry, &keys, &ends);
                 let other = Index::new(cpu, geometry, &keys, &[]);
                 let (from, to) = if rows > 100 { (5, rows - 61) } else { (0, rows) };
-                for selection in selections(rows) {
+                for selection in some(selections(rows)) {
                     let scale = 2.0 / (columns as f32).sqrt();
                     let rehearsal = Rehearsal { row: 0, runs: index.runs(), rows, from, to, scale, selection };
                     let got = rehearse(cuda, &query, &[rehearsal]).remove(0);
@@ -309,7 +309,7 @@ fn several_sequences() {
                 .collect();
             let query = random.normals(indices.len() * heads * columns);
             let rules = selections(500);
-            for turn in 0..rules.len() {
+            for turn in some(0..rules.len()) {
                 // Another rule for each sequence.
                 let rehearsals: Vec<Rehearsal<'_>> = indices
                     .iter()
@@ -393,7 +393,7 @@ fn rows_can_be_overwritten_one_by_one() {
                     index.store(cuda, &random.normals(2 * columns), &rows);
                 }
                 let query = random.normals(4 * columns);
-                for selection in selections(150) {
+                for selection in some(selections(150)) {
                     let rehearsal =
                         Rehearsal { row: 0, runs: index.runs(), rows: 150, from: 0, to: 150, scale: 0.5, selection };
                     let got = rehearse(cuda, &query, &[rehearsal]).remove(0);
@@ -511,7 +511,7 @@ fn random_rows_are_those_of_the_cpu() {
         let query = random.normals(group * geometry.kv_heads * geometry.columns);
         let [on_cuda, on_cpu] = [cuda, cpu].map(|rig| Index::new(rig, geometry, &keys, &[rows]));
         for (from, to, count, period) in [(4, 3900, 90, 20), (0, 4000, 4000, 1), (7, 50, 11, 3), (0, 3000, 1, 1)] {
-            for step in 3000..3010 {
+            for step in some(3000..3010) {
                 let selection = Selection::Random { count, seed: 3, step, period };
                 let of = |runs| Rehearsal { row: 0, runs, rows, from, to, scale: 1.0, selection };
                 let got = rehearse(cuda, &query, &[of(on_cuda.runs())]);

@@ -1,5 +1,7 @@
 //! A backend with a stream, and values that go there and come back.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::{bf16, f16};
 use kvahead::backend::cpu::{CpuBackend, CpuOptions};
 use kvahead::backend::cuda::CudaBackend;
@@ -32,6 +34,18 @@ impl Random {
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
+}
+
+/// Whether tests are to be brief, for tools under which a kernel takes a hundred times as long (`tests/gpu/run.sh sanitize`).
+pub fn brief() -> bool {
+    std::env::var_os("KVAHEAD_TEST_BRIEF").is_some()
+}
+
+/// All cases, or where tests are to be brief one in four of them, others from call to call.
+pub fn some<T>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    let (first, step) = if brief() { (CALLS.fetch_add(1, Ordering::Relaxed) % 4, 4) } else { (0, 1) };
+    cases.into_iter().skip(first).step_by(step)
 }
 
 /// A backend and a stream of it.

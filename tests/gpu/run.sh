@@ -8,7 +8,7 @@
 # Parts: operations (each against the CPU backend), golden (logits of every architecture), policies (against each other and
 # against naive ones), real (the real model, where .cache holds it), bench (speed; never asserted), and only when asked for
 # offload (speed with KV in host memory; wants 140 GB on the device, 110 on the host) and sanitize (the operations under
-# compute-sanitizer; a quarter of an hour). Logs go to $OUT, or a temporary folder.
+# compute-sanitizer). Logs go to $OUT, or a temporary folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -71,7 +71,7 @@ run() {
     "$@" >"$out/$name.log" 2>&1 || status=$?
     [ "$status" = 0 ] || failed=1
     printf '%-14s %-7s %4d s  %s\n' "$name" "$([ "$status" = 0 ] && echo ok || echo "FAILED")" $(($(date +%s) - start)) \
-        "$(grep -E '^test result|^error|panicked at' "$out/$name.log" | tail -1 | cut -c1-120)"
+        "$(grep -E '^test result|^error|panicked at|SUMMARY' "$out/$name.log" | tail -1 | cut -c1-120)"
 }
 
 # Rows of kva-bench: shape, context, batch, steps, policies.
@@ -134,14 +134,25 @@ for part in "${parts[@]}"; do
                 --renew 0.05 --timeline "$out/step.json"
             ;;
         sanitize)
-            # (What a test is refused on purpose is no report: API errors are left out.)
+            # Each test by itself, as many at a time as there are cores. (What is refused on purpose is no report: API errors
+            # are left out.)
+            export KVAHEAD_TEST_BRIEF=1
             sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+            running=()
+            tests=$("$here/cuda" --list | sed -n 's/^\([a-z]*::.*\): test$/\1/p')
             for tool in memcheck racecheck; do
-                for tests in index tail slots rank payload rowwise mass attention matrix streams; do
-                    run "$tool-$tests" env KVAHEAD_TEST_BRIEF=1 "$sanitizer" --tool $tool --report-api-errors no \
-                        --error-exitcode 9 "$here/cuda" "$tests::"
+                for name in $tests; do
+                    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do sleep 0.2; done
+                    (
+                        failed=0
+                        run "$tool-${name/::/-}" "$sanitizer" --tool $tool --report-api-errors no --error-exitcode 9 "$here/cuda" \
+                            --exact "$name"
+                        exit $failed
+                    ) &
+                    running+=($!)
                 done
             done
+            for job in "${running[@]}"; do wait "$job" || failed=1; done
             ;;
         *) echo "unknown part $part" >&2 && exit 2 ;;
     esac

@@ -25,6 +25,7 @@ plain! {
         states: u64,
         stats: u64,
         attended_sums: u64,
+        shifts: u64,
         out_rows: u64,
         out_counts: u64,
         replay: u64,
@@ -112,6 +113,7 @@ struct Layout {
     states: usize,
     stats: usize,
     attended_sums: usize,
+    shifts: usize,
     bytes: usize,
 }
 
@@ -130,8 +132,9 @@ impl Layout {
         let states = histograms + 4 * kv_heads * BINS;
         let stats = states + STATE * kv_heads;
         let attended_sums = stats + 8 * heads * chunks;
-        let bytes = (attended_sums + 4 * heads * chunks).next_multiple_of(256);
-        Layout { stride: chunks * CHUNK, keys, better, level, histograms, states, stats, attended_sums, bytes }
+        let shifts = attended_sums + 4 * heads * chunks;
+        let bytes = (shifts + 4 * heads).next_multiple_of(256);
+        Layout { stride: chunks * CHUNK, keys, better, level, histograms, states, stats, attended_sums, shifts, bytes }
     }
 
     fn chunks(&self) -> usize {
@@ -275,13 +278,13 @@ impl Sequence {
     fn with_tail(&self, weights: u64, (selected, selected_counts, capacity): (u64, u64, u32)) -> tail::Sequence {
         tail::Sequence {
             scores: self.scores,
-            stats: self.stats,
+            shifts: self.shifts,
             attended_sums: self.attended_sums,
             selected,
             selected_counts,
             weights,
             stride: self.stride,
-            stats_stride: self.stride / CHUNK as u32,
+            sums_stride: self.stride / CHUNK as u32,
             chunks: self.rows.div_ceil(CHUNK as u32),
             capacity,
             attended: self.attended,
@@ -313,6 +316,7 @@ fn describe(rehearsal: &Rehearsal<'_>, extents: u64, layout: &Layout, scratch: u
         states: scratch + layout.states as u64,
         stats: scratch + layout.stats as u64,
         attended_sums: scratch + layout.attended_sums as u64,
+        shifts: scratch + layout.shifts as u64,
         out_rows: out.rows,
         out_counts: out.counts,
         replay: 0,

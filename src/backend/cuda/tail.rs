@@ -11,13 +11,13 @@ plain! {
     /// A sequence whose rehearsal has been ranked and selected from.
     pub(super) struct Sequence {
         pub(super) scores: u64,
-        pub(super) stats: u64,
+        pub(super) shifts: u64,
         pub(super) attended_sums: u64,
         pub(super) selected: u64,
         pub(super) selected_counts: u64,
         pub(super) weights: u64,
         pub(super) stride: u32,
-        pub(super) stats_stride: u32,
+        pub(super) sums_stride: u32,
         pub(super) chunks: u32,
         pub(super) capacity: u32,
         pub(super) attended: Attended,
