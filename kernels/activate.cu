@@ -30,6 +30,7 @@ __device__ __forceinline__ float apply(u32 kind, float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) activate(Activate p) {
+    wait_for_previous();
     const u32 col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col >= p.cols) return;
     for (u32 row = blockIdx.y; row < p.rows; row += gridDim.y) {

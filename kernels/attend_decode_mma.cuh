@@ -111,6 +111,7 @@ template <class T, u32 D> struct Tiles {
 };
 
 template <class T, u32 D> __device__ __forceinline__ void decode(const Decode &p) {
+    wait_for_previous();
     typedef Tiles<T, D> L;
     // Exponent of the largest query and of the largest weight.
     constexpr u32 QUERY_EXPONENT = 14, WEIGHT_EXPONENT = WIDE<T> ? 0 : 15;

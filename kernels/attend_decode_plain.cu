@@ -82,6 +82,7 @@ template <class T, int V> struct Steps {
 };
 
 template <class T, int V, int G> __device__ void decode(const Decode &p) {
+    wait_for_previous();
     extern __shared__ __align__(16) float shared[];
     __shared__ const T *rows[MOST_SPAN];
     __shared__ float most[G], total[G];

@@ -19,6 +19,14 @@ constexpr float LEAST = -1e30f;
 constexpr u32 WARP = 32;
 constexpr u32 FULL = 0xffffffffu;
 
+// Lets the launch behind this one begin, and waits until the one before it has ended. What stands before it in a kernel may run
+// beside that launch, and reads only what no launch of a step writes: weights. (There are no such instructions before
+// Hopper: these are comments, which src/backend/cuda/kernels.rs replaces where there are.)
+__device__ __forceinline__ void wait_for_previous() {
+    asm volatile("// overlap: let the next begin" ::: "memory");
+    asm volatile("// overlap: wait for the previous" ::: "memory");
+}
+
 // Elements in 16 bytes.
 template <class T> constexpr int LANES = 16 / sizeof(T);
 

@@ -14,6 +14,7 @@ struct Embed {
 };
 
 template <class T> __device__ void embed(const Embed &p) {
+    wait_for_previous();
     // Ids were checked far above; one that is not in the table reads its last row rather than foreign memory.
     const u32 id = min(p.ids[blockIdx.x * p.ids_stride], p.table_rows - 1);
     const T *from = static_cast<const T *>(p.table) + u64(id) * p.cols;

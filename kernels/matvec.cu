@@ -29,11 +29,11 @@ template <class T, int V, int M, int R> __device__ __forceinline__ void matvec(c
 
     constexpr int UNROLL = M * R == 1 ? 4 : M * R <= 4 ? 2 : 1;
     const u32 vectors = p.depth / V;
-#pragma unroll UNROLL
-    for (u32 c = lane; c < vectors; c += WARP) {
-        float w[R][V];
+    auto load_weights = [&](u32 c, float(&w)[R][V]) {
 #pragma unroll
         for (int r = 0; r < R; r++) stream_load<T, V>(weight[r] + c * V, w[r]);
+    };
+    auto multiply = [&](u32 c, const float(&w)[R][V]) {
 #pragma unroll
         for (int m = 0; m < M; m++) {
             float v[V];
@@ -44,6 +44,22 @@ template <class T, int V, int M, int R> __device__ __forceinline__ void matvec(c
                 for (int i = 0; i < V; i++) sums[m][r] = fmaf(v[i], w[r][i], sums[m][r]);
             }
         }
+    };
+    float first_weights[UNROLL][R][V];
+#pragma unroll
+    for (int j = 0; j < UNROLL; j++) {
+        if (lane + j * WARP < vectors) load_weights(lane + j * WARP, first_weights[j]);
+    }
+    wait_for_previous();
+#pragma unroll
+    for (int j = 0; j < UNROLL; j++) {
+        if (lane + j * WARP < vectors) multiply(lane + j * WARP, first_weights[j]);
+    }
+#pragma unroll UNROLL
+    for (u32 c = lane + UNROLL * WARP; c < vectors; c += WARP) {
+        float w[R][V];
+        load_weights(c, w);
+        multiply(c, w);
     }
 #pragma unroll
     for (int m = 0; m < M; m++) {

@@ -142,6 +142,7 @@ template <u32 N, u32 E> struct Product {
     __device__ __forceinline__ void run() {
 #pragma unroll
         for (u32 unit = 0; unit < E; unit++) copy(unit);
+        wait_for_previous();
 #pragma unroll 1
         for (u32 first = begin; first < end; first += width) {
             if (threadIdx.x < WIDTH) {

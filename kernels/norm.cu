@@ -20,6 +20,7 @@ struct Norm {
 };
 
 extern "C" __global__ void __launch_bounds__(256) normalise(Norm p) {
+    wait_for_previous();
     const u32 row = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
     const float *x = p.x + row * p.x_stride + part * p.cols;
     float *out = p.out + row * p.out_stride + part * p.cols;
@@ -51,9 +52,14 @@ template <int HELD> __device__ __forceinline__ void normalise_held(const Norm &p
 #pragma unroll
     for (int j = 0; j < HELD; j++) {
         const u32 i = threadIdx.x + j * blockDim.x;
-        held[j] = i < fours ? x[i] : zero;
         weights[j] = i < fours ? reinterpret_cast<const float4 *>(p.weight)[i] : zero;
         biases[j] = i < fours && p.bias ? reinterpret_cast<const float4 *>(p.bias)[i] : zero;
+    }
+    wait_for_previous();
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+        const u32 i = threadIdx.x + j * blockDim.x;
+        held[j] = i < fours ? x[i] : zero;
     }
     float mean = 0;
     if (p.centred) {

@@ -15,6 +15,7 @@ struct Table {
 
 // Cosines, then sines. The angle is rounded to f32 as the reference implementation's is; its cosine is then exact.
 extern "C" __global__ void rotation_table(Table p) {
+    wait_for_previous();
     const u32 row = blockIdx.x;
     const float position = float(p.positions[row * p.positions_stride]);
     float *table = p.table + row * p.table_stride;
@@ -38,6 +39,7 @@ struct Rotate {
 };
 
 extern "C" __global__ void __launch_bounds__(256) rotate(Rotate p) {
+    wait_for_previous();
     const float *table = p.table + blockIdx.y * p.table_stride;
     const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= p.heads * p.pairs) return;

@@ -413,6 +413,7 @@ __device__ void keep(const Admit &p, const Token &token, const Held &held, u32 h
 // grid: sequences × KV heads × 2. A block gives the new token a slot and puts its entry there; another one puts entry and
 // partial key into store and index, unless it takes a victim's row, which the first one has to find. P is how entries are stored.
 template <class P, class T> __device__ void admit(const Admit &p) {
+    wait_for_previous();
     extern __shared__ __align__(16) float partial[];  // columns; behind them, aligned to 16, a stored row
     __shared__ u64 best[WARPS];
     __shared__ u32 taken;

@@ -17,6 +17,7 @@ struct Store {
 };
 
 template <class T> __device__ void store(const Store &p) {
+    wait_for_previous();
     const u32 width = p.kv_heads * p.head_dim;
     const float *keys = p.keys + blockIdx.x * p.stride, *values = p.values + blockIdx.x * p.stride;
     for (u32 i = blockIdx.y * blockDim.x + threadIdx.x; i < width; i += gridDim.y * blockDim.x) {

@@ -80,6 +80,7 @@ struct Add {
 
 // grid: sequences × query heads.
 extern "C" __global__ void __launch_bounds__(128) tail_add(Add p) {
+    wait_for_previous();
     const Added a = p.sequences[blockIdx.x];
     const u32 head = blockIdx.y;
     const float weight = a.weights[head];

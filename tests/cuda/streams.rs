@@ -3,7 +3,7 @@
 use kvahead::ErrorCode;
 use kvahead::backend::cuda::CudaBackend;
 use kvahead::backend::{
-    Activation, DType, KvGeometry, KvRunsMut, Payload, Place, Shape, StoredRuns, Stream, Timed, Timing,
+    Activation, DType, KvGeometry, KvRunsMut, Norm, NormKind, Payload, Place, Shape, StoredRuns, Stream, Timed, Timing,
 };
 
 use crate::rig::*;
@@ -101,6 +101,59 @@ fn replayed_steps_equal_launched_ones() {
         assert_same(&format!("round {round}"), &step(&values, 100), &want);
         // The first launches go ahead, and the others follow: two graphs.
         assert_eq!(backend.replays() - before, 2 * u64::from(round > 0), "round {round}");
+    }
+}
+
+/// A chain in which each launch reads what the one before it writes, and norms read weights that come in the midst of it. Replayed,
+/// on devices that can, launches begin while the one before them still runs.
+#[test]
+fn launches_that_begin_early_wait() {
+    if CudaBackend::new(0).is_err() {
+        return with_both(|_, _| ());
+    }
+    let backend = CudaBackend::new(0).unwrap();
+    let rig = Rig::new(&backend);
+    let b = rig.b;
+    let mut random = Random(10);
+    let (rows, n) = (3, 2056);
+    let weights: Vec<f32> = random.normals(n * n).iter().map(|x| x / (n as f32).sqrt()).collect();
+    // On tensor cores, and not.
+    let products = [rig.linear(DType::BF16, n, &weights, None), rig.linear(DType::F32, n, &weights, None)];
+    let mut norm = Norm { kind: NormKind::Rms, epsilon: 1e-5, weight: rig.vector(&vec![1.0; n]), bias: None };
+    let (mut x, mut y) = (rig.poisoned(rows * n), rig.poisoned(rows * n));
+    let mut chain = |values: &[f32], scales: &[Vec<f32>], one_by_one: bool| -> Vec<f32> {
+        let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|x| x.to_le_bytes()).collect() };
+        b.upload(&rig.stream, &bytes(values), &mut x, 0).unwrap();
+        let wait = || {
+            if one_by_one {
+                b.synchronize(&rig.stream).unwrap()
+            }
+        };
+        for (i, scale) in scales.iter().enumerate() {
+            let to = y.rows_mut(DType::F32, rows, n);
+            b.matmul(&rig.stream, x.rows(DType::F32, rows, n), &products[i % 2], false, Shape::Decode, to).unwrap();
+            wait();
+            b.upload(&rig.stream, &bytes(scale), &mut norm.weight.data, 0).unwrap();
+            wait();
+            b.norm(&rig.stream, y.rows(DType::F32, rows, n), &norm, x.rows_mut(DType::F32, rows, n)).unwrap();
+            wait();
+            b.activate(&rig.stream, x.rows(DType::F32, rows, n), Activation::GeluTanh, y.rows_mut(DType::F32, rows, n))
+                .unwrap();
+            wait();
+            let to = x.rows_mut(DType::F32, rows, n);
+            b.matmul(&rig.stream, y.rows(DType::F32, rows, n), &products[1 - i % 2], true, Shape::Decode, to).unwrap();
+            wait();
+        }
+        rig.floats(x.rows(DType::F32, rows, n))
+    };
+    for round in 0..12 {
+        let values = random.normals(rows * n);
+        let scales: Vec<Vec<f32>> = (0..10).map(|_| random.normals(n)).collect();
+        let want = chain(&values, &scales, true);
+        assert!(want.iter().all(|x| x.is_finite()));
+        let before = backend.replays();
+        assert_same(&format!("round {round}"), &chain(&values, &scales, false), &want);
+        assert_eq!(backend.replays() - before, u64::from(round > 0), "round {round}");
     }
 }
 

@@ -19,6 +19,9 @@ macro_rules! modules {
             $(#[doc = concat!("`kernels/", $file, ".cu`")] $module,)*
         }
 
+        #[cfg(test)]
+        const ALL: &[Module] = &[$(Module::$module),*];
+
         impl Module {
             /// Its PTX. (`tools/kernels/compile.py` makes it, and checks in CI that it is what the source compiles to.)
             fn ptx(self) -> &'static str {
@@ -94,7 +97,37 @@ pub(super) struct Kernels {
 struct Loaded {
     modules: HashMap<Module, CUmodule>,
     /// By name, which no two kernels share.
-    functions: HashMap<&'static str, CUfunction>,
+    functions: HashMap<&'static str, Function>,
+}
+
+/// A kernel that has been loaded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Function {
+    pub(super) handle: CUfunction,
+    /// Whether it waits itself for the launch before it, which it may begin beside.
+    pub(super) overlaps: bool,
+}
+
+/// The compute capability from which on a launch may begin while the one before it still runs.
+const OVERLAP_CAPABILITY: (i32, i32) = (9, 0);
+
+/// What kernels are compiled to and what those devices get in its place: they have instructions where others have comments
+/// (`wait_for_previous` in `kernels/common.cuh`).
+const OVERLAP: [(&str, &str); 3] = [
+    (".target sm_80", ".target sm_90"),
+    ("// overlap: let the next begin", "griddepcontrol.launch_dependents;"),
+    ("// overlap: wait for the previous", "griddepcontrol.wait;"),
+];
+
+/// A module's PTX for devices whose launches overlap.
+fn overlapping(ptx: &str) -> String {
+    OVERLAP.iter().fold(ptx.to_owned(), |ptx, (from, to)| ptx.replace(from, to))
+}
+
+/// Whether a kernel waits for the launch before it, by its module's PTX.
+fn waits(ptx: &str, kernel: &str) -> bool {
+    let after = ptx.split_once(&format!(".entry {kernel}(")).map_or("", |(_, after)| after);
+    after.split(".entry ").next().is_some_and(|own| own.contains(OVERLAP[2].0))
 }
 
 // SAFETY: the handles belong to a context, not to a thread, and are used with that context current only.
@@ -102,15 +135,18 @@ unsafe impl Send for Loaded {}
 
 impl Kernels {
     /// The kernel, compiled for the device when its module is first asked for (the driver keeps the result on disk).
-    pub(super) fn get(&self, context: &Context, kernel: Kernel) -> Result<CUfunction> {
+    pub(super) fn get(&self, context: &Context, kernel: Kernel) -> Result<Function> {
         let mut loaded = self.loaded.lock();
         if let Some(&function) = loaded.functions.get(kernel.name) {
             return Ok(function);
         }
+        let overlaps = context.capability >= OVERLAP_CAPABILITY;
         let module = match loaded.modules.get(&kernel.module) {
             Some(&module) => module,
             None => {
-                let ptx = CString::new(kernel.module.ptx()).expect("PTX is text");
+                let ptx = kernel.module.ptx();
+                let ptx = if overlaps { overlapping(ptx) } else { ptx.to_owned() };
+                let ptx = CString::new(ptx).expect("PTX is text");
                 // SAFETY: a nul-terminated PTX text; the context is current.
                 let module = check("load kernels", unsafe { result::module::load_data(ptx.as_ptr().cast::<c_void>()) })
                     .map_err(|error| error.within(format!("{:?}", kernel.module)))?;
@@ -132,6 +168,7 @@ impl Kernels {
             let raised = unsafe { result::function::set_function_attribute(function, dynamic, most - own) };
             check("raise a kernel's shared memory", raised)?;
         }
+        let function = Function { handle: function, overlaps: overlaps && waits(kernel.module.ptx(), kernel.name) };
         loaded.functions.insert(kernel.name, function);
         Ok(function)
     }
@@ -144,5 +181,38 @@ impl Kernels {
             // SAFETY: loaded by `get`, unloaded once. Errors of a failed device leave nothing to do.
             let _ = unsafe { result::module::unload(module) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mark_becomes_an_instruction() {
+        let kernels = ALL.iter().map(|module| module.ptx().matches(".entry ").count()).sum::<usize>();
+        let marked = ALL.iter().map(|module| module.ptx().matches(OVERLAP[2].0).count()).sum::<usize>();
+        assert!(marked > 50 && marked < kernels, "{marked} of {kernels} kernels");
+        for module in ALL {
+            let (before, after) = (module.ptx(), overlapping(module.ptx()));
+            assert!(!after.contains("overlap") && !after.contains("sm_80"), "{module:?}");
+            assert_eq!(after.matches(".target sm_90\n").count(), 1, "{module:?}");
+            for (from, to) in &OVERLAP[1..] {
+                assert_eq!(before.matches(from).count(), after.matches(to).count(), "{module:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_kernel_is_known_by_its_own_mark() {
+        assert!(waits(Module::MatvecMma.ptx(), "matvec_mma_8_96"));
+        assert!(waits(Module::MatvecMma.ptx(), "matvec_mma_24_160"));
+        assert!(waits(Module::Slots.ptx(), "slots_admit_int8_bf16"));
+        // Its neighbours have one.
+        assert!(!waits(Module::Slots.ptx(), "slots_load"));
+        assert!(!waits(Module::Gather.ptx(), "gather_16"));
+        // What it brings to the device may be anything, weights too.
+        assert!(!waits(Module::Upload.ptx(), "upload"));
+        assert!(!waits(Module::Upload.ptx(), "no_such_kernel"));
     }
 }

@@ -86,6 +86,10 @@ const MOST_SCRATCH: usize = 256 << 20;
 /// Sequences of one launch: a grid's third dimension.
 const MOST_SEQUENCES: usize = 65535;
 
+/// Rows of all KV heads and sequences up to which a rehearsal leaves room for launches that begin early. Beyond, it is what a step
+/// waits for. (Measured on an H200: a step of llama-3-8b takes 11% less with them at 32,000 tokens, 6% more at 131,000.)
+const MOST_BESIDE: usize = 1 << 19;
+
 /// Bytes of lists that are fetched with their counts, without a look at how long the lists are.
 const SMALL_LISTS: usize = 256 << 10;
 
@@ -250,6 +254,9 @@ fn launch(
     queue.push(shared, rank, grid, CHUNK / 4, &params)?;
     queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_mark"), grid, CHUNK / 4, &params)?;
     queue.push(shared, Kernel::new(Module::Rehearse, "rehearse_select"), [kv_heads, 1, count], SELECT, &params)?;
+    if layouts.iter().map(|layout| layout.stride * kv_heads).sum::<usize>() > MOST_BESIDE {
+        queue.crowd();
+    }
 
     let corrections: Vec<slots::Correct> = sequences
         .iter()

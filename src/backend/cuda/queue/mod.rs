@@ -43,6 +43,12 @@ const AHEAD: usize = 64;
 /// The main lane, and those that run beside it.
 pub(super) const LANES: usize = 3;
 
+/// The priority of a lane's launches, CUDA's way (the lowest number is the highest): what the main lane will wait for goes first
+/// where both want to begin.
+fn priority(lane: usize) -> i32 {
+    if lane == 0 { 0 } else { -1 }
+}
+
 /// Events by number: of lanes that catch up, of other queues that wait, from `OWN_EVENTS` on those that `point` records in
 /// turn, and behind them those of edges.
 const CATCH_UP: usize = 0;
@@ -64,11 +70,11 @@ struct Lane {
 }
 
 impl Lane {
-    /// `first`: before others where both want to begin.
-    fn new(first: bool) -> Result<Lane> {
+    /// The `lane`-th.
+    fn new(lane: usize) -> Result<Lane> {
         let (mut stream, flags) = (std::ptr::null_mut(), sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32);
         // SAFETY: writes a new stream of the current context to a local. A priority out of range is taken as the nearest.
-        let made = unsafe { sys::cuStreamCreateWithPriority(&mut stream, flags, if first { -1 } else { 0 }) };
+        let made = unsafe { sys::cuStreamCreateWithPriority(&mut stream, flags, priority(lane)) };
         check("make a stream", made.result())?;
         let scratch = |purpose| Scratch { raw: Raw::NONE, purpose };
         Ok(Lane {
@@ -154,7 +160,7 @@ impl Queue {
     /// A new stream of the context, which is current.
     pub(super) fn new() -> Result<Queue> {
         Ok(Queue {
-            lanes: vec![Lane::new(false)?],
+            lanes: vec![Lane::new(0)?],
             lane: 0,
             events: Vec::new(),
             scripts: 0,
@@ -186,7 +192,7 @@ impl Queue {
             return Err(Error::new(ErrorCode::Internal, format!("a stream has at most {} side streams", LANES - 1)));
         }
         // What is fetched comes first: it needs little of the device, and others will wait for it.
-        self.lanes.push(Lane::new(true)?);
+        self.lanes.push(Lane::new(self.lanes.len())?);
         Ok(self.lanes.len() - 1)
     }
 
@@ -257,6 +263,11 @@ impl Queue {
         after.clear();
         self.script.labels.push(Label { name: kernel.name, lane: self.lane, fetches: kernel.fetches });
         Ok(())
+    }
+
+    /// Says that what waits beside the main lane is long, and needs the room that launches of that lane would take early.
+    pub(super) fn crowd(&mut self) {
+        self.script.crowded = true;
     }
 
     /// Adds blocks to the last launch's first dimension.
@@ -368,7 +379,7 @@ impl Queue {
             // enqueued, and memory is freed only after everything that waits was launched.
             check("launch a kernel", unsafe {
                 result::launch_kernel(
-                    launch.function,
+                    launch.function.handle,
                     (x, y, z),
                     (launch.threads, 1, 1),
                     launch.shared,

@@ -1,15 +1,14 @@
 //! What waits to be launched, written down.
 
-use cudarc::driver::sys::CUfunction;
-
 use super::super::block::{Plain, bytes_of};
+use super::super::kernels::Function;
 use super::super::timer::Label;
 use super::LANES;
 
 /// A kernel's launch as it waits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Launch {
-    pub(super) function: CUfunction,
+    pub(super) function: Function,
     pub(super) grid: [u32; 3],
     pub(super) threads: u32,
     pub(super) shared: u32,
@@ -31,6 +30,8 @@ pub(super) struct Script {
     pub(super) labels: Vec<Label>,
     /// The last launch of each lane.
     pub(super) last: [Option<usize>; LANES],
+    /// Whether launches of the main lane are not to begin early, for those beside it need the room.
+    pub(super) crowded: bool,
     pub(super) hash: u64,
 }
 
@@ -41,6 +42,7 @@ impl Script {
         self.edges.clear();
         self.labels.clear();
         self.last = [None; LANES];
+        self.crowded = false;
         self.hash = 0;
     }
 
@@ -50,7 +52,7 @@ impl Script {
         &mut self,
         lane: usize,
         after: &[usize],
-        function: CUfunction,
+        function: Function,
         grid: [u32; 3],
         threads: u32,
         shared: u32,
@@ -66,7 +68,7 @@ impl Script {
                 .map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of eight"))),
         );
         let shape = [
-            function as usize as u64,
+            function.handle as usize as u64,
             u64::from(grid[0]) << 32 | u64::from(grid[1]),
             u64::from(grid[2]) << 32 | lane as u64,
         ];
@@ -78,6 +80,7 @@ impl Script {
 
     pub(super) fn equals(&self, other: &Script) -> bool {
         self.hash == other.hash
+            && self.crowded == other.crowded
             && self.launches == other.launches
             && self.words == other.words
             && self.edges == other.edges
