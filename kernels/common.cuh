@@ -20,11 +20,11 @@ constexpr u32 WARP = 32;
 constexpr u32 FULL = 0xffffffffu;
 
 // Lets the launch behind this one begin, and waits until the one before it has ended. What stands before it in a kernel may run
-// beside that launch, and reads only what no launch of a step writes: weights. (There are no such instructions before
-// Hopper: these are comments, which src/backend/cuda/kernels.rs replaces where there are.)
+// beside that launch, and reads only what no launch of a step writes: weights. (Before Hopper there are no such instructions. What
+// stands behind //sm_90 is a comment there, and no longer where src/backend/cuda/kernels.rs takes the mark away.)
 __device__ __forceinline__ void wait_for_previous() {
-    asm volatile("// overlap: let the next begin" ::: "memory");
-    asm volatile("// overlap: wait for the previous" ::: "memory");
+    asm volatile("//sm_90 griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("//sm_90 griddepcontrol.wait;" ::: "memory");
 }
 
 // Elements in 16 bytes.

@@ -6,6 +6,7 @@
 
 NVRTC does not write the same bytes every time (register numbers differ), so PTX is not compared with PTX: its first line
 is a digest of the source, the headers, the options and the compiler's version, and that and the kernels' names must agree.
+Both commands also assemble what is committed for the devices that there are variants for, so that no driver is the first to read it.
 
 The compiler comes from PyPI, in a version old enough that drivers of the last two years load its PTX (12.4 writes PTX 8.4,
 which driver 550 and later read), and is kept in .cache/kernels.
@@ -18,6 +19,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import venv
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -25,20 +27,22 @@ KERNELS = ROOT / "kernels"
 VENV = ROOT / ".cache" / "kernels"
 PACKAGES = ["nvidia-cuda-nvrtc-cu12==12.4.127", "nvidia-cuda-runtime-cu12==12.4.127"]
 # The lowest compute capability that is supported: PTX runs on every later one.
+# The assembler that reads what they write.
+ASSEMBLER = ["nvidia-cuda-nvcc-cu12==12.4.131"]
 OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17", "--device-as-default-execution-space"]
 
 
 def toolchain():
-    """The NVRTC library and the folder of CUDA's headers."""
+    """The NVRTC library, the folder of CUDA's headers, and the assembler."""
 
     def found(pattern):
         return sorted(VENV.glob(f"lib/python3*/site-packages/nvidia/{pattern}"))
 
-    if not (found("cuda_nvrtc/lib/libnvrtc.so.12") and found("cuda_runtime/include")):
+    if not (found("cuda_nvrtc/lib/libnvrtc.so.12") and found("cuda_runtime/include") and found("cuda_nvcc/bin/ptxas")):
         venv.create(VENV, with_pip=True)
         pip = [VENV / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *PACKAGES], check=True)
-    return found("cuda_nvrtc/lib/libnvrtc.so.12")[0], found("cuda_runtime/include")[0]
+        subprocess.run([*pip, *PACKAGES, *ASSEMBLER], check=True)
+    return found("cuda_nvrtc/lib/libnvrtc.so.12")[0], found("cuda_runtime/include")[0], found("cuda_nvcc/bin/ptxas")[0]
 
 
 class Nvrtc:
@@ -92,12 +96,28 @@ def is_current(committed, stamped, ptx):
     return committed.startswith(stamped) and entries(committed) == entries(ptx)
 
 
+def variants(ptx):
+    """A PTX text as devices get it, by compute capability (src/backend/cuda/kernels.rs makes them)."""
+    hopper = ptx.replace("//sm_90 ", "").replace(".target sm_80", ".target sm_90")
+    return {"sm_80": ptx} | ({"sm_90": hopper} if "//sm_90 " in ptx else {})
+
+
+def assemble(ptxas, ptx, device):
+    """What the assembler finds wrong with a PTX text; whether it is fast code does not matter here."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-O0", f"-arch={device}", file.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip() if done.returncode else ""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed PTX instead of writing it")
     arguments = parser.parse_args()
 
-    library, headers = toolchain()
+    library, headers, ptxas = toolchain()
     nvrtc = Nvrtc(library)
     options = [*OPTIONS, f"--include-path={headers}", f"--include-path={KERNELS}"]
     failed = False
@@ -110,11 +130,15 @@ def main():
             failed = True
             continue
         target = KERNELS / "ptx" / f"{source.stem}.ptx"
-        if target.exists() and is_current(target.read_text(), stamp(source), ptx):
-            continue
-        if not arguments.check:
+        current = target.exists() and is_current(target.read_text(), stamp(source), ptx)
+        if not current and not arguments.check:
             target.write_text(stamp(source) + ptx)
-        else:
+            current = True
+        for device, text in variants(target.read_text() if current else ptx).items():
+            if wrong := assemble(ptxas, text, device):
+                print(f"{target.relative_to(ROOT)} for {device}:\n{wrong}", file=sys.stderr)
+                failed = True
+        if not current:
             print(f"{target.relative_to(ROOT)} is not what {source.name} compiles to: run {sys.argv[0]}", file=sys.stderr)
             failed = True
     stale = {path.stem for path in (KERNELS / "ptx").glob("*.ptx")} - {source.stem for source in sources}
