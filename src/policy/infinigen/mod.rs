@@ -230,12 +230,8 @@ impl Policy for Infinigen {
             Phase::Decode => self.append_one(step, layer, keys, values),
             Phase::Prefill { .. } => {
                 self.held.extend(layer, step.rows);
-                self.prompt.append(step, layer, keys, values, &mut *self.store)?;
-                if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-                    columns.add_keys(step, keys)?;
-                }
-                let maps = self.plan.key_maps(step.layer);
-                self.prompt.index(step, keys, maps, &mut self.index.layer_mut(layer))
+                let index = &mut self.index.layer_mut(layer);
+                self.prompt.append(step, layer, [keys, values], &mut self.plan, &mut *self.store, index)
             }
         }
     }
@@ -284,22 +280,12 @@ impl Policy for Infinigen {
     }
 
     fn observe(&mut self, step: &Step<'_>, shape: &AttentionShape, queries: Rows<'_>) -> Result<()> {
-        let (Some(layer), Phase::Prefill { last }) = (self.stored(step.layer), step.phase) else {
+        let (Some(layer), Phase::Prefill { .. }) = (self.stored(step.layer), step.phase) else {
             return Ok(());
         };
-        if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
-            columns.add_queries(step, queries)?;
-        }
-        if last {
-            let length = step.position + step.rows;
-            if let Some(tail) = &mut self.tail {
-                tail.blend_runs(step, layer, self.prompt.staged.runs(layer, &*self.store), length, 1.0)?;
-            }
-            self.prompt.rank(step, (layer, self.plan.ranked(length)), shape, queries, &*self.store)?;
-            match self.prompt.recent(length) {
-                Some(_) => self.prompt.keep_ranked(step, layer)?,
-                None => self.load(step, layer, length)?,
-            }
+        let (plan, tail) = (&mut self.plan, self.tail.as_mut());
+        if self.prompt.observe(step, layer, (shape, queries), plan, tail, &*self.store)? {
+            self.load(step, layer, step.position + step.rows)?;
         }
         self.prompt.staged.attended(step, layer, &*self.store)
     }
@@ -321,7 +307,7 @@ impl Policy for Infinigen {
             self.counters.steps += step.rows as u64;
             return self.trace.as_mut().map_or(Ok(()), Tracing::flush);
         }
-        if let Some(columns) = self.plan.columns_mut().filter(|columns| !columns.chosen()) {
+        if let Some(columns) = self.plan.choosing() {
             columns.choose(step)?;
         }
         if let Some(first) = self.prompt.recent(length) {
@@ -370,7 +356,7 @@ impl Policy for Infinigen {
 
     fn truncate(&mut self, step: &Step<'_>, length: usize) -> Result<()> {
         if let Some(tail) = &mut self.tail {
-            tail.truncate(step, &mut self.prompt, &mut *self.store, length, self.held.in_order())?;
+            tail.truncate(step, &mut self.prompt.staged, &mut *self.store, length, self.held.in_order())?;
         }
         self.cache.begin();
         self.held.truncate(length);

@@ -99,6 +99,11 @@ impl Plan {
         }
     }
 
+    /// As that, as long as it has not chosen.
+    pub(super) fn choosing(&mut self) -> Option<&mut Columns> {
+        self.columns_mut().filter(|columns| !columns.chosen())
+    }
+
     pub(super) fn lookahead(&self, layer: usize) -> Lookahead<'_> {
         let own = || self.speculation.own_copy(layer).expect("made when the session was created");
         let source = match self.options.predictor {

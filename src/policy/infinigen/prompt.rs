@@ -7,10 +7,11 @@ use crate::backend::{
     AttentionShape, Buffer, DType, HeadMaps, IndexRunsMut, KvGeometry, Move, Place, Rows, Segment, Visible,
 };
 use crate::kv::{Guard, HotCache, Pool, Store};
-use crate::policy::Step;
 use crate::policy::staged::Staged;
+use crate::policy::{Phase, Step};
 
 use super::plan::Plan;
+use super::tail::Tail;
 
 /// Queries at the end of a prompt whose attention ranks entries for the cache.
 pub(super) const RANKING_QUERIES: usize = 32;
@@ -78,27 +79,54 @@ impl Prompt {
         self.staged.prefetch(step, layer, store)
     }
 
-    /// Takes a chunk's entries of a layer.
+    /// Takes a chunk's entries of a layer, and appends their partial keys to its index.
     pub(super) fn append(
         &mut self,
         step: &Step<'_>,
         layer: usize,
-        keys: Rows<'_>,
-        values: Rows<'_>,
+        [keys, values]: [Rows<'_>; 2],
+        plan: &mut Plan,
         store: &mut dyn Store,
-    ) -> Result<()> {
-        self.staged.reserve(step.position + step.rows, store)?;
-        self.staged.append(step, layer, keys, values, store)
-    }
-
-    /// Appends a chunk's partial keys to the index.
-    pub(super) fn index(
-        &mut self,
-        step: &Step<'_>,
-        keys: Rows<'_>,
-        maps: &HeadMaps,
         index: &mut IndexRunsMut<'_>,
     ) -> Result<()> {
+        self.staged.reserve(step.position + step.rows, store)?;
+        self.staged.append(step, layer, keys, values, store)?;
+        if let Some(columns) = plan.choosing() {
+            columns.add_keys(step, keys)?;
+        }
+        self.index(step, keys, plan.key_maps(step.layer), index)
+    }
+
+    /// Sees a chunk's queries of a layer. By the last of a prompt the layer's entries are ranked: returns whether its cache is to be
+    /// filled by that now, or else keeps it until the prompt is over.
+    pub(super) fn observe(
+        &mut self,
+        step: &Step<'_>,
+        layer: usize,
+        (shape, queries): (&AttentionShape, Rows<'_>),
+        plan: &mut Plan,
+        tail: Option<&mut Tail>,
+        store: &dyn Store,
+    ) -> Result<bool> {
+        if let Some(columns) = plan.choosing() {
+            columns.add_queries(step, queries)?;
+        }
+        if !matches!(step.phase, Phase::Prefill { last: true }) {
+            return Ok(false);
+        }
+        let length = step.position + step.rows;
+        if let Some(tail) = tail {
+            tail.blend_runs(step, layer, self.staged.runs(layer, store), length, 1.0)?;
+        }
+        self.rank(step, (layer, plan.ranked(length)), shape, queries, store)?;
+        if self.recent(length).is_none() {
+            return Ok(true);
+        }
+        self.keep_ranked(step, layer)?;
+        Ok(false)
+    }
+
+    fn index(&mut self, step: &Step<'_>, keys: Rows<'_>, maps: &HeadMaps, index: &mut IndexRunsMut<'_>) -> Result<()> {
         let (dtype, columns) = (step.backend.activation(), maps.kv_heads * maps.outputs);
         let bytes = step.rows * columns * dtype.bytes();
         if self.partial.as_ref().is_none_or(|partial| partial.bytes() < bytes) {
@@ -110,7 +138,7 @@ impl Prompt {
     }
 
     /// Ranks the layer's `most` most attended entries by the attention of the last queries.
-    pub(super) fn rank(
+    fn rank(
         &mut self,
         step: &Step<'_>,
         (layer, most): (usize, usize),
@@ -165,7 +193,7 @@ impl Prompt {
     }
 
     /// Keeps what was ranked last until the prompt is over.
-    pub(super) fn keep_ranked(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
+    fn keep_ranked(&mut self, step: &Step<'_>, layer: usize) -> Result<()> {
         let lists = self.ranked(step)?;
         self.kept.iter_mut().skip(layer * self.kv_heads).zip(lists).for_each(|(kept, list)| *kept = list);
         Ok(())

@@ -13,8 +13,7 @@ use crate::backend::{
 };
 use crate::kv::{self, Store};
 use crate::policy::Step;
-
-use super::prompt::Prompt;
+use crate::policy::staged::Staged;
 
 pub(super) struct Tail {
     /// Mean value of each KV head: a row a layer of the store.
@@ -142,12 +141,12 @@ impl Tail {
     }
 
     /// Takes the values of every token from `length` on out of the means, of a sequence that ends with the step's tokens:
-    /// by reading what is forgotten, from the end on, or what stays, whichever is less. (Out of order nobody knows where
+    /// by reading what is forgotten, from the end on, or what stays, whichever is less, through areas that hold nothing. (Out of order nobody knows where
     /// the forgotten ones lie.)
     pub(super) fn truncate(
         &mut self,
         step: &Step<'_>,
-        prompt: &mut Prompt,
+        staged: &mut Staged,
         store: &mut dyn Store,
         length: usize,
         in_order: bool,
@@ -163,14 +162,14 @@ impl Tail {
             for at in (first..end).step_by(kv::EXTENT_TOKENS) {
                 let rows = kv::EXTENT_TOKENS.min(end - at);
                 let begin = if goes { end - (at - first) - rows } else { at };
-                let runs = prompt.staged.bring(step, layer, store, begin..begin + rows)?;
+                let runs = staged.bring(step, layer, store, begin..begin + rows)?;
                 let factor = if goes { -(rows as f32) / begin as f32 } else { rows as f32 / (begin + rows) as f32 };
                 self.blend_runs(step, layer, runs, rows, factor)?;
             }
         }
         self.commit();
         self.begin();
-        prompt.finish();
+        staged.truncate(0);
         Ok(())
     }
 
