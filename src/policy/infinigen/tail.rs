@@ -141,8 +141,8 @@ impl Tail {
     }
 
     /// Takes the values of every token from `length` on out of the means, of a sequence that ends with the step's tokens:
-    /// by reading what is forgotten, from the end on, or what stays, whichever is less, through areas that hold nothing. (Out of order nobody knows where
-    /// the forgotten ones lie.)
+    /// by reading what is forgotten, from the end on, or what stays, whichever is less, through areas that hold nothing. (Out
+    /// of order nobody knows where the forgotten ones lie.)
     pub(super) fn truncate(
         &mut self,
         step: &Step<'_>,
