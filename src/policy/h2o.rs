@@ -163,8 +163,6 @@ impl Rule for HeavyHitters {
 
 /// The rows of a buffer of masses.
 fn download(step: &Step<'_>, buffer: &Buffer, rows: usize, columns: usize) -> Result<Vec<Vec<f32>>> {
-    let mut bytes = vec![0; rows * columns * 4];
-    step.backend.download(step.stream, buffer.rows(DType::F32, rows, columns), &mut bytes)?;
-    let value = |b: &[u8]| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]);
-    Ok(bytes.chunks_exact(columns * 4).map(|row| row.chunks_exact(4).map(value).collect()).collect())
+    let masses = step.floats(buffer.rows(DType::F32, rows, columns))?;
+    Ok(masses.chunks_exact(columns).map(<[f32]>::to_vec).collect())
 }

@@ -31,8 +31,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::backend::{
-    AttentionShape, Backend, HeadMaps, IndexGeometry, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows, RowsMut,
-    Selected, Stream, Visible,
+    AttentionShape, Backend, DType, HeadMaps, IndexGeometry, KvGeometry, KvRuns, Linear, Prefetch, Rehearsal, Rows,
+    RowsMut, Selected, Stream, Visible,
 };
 use crate::kv::{KvTier, Payload, Pool};
 use crate::speculate::Speculation;
@@ -55,6 +55,15 @@ pub struct Step<'a> {
     pub rows: usize,
     /// What kind of step it is.
     pub phase: Phase,
+}
+
+impl Step<'_> {
+    /// A matrix of f32, for the host: row after row.
+    fn floats(&self, matrix: Rows<'_>) -> Result<Vec<f32>> {
+        let mut bytes = vec![0; matrix.rows() * matrix.cols() * DType::F32.bytes()];
+        self.backend.download(self.stream, matrix, &mut bytes)?;
+        Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect())
+    }
 }
 
 /// What kind of step it is.

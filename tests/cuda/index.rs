@@ -3,7 +3,6 @@
 //! What a rehearsal must select is known from f64 dot products of the quantized rows. It selects what the CPU backend
 //! does, but for rows so near the threshold that sums of another order may rank them otherwise.
 
-use kvahead::backend::cuda::CudaBackend;
 use kvahead::backend::{
     Buffer, DType, HeadMaps, IndexBits, IndexGeometry, IndexRuns, IndexRunsMut, Place, Rehearsal, Replay, Selected,
     Selection,
@@ -410,40 +409,37 @@ fn rows_can_be_overwritten_one_by_one() {
 /// chunks, where one is captured anew.
 #[test]
 fn steps_are_replayed() {
-    with_both(|_, _| {
-        let cuda = CudaBackend::new(0).expect("there is a device");
-        let rig = Rig::new(&cuda);
-        let mut random = Random(51);
-        let geometry = IndexGeometry { layers: 2, kv_heads: 2, columns: 32, extent_tokens: 64, bits: IndexBits::Four };
-        let mut index = Index::empty(&rig, geometry, 2000);
-        index.append(&rig, &random.normals(900 * 64));
-        // As many launches as make a graph worth while: a step of 25 tokens, each appended by itself.
-        let (mut data, mut query) = (rig.poisoned(25 * 64), rig.poisoned(4 * 32));
-        for step in 0..12 {
-            let (keys, q) = (random.normals(25 * 64), random.normals(4 * 32));
-            for (to, from) in [(&mut data, &keys), (&mut query, &q)] {
-                let bytes: Vec<u8> = from.iter().flat_map(|x| x.to_le_bytes()).collect();
-                rig.b.upload(&rig.stream, &bytes, to, 0).unwrap();
-            }
-            for i in 0..25 {
-                let row = index.rows() + i;
-                let mut runs = IndexRunsMut::new(&mut index.extents, geometry, LAYER);
-                let key = data.rows(DType::F32, 25, 64).row_range(i, 1);
-                rig.b.index_append(&rig.stream, key, &mut runs, row).unwrap();
-            }
-            index.keys.extend(keys);
-            let (rows, selection) = (index.rows(), Selection::Count { count: 40 });
-            let rehearsal =
-                Rehearsal { row: 0, runs: index.runs(), rows, from: 4, to: rows - 9, scale: 0.4, selection };
-            let mut selected = Selected::default();
-            let partial = query.rows(DType::F32, 1, 4 * 32);
-            rig.b.rehearse(&rig.stream, partial, &[rehearsal], &mut [&mut selected]).unwrap();
-            for (g, expected) in expected(&index, &q, &rehearsal).iter().enumerate() {
-                assert_best(&format!("step {step}"), &selected.rows[g], expected, &rehearsal);
-            }
+    let Some(cuda) = cuda() else { return };
+    let rig = Rig::new(&cuda);
+    let mut random = Random(51);
+    let geometry = IndexGeometry { layers: 2, kv_heads: 2, columns: 32, extent_tokens: 64, bits: IndexBits::Four };
+    let mut index = Index::empty(&rig, geometry, 2000);
+    index.append(&rig, &random.normals(900 * 64));
+    // As many launches as make a graph worth while: a step of 25 tokens, each appended by itself.
+    let (mut data, mut query) = (rig.poisoned(25 * 64), rig.poisoned(4 * 32));
+    for step in 0..12 {
+        let (keys, q) = (random.normals(25 * 64), random.normals(4 * 32));
+        for (to, from) in [(&mut data, &keys), (&mut query, &q)] {
+            let bytes: Vec<u8> = from.iter().flat_map(|x| x.to_le_bytes()).collect();
+            rig.b.upload(&rig.stream, &bytes, to, 0).unwrap();
         }
-        assert!(cuda.replays() > 6, "{} of 12 steps were replayed", cuda.replays());
-    });
+        for i in 0..25 {
+            let row = index.rows() + i;
+            let mut runs = IndexRunsMut::new(&mut index.extents, geometry, LAYER);
+            let key = data.rows(DType::F32, 25, 64).row_range(i, 1);
+            rig.b.index_append(&rig.stream, key, &mut runs, row).unwrap();
+        }
+        index.keys.extend(keys);
+        let (rows, selection) = (index.rows(), Selection::Count { count: 40 });
+        let rehearsal = Rehearsal { row: 0, runs: index.runs(), rows, from: 4, to: rows - 9, scale: 0.4, selection };
+        let mut selected = Selected::default();
+        let partial = query.rows(DType::F32, 1, 4 * 32);
+        rig.b.rehearse(&rig.stream, partial, &[rehearsal], &mut [&mut selected]).unwrap();
+        for (g, expected) in expected(&index, &q, &rehearsal).iter().enumerate() {
+            assert_best(&format!("step {step}"), &selected.rows[g], expected, &rehearsal);
+        }
+    }
+    assert!(cuda.replays() > 6, "{} of 12 steps were replayed", cuda.replays());
 }
 
 /// Against f64; a row gives the same bits alone, wherever it lies.

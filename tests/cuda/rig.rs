@@ -102,16 +102,19 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// Runs a test with the CUDA backend, and with the CPU backend as the oracle; says so where there is none.
-pub fn with_both(test: impl Fn(&Rig<'_>, &Rig<'_>)) {
-    let cuda = match CudaBackend::new(0) {
-        Ok(cuda) => cuda,
-        Err(error) => {
+/// A CUDA backend of the test's own; says so where there is none.
+pub fn cuda() -> Option<CudaBackend> {
+    CudaBackend::new(0)
+        .inspect_err(|error| {
             assert_ne!(std::env::var("KVAHEAD_TEST_DEVICE").as_deref(), Ok("cuda"), "{error}");
             println!("skipped: {error}");
-            return;
-        }
-    };
+        })
+        .ok()
+}
+
+/// Runs a test with the CUDA backend, and with the CPU backend as the oracle.
+pub fn with_both(test: impl Fn(&Rig<'_>, &Rig<'_>)) {
+    let Some(cuda) = cuda() else { return };
     let cpu = CpuBackend::new(CpuOptions { threads: 2, level: None }).unwrap();
     test(&Rig::new(&cuda), &Rig::new(&cpu));
 }

@@ -1,7 +1,6 @@
 //! Copies, memory, streams, events, and steps that are replayed.
 
 use kvahead::ErrorCode;
-use kvahead::backend::cuda::CudaBackend;
 use kvahead::backend::{
     Activation, DType, KvGeometry, KvRunsMut, Norm, NormKind, Payload, Place, Shape, StoredRuns, Stream, Timed, Timing,
 };
@@ -75,10 +74,7 @@ fn events_order_streams() {
 /// The same sequence of operations on other data, often: from the third time on it is replayed, with the same bits.
 #[test]
 fn replayed_steps_equal_launched_ones() {
-    if CudaBackend::new(0).is_err() {
-        return with_both(|_, _| ());
-    }
-    let backend = CudaBackend::new(0).unwrap();
+    let Some(backend) = cuda() else { return };
     let rig = Rig::new(&backend);
     let mut random = Random(8);
     let weight = rig.linear(DType::F32, 64, &random.normals(64 * 64), None);
@@ -108,10 +104,7 @@ fn replayed_steps_equal_launched_ones() {
 /// on devices that can, launches begin while the one before them still runs.
 #[test]
 fn launches_that_begin_early_wait() {
-    if CudaBackend::new(0).is_err() {
-        return with_both(|_, _| ());
-    }
-    let backend = CudaBackend::new(0).unwrap();
+    let Some(backend) = cuda() else { return };
     let rig = Rig::new(&backend);
     let b = rig.b;
     let mut random = Random(10);
@@ -160,10 +153,7 @@ fn launches_that_begin_early_wait() {
 /// A chain of products that alternates between a stream and two beside it, launched one by one and replayed.
 #[test]
 fn side_streams_are_ordered_by_events() {
-    if CudaBackend::new(0).is_err() {
-        return with_both(|_, _| ());
-    }
-    let backend = CudaBackend::new(0).unwrap();
+    let Some(backend) = cuda() else { return };
     let rig = Rig::new(&backend);
     let b = rig.b;
     let beside = [b.side_stream(&rig.stream).unwrap(), b.side_stream(&rig.stream).unwrap()];
@@ -203,10 +193,7 @@ fn side_streams_are_ordered_by_events() {
 /// What is measured: the operations that were asked for, in their order, whether they are launched one by one or replayed.
 #[test]
 fn operations_are_measured() {
-    if CudaBackend::new(0).is_err() {
-        return with_both(|_, _| ());
-    }
-    let backend = CudaBackend::new(0).unwrap();
+    let Some(backend) = cuda() else { return };
     let rig = Rig::new(&backend);
     let (b, beside) = (rig.b, rig.b.side_stream(&rig.stream).unwrap());
     let geometry = KvGeometry { layers: 1, kv_heads: 2, head_dim: 64, extent_tokens: 256, dtype: DType::F16 };

@@ -6,7 +6,7 @@
 
 NVRTC does not write the same bytes every time (register numbers differ), so PTX is not compared with PTX: its first line
 is a digest of the source, the headers, the options and the compiler's version, and that and the kernels' names must agree.
-Both commands also assemble what is committed for the devices that there are variants for, so that no driver is the first to read it.
+Both commands also assemble what is committed, as each kind of device gets it, so that no driver is the first to read it.
 
 The compiler comes from PyPI, in a version old enough that drivers of the last two years load its PTX (12.4 writes PTX 8.4,
 which driver 550 and later read), and is kept in .cache/kernels.
@@ -26,9 +26,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 VENV = ROOT / ".cache" / "kernels"
 PACKAGES = ["nvidia-cuda-nvrtc-cu12==12.4.127", "nvidia-cuda-runtime-cu12==12.4.127"]
-# The lowest compute capability that is supported: PTX runs on every later one.
 # The assembler that reads what they write.
 ASSEMBLER = ["nvidia-cuda-nvcc-cu12==12.4.131"]
+# The lowest compute capability that is supported: PTX runs on every later one.
 OPTIONS = ["--gpu-architecture=compute_80", "--std=c++17", "--device-as-default-execution-space"]
 
 

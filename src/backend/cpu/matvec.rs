@@ -26,9 +26,6 @@ const OUTPUTS: usize = Blocks::ROWS;
 /// memory takes to answer, and well inside the first-level cache.
 const AHEAD: usize = 12 << 10;
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// Bytes of weights that one piece of parallel work covers, about 4 µs of reading; of blocks, whose bytes are worth more
 /// arithmetic, a quarter.
 const PIECE: usize = 64 << 10;
@@ -186,10 +183,7 @@ impl<W: Stored> Product<'_, W> {
         } else if first {
             // The block's rows are one stretch, of which each step asks for as much as it reads. What lies past the
             // weight's end is asked for in vain.
-            let ahead = w.wrapping_add(N * step * W::BYTES + AHEAD);
-            for line in 0..(N * W::BYTES).div_ceil(LINE) {
-                s.prefetch(ahead.wrapping_add(line * LINE));
-            }
+            s.prefetch_all(w.wrapping_add(N * step * W::BYTES + AHEAD), N * W::BYTES);
         }
         // SAFETY: at `w` N rows of the weight begin (or fill up its last tile), which its buffer was seen to hold; the step
         // lies in them, and only an untiled format has one of fewer than `LANES` columns.

@@ -69,10 +69,7 @@ impl Kernel for Copies<'_, '_> {
         let bytes = self.from.geometry().row_bytes();
         for (i, m) in self.moves.iter().enumerate() {
             if let Some(later) = self.moves.get(i + COPY_AHEAD) {
-                let row = source(self.from, later);
-                for at in (0..bytes).step_by(LINE) {
-                    s.prefetch(row.wrapping_add(at));
-                }
+                s.prefetch_all(source(self.from, later), bytes);
             }
             let (row, write, extent) = (source(self.from, m), m.to as usize, self.to.geometry().extent_tokens);
             // SAFETY: both rows lie below their runs' capacity, which the caller asserted; `to` is borrowed mutably, so it is
@@ -84,9 +81,6 @@ impl Kernel for Copies<'_, '_> {
         }
     }
 }
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// The row that is moved, which lies below the runs' capacity.
 fn source(from: &KvRuns<'_>, m: &Move) -> *const u8 {

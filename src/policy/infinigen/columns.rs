@@ -111,10 +111,8 @@ impl Columns {
         let maps = self.key(step.layer);
         let (kv_heads, d) = (maps.kv_heads, maps.outputs);
         step.backend.project_heads(step.stream, heads, maps, scratch.rows_mut(DType::F32, rows, columns))?;
-        let mut bytes = vec![0; bytes];
-        step.backend.download(step.stream, scratch.rows(DType::F32, rows, columns), &mut bytes)?;
+        let values = step.floats(scratch.rows(DType::F32, rows, columns))?;
         self.scratch = Some(scratch);
-        let values = floats(&bytes);
         let group = columns / d / kv_heads;
         match &mut self.seen[step.layer - self.resident_layers] {
             Seen::Sums(sums) => {
@@ -170,9 +168,7 @@ impl Columns {
     /// The rows of a basis, those with the largest sums as they are and zeros for the others.
     fn chosen_rows(&self, step: &Step<'_>, maps: &HeadMaps, sums: &[f64]) -> Result<Vec<f32>> {
         let (heads, d) = (maps.kv_heads, maps.inputs);
-        let mut bytes = vec![0; heads * d * d * 4];
-        step.backend.download(step.stream, maps.data.rows(DType::F32, heads * d, d), &mut bytes)?;
-        let mut values = floats(&bytes);
+        let mut values = step.floats(maps.data.rows(DType::F32, heads * d, d))?;
         for (head, sums) in sums.chunks_exact(d).enumerate() {
             let mut order: Vec<usize> = (0..d).collect();
             order.sort_by(|&a, &b| sums[b].total_cmp(&sums[a]).then(a.cmp(&b)));
@@ -182,8 +178,4 @@ impl Columns {
         }
         Ok(values)
     }
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect()
 }

@@ -24,8 +24,8 @@ bool parse(int argc, char** argv, Options& options) {
               options.fill);
   parser.repeated("--compare", "SPEC",
                   "measure several policies in turn, within each repetition: flags without their dashes, as "
-                  "'policy=infinigen;select=0.02'; may be given many times; the "
-                  "sequences of all of them are in memory at once. Ratios are to the first",
+                  "'policy=infinigen;select=0.02'; may be given many times; the sequences of all "
+                  "of them are in memory at once. Ratios are to the first",
                   compare);
   parser.option("--seed", "N", "of the prompts (default 0)", options.seed);
   parser.option("--json", "FILE", "write the results to FILE as well", options.json);

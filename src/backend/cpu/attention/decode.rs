@@ -31,9 +31,6 @@ const AHEAD: usize = 8 << 10;
 /// The same for listed rows, in rows: far enough for memory's latency, near enough to stay in the first-level cache.
 const LISTED_AHEAD: usize = 32;
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
 /// Sizes in floats of what pieces leave in scratch memory.
 #[derive(Clone, Copy)]
 struct Layout {
@@ -235,14 +232,6 @@ impl<E: Element> Place<E> for Listed<'_, E> {
     }
 }
 
-/// Asks for `bytes` bytes from `row` on.
-#[inline(always)]
-fn prefetch_row<S: Simd>(s: S, row: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(LINE) {
-        s.prefetch(row.wrapping_add(line));
-    }
-}
-
 /// The `i`-th token of a whole piece that is read in parts.
 #[inline(always)]
 fn in_turn(i: usize) -> usize {
@@ -328,7 +317,7 @@ impl<E: Element> Chunk<'_, E> {
                 *key = unsafe { self.segment.runs.run(extent, self.head).cast::<E>().add(token * 2 * head_dim) };
             }
             for &key in &keys[..list.len().min(LISTED_AHEAD)] {
-                prefetch_row(s, key.cast(), 2 * head_dim * size_of::<E>());
+                s.prefetch_all(key.cast(), 2 * head_dim * size_of::<E>());
             }
             for at in (0..list.len()).step_by(LANES) {
                 let rows = Listed { keys: &keys[..list.len()], at };
@@ -417,7 +406,7 @@ impl<E: Element> Chunk<'_, E> {
         // earlier block left in `products` goes into lanes that are masked below.
         for t in 0..count {
             let key = rows.key(t);
-            prefetch_row(s, rows.ahead(t), 2 * head_dim * size_of::<E>());
+            s.prefetch_all(rows.ahead(t), 2 * head_dim * size_of::<E>());
             let mut dots = [s.zero(); H];
             let mut i = 0;
             while i < whole {

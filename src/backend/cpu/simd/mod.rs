@@ -26,6 +26,9 @@ pub(super) use math::{erfc_positive, exp, sigmoid};
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// The instruction sets that kernels exist for, each one including those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -215,6 +218,14 @@ pub(super) trait Simd: Copy + Send + Sync {
 
     /// Asks for the cache line at `address`, which need not be readable.
     fn prefetch(self, address: *const u8);
+
+    /// Asks for the `bytes` bytes from `address` on, line by line, as [`Simd::prefetch`] does.
+    #[inline(always)]
+    fn prefetch_all(self, address: *const u8, bytes: usize) {
+        for line in 0..bytes.div_ceil(LINE) {
+            self.prefetch(address.wrapping_add(line * LINE));
+        }
+    }
 
     /// Zero in every lane.
     #[inline(always)]
