@@ -29,14 +29,15 @@ demo: tools model
 	@tools/demo.sh
 
 test: tools model
-	$(CARGO) test --release --locked
+	$(CARGO) test --release --locked --workspace
+	CARGO=$(CARGO) tests/emulator/run.sh
 	cmake -S tests -B build/tests -DCMAKE_BUILD_TYPE=Release -DKVAHEAD_LIBRARY_DIR=$(CURDIR)/target/release -DKVAHEAD_TOOLS_DIR=$(CURDIR)/build/cpp
 	cmake --build build/tests -j $(JOBS)
 	ctest --test-dir build/tests --output-on-failure -j $(JOBS)
 
 check: setup
-	$(CARGO) fmt --check
-	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 
 kernels: setup
 	@tools/kernels/compile.py

@@ -1,6 +1,7 @@
 //! What several integration tests need: golden data and a way to run a model on it.
 #![allow(dead_code)]
 
+pub mod brief;
 pub mod gguf;
 
 use std::path::{Path, PathBuf};

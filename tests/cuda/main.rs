@@ -4,6 +4,8 @@
 //! why. `tests/gpu/run.sh` runs them where there is one, with `KVAHEAD_TEST_DEVICE=cuda`, and then a skip is a failure.
 
 mod attention;
+#[path = "../common/brief.rs"]
+mod brief;
 mod index;
 mod mass;
 mod matrix;

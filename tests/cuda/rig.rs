@@ -1,11 +1,11 @@
 //! A backend with a stream, and values that go there and come back.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use half::{bf16, f16};
-use kvahead::backend::cpu::{CpuBackend, CpuOptions};
+use kvahead::backend::cpu::{CpuBackend, CpuOptions, Level};
 use kvahead::backend::cuda::CudaBackend;
 use kvahead::backend::{Backend, Buffer, DType, Linear, Place, Rows, Stream, Vector};
+
+pub use crate::brief::{brief, some};
 
 pub const STORED: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -34,18 +34,6 @@ impl Random {
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
-}
-
-/// Whether tests are to be brief, for tools under which a kernel takes a hundred times as long (`tests/gpu/run.sh sanitize`).
-pub fn brief() -> bool {
-    std::env::var_os("KVAHEAD_TEST_BRIEF").is_some()
-}
-
-/// All cases, or where tests are to be brief one in four of them, others from call to call.
-pub fn some<T>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
-    static CALLS: AtomicUsize = AtomicUsize::new(0);
-    let (first, step) = if brief() { (CALLS.fetch_add(1, Ordering::Relaxed) % 4, 4) } else { (0, 1) };
-    cases.into_iter().skip(first).step_by(step)
 }
 
 /// A backend and a stream of it.
@@ -115,7 +103,9 @@ pub fn cuda() -> Option<CudaBackend> {
 /// Runs a test with the CUDA backend, and with the CPU backend as the oracle.
 pub fn with_both(test: impl Fn(&Rig<'_>, &Rig<'_>)) {
     let Some(cuda) = cuda() else { return };
-    let cpu = CpuBackend::new(CpuOptions { threads: 2, level: None }).unwrap();
+    // Levels above that multiply prompts with 16-bit numbers.
+    let level = Level::detect().min(Level::Avx512);
+    let cpu = CpuBackend::new(CpuOptions { threads: 2, level: Some(level) }).unwrap();
     test(&Rig::new(&cuda), &Rig::new(&cpu));
 }
 

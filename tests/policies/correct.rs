@@ -14,6 +14,7 @@ use kvahead::policy::{
 };
 
 use crate::around::{Around, Watch};
+use crate::common::brief::some;
 use crate::common::{data, device};
 
 const SINKS: usize = 2;
@@ -263,7 +264,7 @@ fn watch(model: &Model, policy: &PolicyOptions) -> (Log, HashMap<(usize, usize, 
 fn a_correction_adds_what_the_true_queries_miss() {
     let model = model(2);
     let (layers, kv_heads, heads) = (model.config().layers, model.config().kv_heads, model.config().heads);
-    for rule in RULES {
+    for rule in some(RULES) {
         for (predictor, share) in [(Predictor::Own, 0.04), (Predictor::Fitted, 0.04), (Predictor::Own, 0.5)] {
             let mut policy = correcting(rule, share);
             policy.infinigen.predictor = predictor;
@@ -380,7 +381,7 @@ fn corrections_are_the_same_in_every_tier_and_batch() {
     let file = |buffered| KvTier::File(FileOptions { buffered, checksum: true, ..FileOptions::default() });
     let mut policies = Vec::new();
     let mut expected = Vec::new();
-    for (i, rule) in RULES.into_iter().enumerate() {
+    for (i, rule) in some(RULES.into_iter().enumerate()) {
         for payload in [Payload::Exact, Payload::Int8] {
             let policy = PolicyOptions { payload, ..correcting(rule, 0.1) };
             let logits = run(&mut Session::new(&two, &options(&policy)).unwrap(), &text(i));

@@ -10,6 +10,7 @@ use kvahead::engine::{Device, Model, ModelOptions, Session, SessionOptions, deco
 use kvahead::kv::{Eviction, KvTier, Payload};
 use kvahead::policy::{self, Budget, InfinigenMode, InfinigenOptions, PolicyKind, PolicyOptions, Rule, TraceReader};
 
+use crate::common::brief::{brief, some};
 use crate::common::{Golden, data, load, relative_error};
 use crate::failing::Failing;
 
@@ -86,7 +87,7 @@ fn the_device_does_what_the_host_does() {
             options.policy.payload = payload;
             options
         };
-        for options in [
+        for options in some([
             options(14, Rule::Share(0.1)),
             stored(Payload::Int8, options(16, Rule::Probability { below: 4.0, most: 0.2 })),
             options(11, Rule::Paper { alpha: 2.0, most: 0.1 }),
@@ -102,7 +103,7 @@ fn the_device_does_what_the_host_does() {
             stored(Payload::Int4, correcting(listing(options(20, Rule::Probability { below: 4.0, most: 0.2 })), 0.1)),
             correcting(listing(options(20, Rule::Share(0.1))), 0.1),
             correcting(paper(16, 2.0), 0.1),
-        ] {
+        ]) {
             let (own, payload) = (&options.policy.infinigen, options.policy.payload);
             let left = Arc::new(AtomicUsize::new(0));
             let mut device = on_device(&model, &options, &left);
@@ -114,7 +115,7 @@ fn the_device_does_what_the_host_does() {
                     to if to == from + 1 => session.decode(tokens[from]).and_then(|()| Ok(session.logits()?.to_vec())),
                     to => session.prefill(&tokens[from..to]).and_then(|()| Ok(session.logits()?.to_vec())),
                 };
-                for fail in (1..).step_by(1 + number % 3) {
+                for fail in (1..).step_by((1 + number % 3) * if brief() { 17 } else { 1 }) {
                     left.store(if to < from { 0 } else { fail }, Ordering::Relaxed);
                     let got = make(&mut device);
                     if to < from || left.swap(0, Ordering::Relaxed) > 0 {
@@ -226,7 +227,7 @@ fn the_device_evicts_what_the_host_does() {
     let back = [vec![(0, 12)], singly(12, 21), vec![(21, 8)], singly(8, 45), vec![(45, 44)], singly(45, 50)].concat();
     // Until counters saturate.
     let on = [vec![(0, 8)], singly(8, 400)].concat();
-    for (number, (kind, pool, options, payload, calls)) in [
+    for (number, (kind, pool, options, payload, calls)) in some([
         (Eviction::Fifo, 20, options(12, Rule::Share(0.2)), Payload::Exact, &short),
         (Eviction::Lru, 20, options(13, Rule::Share(0.2)), Payload::Int8, &short),
         (Eviction::Counter, 22, options(14, Rule::Probability { below: 4.0, most: 0.3 }), Payload::Exact, &short),
@@ -258,8 +259,7 @@ fn the_device_evicts_what_the_host_does() {
             Payload::Exact,
             &long.concat(),
         ),
-    ]
-    .into_iter()
+    ])
     .enumerate()
     {
         let (files, own) = (tempfile::tempdir().unwrap(), &options.policy.infinigen);

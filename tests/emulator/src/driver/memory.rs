@@ -1,0 +1,99 @@
+//! The device's memory, and the host's that it may access.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUresult;
+
+use crate::machine::Ranges;
+
+/// Bytes of the device.
+const TOTAL: u64 = 16 << 30;
+
+/// As a driver aligns what it allocates.
+const ALIGN: usize = 512;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Device,
+    /// Of the host, allocated here.
+    Pinned,
+    /// Of the host, the program's own.
+    Registered,
+    /// Variables of modules.
+    Module,
+}
+
+#[derive(Default)]
+pub(super) struct Memory {
+    pieces: BTreeMap<u64, (u64, Kind)>,
+    used: u64,
+    ranges: Option<Arc<Ranges>>,
+}
+
+impl Memory {
+    pub(super) fn allocate(&mut self, bytes: usize, kind: Kind) -> Result<u64, CUresult> {
+        if bytes == 0 {
+            return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
+        }
+        if kind == Kind::Device && self.used + bytes as u64 > TOTAL {
+            return Err(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        }
+        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| CUresult::CUDA_ERROR_OUT_OF_MEMORY)?;
+        // SAFETY: the size is not zero.
+        let address = unsafe { alloc(layout) };
+        if address.is_null() {
+            return Err(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        }
+        // SAFETY: `bytes` bytes were allocated just now. Ones: no number, and no address.
+        unsafe { address.write_bytes(0xff, bytes) };
+        if kind == Kind::Device {
+            self.used += bytes as u64;
+        }
+        let address = address.expose_provenance() as u64;
+        self.insert(address, bytes as u64, kind);
+        Ok(address)
+    }
+
+    pub(super) fn insert(&mut self, address: u64, bytes: u64, kind: Kind) {
+        self.pieces.insert(address, (bytes, kind));
+        self.ranges = None;
+    }
+
+    /// Gives back what begins at an address and is of this kind.
+    pub(super) fn remove(&mut self, address: u64, kind: Kind) -> Result<(), CUresult> {
+        let bytes = match self.pieces.get(&address) {
+            Some(&(bytes, of)) if of == kind => bytes,
+            _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
+        };
+        self.pieces.remove(&address);
+        self.ranges = None;
+        if kind == Kind::Device {
+            self.used -= bytes;
+        }
+        if matches!(kind, Kind::Device | Kind::Pinned) {
+            let layout = Layout::from_size_align(bytes as usize, ALIGN).expect("it was one when it was allocated");
+            // SAFETY: allocated by `allocate` with this layout, and forgotten just now.
+            unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address as usize), layout) };
+        }
+        Ok(())
+    }
+
+    /// Whether all of these bytes are the device's, or the host's that it knows.
+    pub(super) fn holds(&self, address: u64, bytes: u64) -> bool {
+        let before = self.pieces.range(..=address).next_back();
+        before.is_some_and(|(begin, (size, _))| address + bytes <= begin + size)
+    }
+
+    pub(super) fn ranges(&mut self) -> Arc<Ranges> {
+        let pieces = &self.pieces;
+        let all = || Arc::new(Ranges::new(pieces.iter().map(|(&address, &(bytes, _))| (address, bytes))));
+        self.ranges.get_or_insert_with(all).clone()
+    }
+
+    /// Free bytes of the device, and all.
+    pub(super) fn info(&self) -> (u64, u64) {
+        (TOTAL - self.used, TOTAL)
+    }
+}
