@@ -2,7 +2,8 @@
 
 use kvahead::ErrorCode;
 use kvahead::backend::{
-    Activation, DType, KvGeometry, KvRunsMut, Norm, NormKind, Payload, Place, Shape, StoredRuns, Stream, Timed, Timing,
+    Activation, Buffer, DType, KvGeometry, KvRunsMut, Norm, NormKind, Payload, Place, Shape, StoredRuns, Stream, Timed,
+    Timing,
 };
 
 use crate::rig::*;
@@ -249,4 +250,42 @@ fn operations_are_measured() {
         }
     }
     assert!(backend.replays() > 12, "{} of 25 steps were replayed", backend.replays());
+}
+
+/// What a side stream does by itself, outside any script, comes behind its operations that were replayed.
+#[test]
+fn copies_of_a_side_stream_come_behind_what_it_replayed() {
+    let Some(backend) = cuda() else { return };
+    let rig = Rig::new(&backend);
+    let (b, beside) = (rig.b, rig.b.side_stream(&rig.stream).unwrap());
+    let (rows, n) = (8, 1 << 10);
+    let mut random = Random(10);
+    let weight = rig.linear(DType::F32, n, &random.normals(n * n).iter().map(|x| x / 40.0).collect::<Vec<_>>(), None);
+    let (mut from, mut to, mut other) = (rig.poisoned(rows * n), rig.poisoned(rows * n), rig.poisoned(n));
+    // Too large to travel with other operations.
+    let upload = |stream: &Stream, x: &[f32], to: &mut Buffer| {
+        let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
+        b.upload(stream, &bytes, to, 0).unwrap();
+    };
+    let product = |stream: &Stream, from: &Buffer, rows: usize, to: &mut Buffer| {
+        let to = to.rows_mut(DType::F32, rows, n);
+        b.matmul(stream, from.rows(DType::F32, rows, n), &weight, false, Shape::Decode, to).unwrap();
+    };
+    for round in 0..4 {
+        let (old, new) = (random.normals(rows * n), random.normals(rows * n));
+        upload(&rig.stream, &old, &mut from);
+        b.synchronize(&rig.stream).unwrap();
+        let before = backend.replays();
+        // As many as go ahead, and one more, of the main stream, behind which they are launched.
+        (0..64).for_each(|_| product(&beside, &from, rows, &mut to));
+        product(&rig.stream, &from, 1, &mut other);
+        upload(&beside, &new, &mut from);
+        b.synchronize(&beside).unwrap();
+        assert_eq!(backend.replays() - before, u64::from(round > 0), "round {round}");
+        let got = rig.floats(to.rows(DType::F32, rows, n));
+        assert_same("what was uploaded", &rig.floats(from.rows(DType::F32, rows, n)), &new);
+        let old = rig.buffer(DType::F32, &old);
+        product(&rig.stream, &old, rows, &mut to);
+        assert_same(&format!("round {round}"), &got, &rig.floats(to.rows(DType::F32, rows, n)));
+    }
 }
