@@ -17,4 +17,3 @@
 mod driver;
 mod machine;
 mod ptx;
-mod random;

@@ -5,12 +5,12 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use std::time::Instant;
 
 use cudarc::driver::sys::CUresult;
+use fastrand::Rng;
 
 use super::memory::{Kind, Memory};
 use super::work::{Copy2d, Function, Graph, Launch, Node, Stream, Work};
 use crate::machine::{self, Machine};
 use crate::ptx::Module;
-use crate::random::Random;
 
 /// Shared memory of a block: at most, and unless a kernel's attribute is raised.
 pub(super) const MOST_SHARED: u32 = 227 << 10;
@@ -55,7 +55,7 @@ pub(super) struct Device {
     pub(super) execs: HashMap<u64, Arc<Graph>>,
     /// Once something has gone wrong, every call says so.
     failed: Option<CUresult>,
-    random: Option<Random>,
+    random: Option<Rng>,
     machine: Machine,
 }
 
@@ -100,8 +100,8 @@ impl Device {
         Err(code)
     }
 
-    fn random(&mut self) -> &mut Random {
-        self.random.get_or_insert_with(|| Random(seed()))
+    fn random(&mut self) -> &mut Rng {
+        self.random.get_or_insert_with(|| Rng::with_seed(seed()))
     }
 
     pub(super) fn load(&mut self, text: &str) -> Outcome<u64> {
@@ -191,7 +191,7 @@ impl Device {
             if ready.is_empty() {
                 return self.fail(CUresult::CUDA_ERROR_LAUNCH_TIMEOUT, "streams wait for each other");
             }
-            let picked = ready[self.random().below(ready.len())];
+            let picked = ready[self.random().usize(..ready.len())];
             let work = self.streams.get_mut(&picked).expect("it is ready").work.pop_front().expect("it has work");
             self.work(work)?;
         }
@@ -228,7 +228,7 @@ impl Device {
             Work::Wait(..) => Ok(()),
             Work::Graph(graph) => {
                 let random = self.random();
-                let Some(order) = graph.order(|n| random.below(n)) else {
+                let Some(order) = graph.order(|n| random.usize(..n)) else {
                     return self.fail(CUresult::CUDA_ERROR_INVALID_VALUE, "a graph whose nodes wait for each other");
                 };
                 for at in order {
@@ -270,7 +270,7 @@ impl Device {
 
     fn execute(&mut self, launch: &Launch, early: bool) -> Outcome {
         let memory = self.memory.ranges();
-        let seed = self.random().next();
+        let seed = self.random().u64(..);
         let what = machine::Launch {
             kernel: &launch.kernel,
             params: &launch.params,

@@ -17,8 +17,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use fastrand::Rng;
+
 use crate::ptx::Kernel;
-use crate::random::Random;
 pub(crate) use memory::{Fault, Ranges};
 use warp::{Stop, Warp};
 
@@ -62,14 +63,15 @@ impl Machine {
     pub(crate) fn run(&self, launch: &Launch<'_>, host_threads: usize) -> Result<(), Fault> {
         let blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
         let warps = launch.threads.iter().map(|&n| n as usize).product::<usize>().div_ceil(LANES);
-        let mut random = Random(launch.seed);
-        let order = random.permutation(blocks);
+        let mut random = Rng::with_seed(launch.seed);
+        let mut order: Vec<usize> = (0..blocks).collect();
+        random.shuffle(&mut order);
         let next = AtomicUsize::new(0);
         let (failed, waited) = (AtomicBool::new(false), AtomicBool::new(false));
         let fault: Mutex<Option<Fault>> = Mutex::default();
         let work = |seed: u64| {
             let mut block = self.block(launch, warps);
-            block.random = Random(seed);
+            block.random = Rng::with_seed(seed);
             while !failed.load(Ordering::Relaxed) {
                 let Some(&number) = order.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
                 let done = block.run(launch, number as u32);
@@ -87,10 +89,10 @@ impl Machine {
         let workers = if least < WORTH_A_THREAD { 1 } else { host_threads.min(blocks).max(1) };
         std::thread::scope(|scope| {
             for _ in 1..workers {
-                let (work, seed) = (&work, random.next());
+                let (work, seed) = (&work, random.u64(..));
                 scope.spawn(move || work(seed));
             }
-            work(random.next());
+            work(random.u64(..));
         });
         if let Some(fault) = lock(&fault).take() {
             return Err(fault);
@@ -108,7 +110,7 @@ impl Machine {
         let mut block = idle.unwrap_or_else(|| Block {
             warps: (0..warps).map(|_| Warp::new(launch.kernel)).collect(),
             space: Space { shared: Vec::new(), shared_bytes: 0, local: Vec::new(), index: [0; 3] },
-            random: Random(0),
+            random: Rng::with_seed(0),
         });
         let local = launch.kernel.local_bytes.next_multiple_of(16) * warps * LANES;
         block.space.shared_bytes = launch.shared_bytes;
@@ -126,7 +128,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Block {
     warps: Vec<Warp>,
     space: Space,
-    random: Random,
+    random: Rng,
 }
 
 /// What the threads of a block share, and what each has of its own.

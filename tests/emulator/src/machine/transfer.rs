@@ -42,25 +42,21 @@ impl Warp {
         launch: &Launch<'_>,
         space: &Space,
     ) -> Step<[u64; LANES]> {
-        let (mut places, offset) = ([0u64; LANES], i.offset as u64);
-        let mut lane = 0;
+        let mut places = [0; LANES];
         if access.short {
-            let base = self.word(i.from[0]);
+            let (base, mut lane) = (self.word(i.from[0]), 0);
             while lane < LANES {
-                places[lane] = u64::from(base[lane]).wrapping_add(offset);
+                places[lane] = u64::from(base[lane]);
                 lane += 1;
             }
         } else {
-            let base = self.double(i.from[0]);
-            while lane < LANES {
-                places[lane] = base[lane].wrapping_add(offset);
-                lane += 1;
-            }
+            places = *self.double(i.from[0]);
         }
+        move_by(&mut places, i.offset as u64);
         let bytes = u64::from(access.bytes) * u64::from(access.count);
         let (mut least, mut most, mut low) = (u64::MAX, 0, 0);
         if mask == ALL {
-            lane = 0;
+            let mut lane = 0;
             while lane < LANES {
                 (least, most, low) = (least.min(places[lane]), most.max(places[lane]), low | places[lane]);
                 lane += 1;
@@ -78,12 +74,7 @@ impl Warp {
                         self.shared(places[lane], bytes, space)?;
                     }
                 }
-                let base = space.shared_base();
-                lane = 0;
-                while lane < LANES {
-                    places[lane] = places[lane].wrapping_add(base);
-                    lane += 1;
-                }
+                move_by(&mut places, space.shared_base());
             }
             Named::Generic => {
                 let (begin, end) = self.recent;
@@ -98,12 +89,7 @@ impl Warp {
                 if !aligned || most.checked_add(bytes).is_none_or(|end| end > params.len() as u64) {
                     return Err(format!("{bytes} bytes at {most:#x} of {} bytes of parameters", params.len()));
                 }
-                let base = params.as_ptr().expose_provenance() as u64;
-                lane = 0;
-                while lane < LANES {
-                    places[lane] = places[lane].wrapping_add(base);
-                    lane += 1;
-                }
+                move_by(&mut places, params.as_ptr().expose_provenance() as u64);
             }
         }
         Ok(places)
@@ -275,6 +261,16 @@ impl Warp {
             }
         }
         Ok(())
+    }
+}
+
+/// Adds a base to addresses.
+#[inline(always)]
+fn move_by(places: &mut [u64; LANES], base: u64) {
+    let mut lane = 0;
+    while lane < LANES {
+        places[lane] = places[lane].wrapping_add(base);
+        lane += 1;
     }
 }
 
