@@ -5,7 +5,8 @@
 #                                  in which the device does what a host would
 #   tests/emulator/run.sh PART [ARGUMENT ...]    operations, golden or policies, whole, the test program with these arguments
 #
-# Tests are brief here, as under compute-sanitizer. EMULATED_CUDA_SEED repeats what chance did; see src/lib.rs.
+# Tests are brief here, as under compute-sanitizer. What chance decides begins with EMULATED_CUDA_SEED (1 unless it is set), so that a
+# failure comes again; see src/lib.rs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cargo=${CARGO:-cargo}
@@ -17,7 +18,7 @@ mkdir -p "$driver"
 cp target/release/libemulated_cuda.so "$driver/libcuda.so"
 export LD_LIBRARY_PATH="$driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 # Without cuBLAS, which would look for a device of its own.
-export KVAHEAD_TEST_DEVICE=cuda KVAHEAD_TEST_BRIEF=1 KVAHEAD_CUBLAS=
+export KVAHEAD_TEST_DEVICE=cuda KVAHEAD_TEST_BRIEF=1 KVAHEAD_CUBLAS= EMULATED_CUDA_SEED=${EMULATED_CUDA_SEED:-1}
 
 part() {
     local name=$1
