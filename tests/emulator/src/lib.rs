@@ -6,8 +6,9 @@
 //! may; every access of memory is checked. A kernel that does what it may not is reported with its line, and is the
 //! device's end, as on a device.
 //!
-//! What it does not show: time, caches, races between the threads of a block (`compute-sanitizer` does, where there is a
-//! device), and how a device rounds the sums of its tensor cores (here: floats, in the order of the depth).
+//! What it does not show: time, caches, races between the threads of a warp, or of a block but where the order of warps brings them
+//! out (`compute-sanitizer` finds them, where there is a device), and how a device rounds the sums of its tensor cores (here:
+//! floats, in the order of the depth).
 //!
 //! | variable | what it says |
 //! |---|---|
