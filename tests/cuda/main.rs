@@ -1,7 +1,8 @@
 //! Every operation of the CUDA backend against the CPU backend, on fresh random inputs of odd sizes, outputs poisoned.
 //!
 //! On a machine without a CUDA driver each test says that it was skipped, and what is asserted is that the backend says
-//! why. `tests/gpu/run.sh` runs them where there is one, with `KVAHEAD_TEST_DEVICE=cuda`, and then a skip is a failure.
+//! why. `tests/gpu/run.sh` runs them where there is one, `tests/emulator/run.sh` where there is none, with
+//! `KVAHEAD_TEST_DEVICE=cuda`, and then a skip is a failure.
 
 mod attention;
 #[path = "../common/brief.rs"]

@@ -128,7 +128,7 @@ impl Device {
 
     pub(super) fn function(&mut self, module: u64, name: &str) -> Outcome<u64> {
         let module = self.modules.get(&module).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?.clone();
-        if !module.names().any(|known| known == name) {
+        if !module.has(name) {
             return Err(CUresult::CUDA_ERROR_NOT_FOUND);
         }
         let kernel = module.kernel(name).map_err(|error| {
@@ -269,7 +269,6 @@ impl Device {
     }
 
     fn execute(&mut self, launch: &Launch, early: bool) -> Outcome {
-        let memory = self.memory.ranges();
         let seed = self.random().u64(..);
         let what = machine::Launch {
             kernel: &launch.kernel,
@@ -277,12 +276,13 @@ impl Device {
             grid: launch.grid,
             threads: launch.threads,
             shared_bytes: launch.kernel.shared_bytes + launch.dynamic as usize,
-            memory: &memory,
+            memory: &|address, bytes| self.memory.find(address, bytes),
             early,
             seed,
         };
         let host_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        self.machine.run(&what, host_threads).or_else(|fault| {
+        let done = self.machine.run(&what, host_threads);
+        done.or_else(|fault| {
             let line = launch.module.line(fault.at);
             let text = format!(
                 "{} ({:?} blocks of {:?} threads): {} in block {:?}, in the warp of thread {}, at: {line} (EMULATED_CUDA_SEED={})",

@@ -2,11 +2,8 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use cudarc::driver::sys::CUresult;
-
-use crate::machine::Ranges;
 
 /// Bytes of the device.
 const TOTAL: u64 = 16 << 30;
@@ -29,7 +26,6 @@ pub(super) enum Kind {
 pub(super) struct Memory {
     pieces: BTreeMap<u64, (u64, Kind)>,
     used: u64,
-    ranges: Option<Arc<Ranges>>,
 }
 
 impl Memory {
@@ -58,7 +54,6 @@ impl Memory {
 
     pub(super) fn insert(&mut self, address: u64, bytes: u64, kind: Kind) {
         self.pieces.insert(address, (bytes, kind));
-        self.ranges = None;
     }
 
     /// Gives back what begins at an address and is of this kind.
@@ -68,7 +63,6 @@ impl Memory {
             _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
         };
         self.pieces.remove(&address);
-        self.ranges = None;
         if kind == Kind::Device {
             self.used -= bytes;
         }
@@ -80,16 +74,14 @@ impl Memory {
         Ok(())
     }
 
-    /// Whether all of these bytes are the device's, or the host's that it knows.
-    pub(super) fn holds(&self, address: u64, bytes: u64) -> bool {
-        let before = self.pieces.range(..=address).next_back();
-        before.is_some_and(|(begin, (size, _))| address + bytes <= begin + size)
+    /// The piece, from where to where, that holds all of these bytes: the device's, or the host's that it knows.
+    pub(super) fn find(&self, address: u64, bytes: u64) -> Option<(u64, u64)> {
+        let (&begin, &(size, _)) = self.pieces.range(..=address).next_back()?;
+        (address.checked_add(bytes)? <= begin + size).then_some((begin, begin + size))
     }
 
-    pub(super) fn ranges(&mut self) -> Arc<Ranges> {
-        let pieces = &self.pieces;
-        let all = || Arc::new(Ranges::new(pieces.iter().map(|(&address, &(bytes, _))| (address, bytes))));
-        self.ranges.get_or_insert_with(all).clone()
+    pub(super) fn holds(&self, address: u64, bytes: u64) -> bool {
+        self.find(address, bytes).is_some()
     }
 
     /// Free bytes of the device, and all.

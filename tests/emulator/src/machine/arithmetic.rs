@@ -335,8 +335,7 @@ impl Warp {
                 self.groups.push_back(group);
             }
             Op::CopyWait => {
-                let all = i.offset < 0;
-                self.arrive(space, launch, if all { usize::MAX } else { i.offset as usize })?;
+                self.arrive(space, launch, usize::try_from(i.offset).ok())?;
             }
             Op::Shuffle(how) => self.shuffle(how, i, mask),
             Op::Vote(vote) => self.vote(vote, i, mask),

@@ -7,7 +7,6 @@
 
 mod arithmetic;
 mod matrix;
-mod memory;
 #[cfg(test)]
 mod tests;
 mod transfer;
@@ -20,7 +19,6 @@ use std::sync::{Mutex, MutexGuard};
 use fastrand::Rng;
 
 use crate::ptx::Kernel;
-pub(crate) use memory::{Fault, Ranges};
 use warp::{Stop, Warp};
 
 /// Lanes of a warp.
@@ -37,10 +35,21 @@ pub(crate) struct Launch<'a> {
     pub(crate) threads: [u32; 3],
     /// Shared memory of a block, its own and what the launch adds.
     pub(crate) shared_bytes: usize,
-    pub(crate) memory: &'a Ranges,
+    /// The piece of memory, from where to where, that holds all of so many bytes at an address.
+    pub(crate) memory: &'a (dyn Fn(u64, u64) -> Option<(u64, u64)> + Sync),
     /// Whether it may begin before the launch before it has ended: then it may write nothing until it has waited.
     pub(crate) early: bool,
     pub(crate) seed: u64,
+}
+
+/// What a kernel did that it may not.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Fault {
+    pub(crate) what: String,
+    /// Where the instruction stands in the module's text, the block and the first thread of the warp.
+    pub(crate) at: u32,
+    pub(crate) block: [u32; 3],
+    pub(crate) thread: u32,
 }
 
 /// Blocks' registers and memory, kept for the kernel's next launch.

@@ -1,6 +1,6 @@
 //! Small kernels, whose results are known.
 
-use super::{Fault, Launch, Machine, Ranges};
+use super::{Fault, Launch, Machine};
 use crate::ptx::Module;
 
 /// Runs a kernel of one parameter, the address of `memory`, of which it gets `grid` blocks of `threads` threads.
@@ -13,14 +13,14 @@ fn run(body: &str, grid: u32, threads: u32, early: bool, memory: &mut [u32]) -> 
     let module = Module::read(&text).unwrap();
     let kernel = module.kernel("test").unwrap();
     let address = memory.as_mut_ptr().expose_provenance() as u64;
-    let ranges = Ranges::new([(address, 4 * memory.len() as u64)].into_iter());
+    let end = address + 4 * memory.len() as u64;
     let launch = Launch {
         kernel: &kernel,
         params: &address.to_le_bytes(),
         grid: [grid, 1, 1],
         threads: [threads, 1, 1],
         shared_bytes: kernel.shared_bytes,
-        memory: &ranges,
+        memory: &|at, bytes| (at >= address && at.checked_add(bytes)? <= end).then_some((address, end)),
         early,
         seed: 5,
     };

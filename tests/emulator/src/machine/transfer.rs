@@ -231,15 +231,13 @@ impl Warp {
         }
     }
 
-    /// Lets copies arrive until no more than `left` groups are on their way; all of them, whatever their group, when `left` is
-    /// the greatest number.
-    pub(super) fn arrive(&mut self, space: &Space, launch: &Launch<'_>, left: usize) -> Step<()> {
-        let all = left == usize::MAX;
-        while self.groups.len() > if all { 0 } else { left } {
+    /// Lets copies arrive until no more than `left` groups are on their way; without a number all of them, in groups or not.
+    pub(super) fn arrive(&mut self, space: &Space, launch: &Launch<'_>, left: Option<usize>) -> Step<()> {
+        while self.groups.len() > left.unwrap_or(0) {
             let group = self.groups.pop_front().expect("there is one");
             self.put(&group, space, launch)?;
         }
-        if all {
+        if left.is_none() {
             let copies = std::mem::take(&mut self.copies);
             self.put(&copies, space, launch)?;
         }
@@ -281,7 +279,7 @@ fn look_up(address: u64, bytes: u64, launch: &Launch<'_>, space: &Space) -> Step
     let end = address.checked_add(bytes);
     own.into_iter()
         .find(|range| address >= range.0 && end.is_some_and(|end| end <= range.1))
-        .or_else(|| launch.memory.find(address, bytes))
+        .or_else(|| (launch.memory)(address, bytes))
         .ok_or_else(|| format!("{bytes} bytes at {address:#x}, where there is no memory"))
 }
 
@@ -290,30 +288,13 @@ fn updated(what: Atomic, signed: bool, bits: u32, old: u64, a: u64, b: u64) -> u
     let less = |x: u64, y: u64| if signed { signed_of(x) < signed_of(y) } else { x < y };
     match what {
         Atomic::Add => old.wrapping_add(a),
-        Atomic::Min => {
-            if less(a, old) {
-                a
-            } else {
-                old
-            }
-        }
-        Atomic::Max => {
-            if less(old, a) {
-                a
-            } else {
-                old
-            }
-        }
+        Atomic::Min if less(a, old) => a,
+        Atomic::Max if less(old, a) => a,
+        Atomic::Swap if old == a => b,
+        Atomic::Min | Atomic::Max | Atomic::Swap => old,
         Atomic::And => old & a,
         Atomic::Or => old | a,
         Atomic::Xor => old ^ a,
         Atomic::Exchange => a,
-        Atomic::Swap => {
-            if old == a {
-                b
-            } else {
-                old
-            }
-        }
     }
 }

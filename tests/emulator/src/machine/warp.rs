@@ -5,8 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::memory::Fault;
-use super::{LANES, Launch, Space};
+use super::{Fault, LANES, Launch, Space};
 use crate::ptx::{Instruction, Kernel, NONE, Op, Register, Special};
 
 /// Why a warp does not go on.
@@ -158,14 +157,14 @@ impl Warp {
         loop {
             if self.lanes == 0 && !self.switch() {
                 if self.live == 0 {
-                    self.arrive(space, launch, usize::MAX).map_err(|what| self.fault(what, space, 0))?;
+                    self.arrive(space, launch, None).map_err(|what| self.fault(what, space, 0))?;
                     return Ok(Stop::Exit);
                 }
                 let at = code[self.places[self.live.trailing_zeros() as usize] as usize].at;
                 return Err(self.fault("lanes wait for each other at different places".to_owned(), space, at));
             }
             let instruction = &code[self.at as usize];
-            let mask = self.guarded(instruction);
+            let mut mask = self.guarded(instruction);
             match instruction.op {
                 Op::Branch => {
                     self.branch(mask, instruction.offset as u32);
@@ -174,9 +173,10 @@ impl Warp {
                 Op::Exit => {
                     self.live &= !mask;
                     self.lanes &= !mask;
-                    if self.lanes == 0 {
-                        continue;
+                    if self.lanes != 0 {
+                        self.advance();
                     }
+                    continue;
                 }
                 // (A barrier that not all threads reach waits for ever on a device; here those that ended do not count,
                 // as there.)
@@ -193,23 +193,22 @@ impl Warp {
                     if !self.together(named & self.live) {
                         continue;
                     }
-                    self.execute(instruction, self.guarded(instruction), launch, space)
-                        .map_err(|what| self.fault(what, space, instruction.at))?;
+                    mask = self.guarded(instruction);
                 }
                 Op::LoadMatrices { .. } | Op::TransposeMatrix | Op::Mma { .. } => {
                     if !self.together(self.live) {
                         continue;
                     }
-                    if self.guarded(instruction) != ALL {
+                    mask = self.guarded(instruction);
+                    if mask != ALL {
                         return Err(self.fault("takes all lanes of a warp".to_owned(), space, instruction.at));
                     }
-                    self.execute(instruction, ALL, launch, space)
-                        .map_err(|what| self.fault(what, space, instruction.at))?;
                 }
-                _ => {
-                    self.execute(instruction, mask, launch, space)
-                        .map_err(|what| self.fault(what, space, instruction.at))?;
-                }
+                _ => {}
+            }
+            if mask != 0 {
+                self.execute(instruction, mask, launch, space)
+                    .map_err(|what| self.fault(what, space, instruction.at))?;
             }
             self.advance();
         }

@@ -13,6 +13,13 @@ pub(super) enum File {
     Predicate,
 }
 
+impl File {
+    /// Of numbers of 64 bits, or fewer.
+    pub(super) fn of(wide: bool) -> File {
+        if wide { File::Double } else { File::Word }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Name {
     Register(File, Register),
@@ -103,7 +110,7 @@ pub(super) fn wrong<T>(what: impl std::fmt::Display) -> Result<T, String> {
 fn file_of(kind: &str) -> Result<File, String> {
     match kind {
         ".pred" => Ok(File::Predicate),
-        _ => Ok(if type_bytes(kind)? == 8 { File::Double } else { File::Word }),
+        _ => Ok(File::of(type_bytes(kind)? == 8)),
     }
 }
 

@@ -61,8 +61,8 @@ impl Module {
         self.text.line(at)
     }
 
-    /// The names of its kernels.
-    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
-        self.text.kernels.keys().map(String::as_str)
+    /// Whether there is a kernel of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.text.kernels.contains_key(name)
     }
 }

@@ -49,7 +49,7 @@ impl Decoder<'_> {
             "mov" => self.move_(last, operands),
             "setp" => self.compare(parts[1], last, operands),
             "selp" => {
-                let file = if type_bytes(&format!(".{last}"))? == 8 { File::Double } else { File::Word };
+                let file = File::of(type_bytes(last)? == 8);
                 let to = self.register(&operands[0], file)?;
                 let (a, b) = (self.register(&operands[1], file)?, self.register(&operands[2], file)?);
                 let p = self.predicate(&operands[3])?;
@@ -83,7 +83,7 @@ impl Decoder<'_> {
             "call" => self.call(operands),
             "bfi" => {
                 let wide = last == "b64";
-                let file = if wide { File::Double } else { File::Word };
+                let file = File::of(wide);
                 let to = self.register(&operands[0], file)?;
                 let (a, b) = (self.register(&operands[1], file)?, self.register(&operands[2], file)?);
                 let (at, bits) = (self.word(&operands[3])?, self.word(&operands[4])?);
@@ -109,19 +109,19 @@ impl Decoder<'_> {
         if kind == "pred" {
             return self.uniform(Op::Logic(Logic::Move), File::Predicate, operands);
         }
-        let bytes = type_bytes(&format!(".{kind}"))?;
+        let bytes = type_bytes(kind)?;
         match (to, from) {
             (to, Operand::Vector(list)) => {
                 let element = (bytes / list.len()) as u8;
                 let into_wide = bytes == 8;
-                let to = self.register(to, if into_wide { File::Double } else { File::Word })?;
+                let to = self.register(to, File::of(into_wide))?;
                 let from: Vec<_> = list.iter().map(|o| self.word(o)).collect::<Result<_, _>>()?;
                 self.emit(Op::Pack { bytes: element, count: list.len() as u8, into_wide }, &[to], &from);
             }
             (Operand::Vector(list), from) => {
                 let element = (bytes / list.len()) as u8;
                 let from_wide = bytes == 8;
-                let from = self.register(from, if from_wide { File::Double } else { File::Word })?;
+                let from = self.register(from, File::of(from_wide))?;
                 let to: Vec<_> = list.iter().map(|o| self.word(o)).collect::<Result<_, _>>()?;
                 self.emit(Op::Unpack { bytes: element, count: list.len() as u8, from_wide }, &to, &[from]);
             }
@@ -149,7 +149,7 @@ impl Decoder<'_> {
             "geu" => Compare::Geu,
             _ => return wrong(format_args!("the comparison {how}")),
         };
-        let file = if kind.wide() { File::Double } else { File::Word };
+        let file = File::of(kind.wide());
         let (to, a, b) = (self.predicate(to)?, self.register(a, file)?, self.register(b, file)?);
         let op = if kind.wide() { Op::CompareD(compare, kind) } else { Op::CompareW(compare, kind) };
         self.emit(op, &[to], &[a, b]);
@@ -163,7 +163,7 @@ impl Decoder<'_> {
             return self.uniform(Op::W2(op), File::Word, operands);
         }
         let (to_type, from_type) = (type_of(kinds[0])?, type_of(kinds[1])?);
-        let file = |kind: Type| if kind.wide() { File::Double } else { File::Word };
+        let file = |kind: Type| File::of(kind.wide());
         let (to, from) = (self.register(&operands[0], file(to_type))?, self.register(&operands[1], file(from_type))?);
         let op = match (to_type, from_type) {
             (Type::U64 | Type::S64, Type::U32) => Op::Widen { signed: false },
@@ -236,7 +236,7 @@ impl Decoder<'_> {
         }
         let access = Access {
             space,
-            bytes: type_bytes(&format!(".{kind}"))? as u8,
+            bytes: type_bytes(kind)? as u8,
             count: count as u8,
             signed: kind.starts_with('s'),
             wide,
@@ -266,10 +266,10 @@ impl Decoder<'_> {
         let list = if let Operand::Vector(list) = value { &list[..] } else { &single[..] };
         let wide = match self.file(&list[0]) {
             Some(file) => file == File::Double,
-            None => type_bytes(&format!(".{}", parts[parts.len() - 1]))? == 8,
+            None => type_bytes(parts[parts.len() - 1])? == 8,
         };
         let (access, base, offset) = self.address(parts, address, wide, list.len())?;
-        let file = if wide { File::Double } else { File::Word };
+        let file = File::of(wide);
         let values: Vec<_> = list.iter().map(|o| self.register(o, file)).collect::<Result<_, _>>()?;
         if load {
             self.emit(Op::Load(access), &values, &[base]).offset = offset;
@@ -298,7 +298,7 @@ impl Decoder<'_> {
             return wrong("atomic floats");
         }
         let wide = kind.ends_with("64");
-        let file = if wide { File::Double } else { File::Word };
+        let file = File::of(wide);
         let (to, rest) = if parts[0] == "atom" { (Some(&operands[0]), &operands[1..]) } else { (None, operands) };
         let (access, base, offset) = self.address(parts, &rest[0], wide, 1)?;
         let mut from = vec![base];
